@@ -1,0 +1,380 @@
+"""Temporal layers in the style of Stable Video Diffusion, and the 2D layers that own them.
+
+An inflated layer is its 2D class plus one child called `temporal`, so a parameter is named as in the 2D model, or has
+`.temporal.` in its name. With `D` for a resnet or attention such as `down_blocks.0`:
+
+    D.resnets.0.temporal.{norm1,conv1,time_emb_proj,norm2,conv2}.*      the residual block over time
+    D.resnets.0.temporal.mix                                            shape (1,), before the sigmoid
+    D.attentions.0.temporal.position.{linear_1,linear_2}.*              frame positions, one per transformer
+    D.attentions.0.temporal.mix                                         one mix per transformer, shared over its depth
+    D.attentions.0.transformer_blocks.0.temporal.{norm_in,ff_in,norm1,attn1,norm2,attn2,norm3,ff}.*
+    decoder.conv_out.temporal.{weight,bias}                             last convolution of a video decoder
+
+Every temporal layer is born as the identity: its last projections are zero. Mixing is a `lerp`, which returns equal
+inputs unchanged, so that a newborn video model repeats its parent bit for bit.
+
+Source: Blattmann et al., Stable Video Diffusion (2023), appendix D; Align your Latents (2023), section 3.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional
+
+from inflate.layers.clip import Clip, ClipState, Recompute, run
+
+ATTENTION_ROWS = 65_535
+"""Most sequences in one attention call: CUDA's fused kernels launch one block row each and cannot index more."""
+
+
+def mix_parameter() -> nn.Parameter:
+    """A mixing logit of 0.5, shape (1,): sharded training refuses 0-dimensional parameters."""
+    return nn.Parameter(torch.full((1,), 0.5))
+
+
+def mix(spatial: Tensor, temporal: Tensor, share: Tensor, image_only: Tensor | None) -> Tensor:
+    """Blend (B,F,...) features, `share` in [0,1] of the temporal ones; image frames keep the spatial ones."""
+    share = share.to(spatial.dtype)
+    if image_only is not None:
+        share = torch.where(image_only, share.new_zeros(()), share)  # (B, F)
+        share = share.reshape(*image_only.shape, *[1] * (spatial.ndim - 2))  # (B, F, 1, ...)
+    return torch.lerp(spatial, temporal.to(spatial.dtype), share)
+
+
+def zero_(*layers: nn.Module) -> None:
+    """Set every parameter of the layers to zero."""
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.zero_()
+
+
+def like(child: nn.Module, parent: nn.Module) -> nn.Module:
+    """Put a new child in its parent's dtype, device and train or eval mode."""
+    reference = next(parent.parameters())
+    return child.to(device=reference.device, dtype=reference.dtype).train(parent.training)
+
+
+class TemporalConv(nn.Conv3d):
+    """Convolution over 3 frames at each pixel: weight (out, in, 3, 1, 1), input and output (B,C,F,H,W).
+
+    Computed as a 2D convolution over (frames, pixels), a free view that is 1.3 to 1.8 times as fast on a CPU.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
+        super().__init__(channels, out_channels or channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        pixels = input.flatten(3)  # (B, C, F, H*W)
+        output = functional.conv2d(pixels, self.weight.squeeze(-1), self.bias, padding=(1, 0))  # (B, C, F, H*W)
+        return output.unflatten(3, input.shape[3:])  # (B, C, F, H, W)
+
+    def identity_(self) -> None:
+        """Make the layer repeat its input: a one in the middle of each channel's own kernel, no bias."""
+        zero_(self)
+        with torch.no_grad():
+            self.weight[:, :, 1, 0, 0].fill_diagonal_(1)
+
+
+class TemporalResnet(nn.Module):
+    """Residual block over time: norm, SiLU, conv, + time embedding, norm, SiLU, conv; and its mix with the 2D path.
+
+    Group norms average over (channels of the group, F, H, W). `time_channels` None leaves the embedding out; `reverse`
+    gives the temporal path sigmoid(mix) instead of 1 - sigmoid(mix), as in the video decoder.
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float, time_channels: int | None, reverse: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.conv1 = TemporalConv(channels)
+        self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, channels)
+        self.norm2 = nn.GroupNorm(groups, channels, eps)
+        self.conv2 = TemporalConv(channels)
+        self.mix = mix_parameter()
+        self.reverse = reverse
+        zero_(self.conv2)
+
+    def forward(self, spatial: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
+        """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C,H,W)."""
+        spatial = spatial.unflatten(0, (-1, state.frames))  # (B, F, C, H, W)
+        hidden = self.conv1(functional.silu(self.norm1(spatial.transpose(1, 2))))  # (B, C, F, H, W)
+        if self.time_emb_proj is not None and time is not None:
+            shift = self.time_emb_proj(functional.silu(time))  # (B*F, C)
+            hidden = hidden + shift.unflatten(0, (-1, state.frames)).transpose(1, 2)[..., None, None]
+        hidden = self.conv2(functional.silu(self.norm2(hidden)))  # (B, C, F, H, W)
+        temporal = spatial + hidden.transpose(1, 2)  # (B, F, C, H, W)
+        share = torch.sigmoid(self.mix if self.reverse else -self.mix)
+        return mix(spatial, temporal, share, state.image_only).flatten(0, 1)  # (B*F, C, H, W)
+
+
+class ContextAttention(Attention):
+    """Cross-attention that knows that a softmax over a single token is one.
+
+    With one context token the output is `to_out(to_v(context))`, whatever the query: norm, queries, keys and softmax
+    are then left out. Only when their parameters are frozen or no gradient is wanted: otherwise they would get no
+    gradient instead of a zero one, over which distributed data parallel waits for ever.
+    """
+
+    query_norm: nn.Module
+
+    def constant(self, context: Tensor | None, **extra: Any) -> Tensor | None:
+        """The output (B,1,C) for every query, or None if it depends on the query."""
+        if context is None or context.shape[1] != 1 or not self._plain() or self._learns(extra):
+            return None
+        output = self.to_out[0](self.to_v(context))  # (B, 1, C)
+        return output / self.rescale_output_factor
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Queries (B,N,C) and context (B,L,D) to (B,N,C), or (B,1,C) if all N are equal."""
+        extra = {name: value for name, value in kwargs.items() if value is not None}
+        constant = None if args else self.constant(encoder_hidden_states, **extra)
+        if constant is not None:
+            return constant
+        output: Tensor = super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
+        return output
+
+    def _plain(self) -> bool:
+        """Whether the processor is diffusers' own, and nothing is added to what it computes."""
+        if type(self.processor) not in (AttnProcessor, AttnProcessor2_0):
+            return False
+        unusual = (self.norm_cross, self.residual_connection, getattr(self, "fused_projections", False))
+        return not any(unusual) and not (self.training and self.dropout > 0)
+
+    def _learns(self, extra: dict[str, Any]) -> bool:
+        """Whether leaving the query out could be noticed: by a gradient, or by an extra argument."""
+        if extra or not torch.is_grad_enabled():
+            return bool(extra)
+        parts = (self.query_norm, self.to_q, self.to_k)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def constant_when_single(block: nn.Module) -> None:
+    """Turn the cross-attention of a transformer block into a `ContextAttention`; it keeps its parameters."""
+    if type(block.attn2) is Attention:
+        block.attn2.__class__ = ContextAttention
+        # Set past nn.Module, which would register the norm a second time and rename it in the state dict.
+        object.__setattr__(block.attn2, "query_norm", block.norm2)
+
+
+class TemporalTransformer(nn.Module):
+    """Transformer block over frames: feed-forward, self-attention over time, cross-attention, feed-forward.
+
+    Each part is residual and normalised before. All but the self-attention act on single tokens, so only its input is
+    put in the order (pixels, frames): one copy per block.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, context_width: int | None) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.ff_in = FeedForward(width, activation_fn="geglu")
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads=heads, dim_head=head_width)
+        self.norm2 = None if context_width is None else nn.LayerNorm(width)
+        self.attn2 = None if context_width is None else Attention(width, context_width, heads, dim_head=head_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width, activation_fn="geglu")
+        zero_(self.ff_in.net[-1], self.attn1.to_out, self.ff.net[-1])
+        if self.attn2 is not None:
+            zero_(self.attn2.to_out)
+            constant_when_single(self)
+
+    def forward(self, hidden: Tensor, context: Tensor | None) -> Tensor:
+        """Tokens (B,F,N,C) and the context (B,L,D) of each clip's first frame to (B,F,N,C)."""
+        hidden = hidden + self.ff_in(self.norm_in(hidden))
+        hidden = hidden + self._over_frames(self.norm1(hidden))
+        if self.attn2 is not None and self.norm2 is not None and context is not None:
+            hidden = hidden + self._to_context(hidden, self.attn2, self.norm2, context)
+        return hidden + self.ff(self.norm3(hidden))
+
+    def _over_frames(self, hidden: Tensor) -> Tensor:
+        """Self-attention along the frames of each pixel, in calls that CUDA's kernels can index: (B,F,N,C)."""
+        batch = hidden.shape[0]
+        rows = hidden.transpose(1, 2).flatten(0, 1)  # (B*N, F, C)
+        parts = [self.attn1(part) for part in rows.split(ATTENTION_ROWS)]
+        output: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # (B*N, F, C)
+        return output.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, F, N, C)
+
+    @staticmethod
+    def _to_context(hidden: Tensor, attention: nn.Module, norm: nn.Module, context: Tensor) -> Tensor:
+        """Cross-attention of all tokens of a clip to its one context: (B,F,N,C), or (B,1,1,C) if they are equal."""
+        constant = attention.constant(context) if isinstance(attention, ContextAttention) else None
+        if constant is not None:
+            return constant.unsqueeze(1)  # (B, 1, 1, C)
+        tokens = norm(hidden).flatten(1, 2)  # (B, F*N, C)
+        output: Tensor = attention(tokens, context)  # (B, F*N, C)
+        return output.unflatten(1, hidden.shape[1:3])  # (B, F, N, C)
+
+
+class TransformerTime(nn.Module):
+    """What the temporal blocks of one transformer share: the embedding of frame numbers, and the mix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.position = TimestepEmbedding(width, 4 * width, out_dim=width)
+        self.mix = mix_parameter()
+        self.width = width
+        zero_(self.position.linear_2)
+
+    def positions(self, frames: int) -> Tensor:
+        """Embeddings (F,1,C) of the frame numbers 0 to F-1."""
+        number = torch.arange(frames, device=self.mix.device)
+        waves = get_timestep_embedding(number, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)  # (F, C)
+        embedding: Tensor = self.position(waves.to(self.mix.dtype))  # (F, C)
+        return embedding.unsqueeze(1)  # (F, 1, C)
+
+
+class VideoResnet(ResnetBlock2D):
+    """A 2D residual block followed by a temporal one; both are recomputed together under checkpointing."""
+
+    clip: Clip
+    recompute: Recompute | None = None
+    temporal: TemporalResnet | None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C',H',W')."""
+        output: Tensor = run(self, self._both, input_tensor, temb)
+        return output
+
+    def _both(self, hidden: Tensor, time: Tensor | None) -> Tensor:
+        hidden = super().forward(hidden, time)  # (B*F, C', H', W')
+        state = self.clip.state
+        if self.temporal is None or state.bypass:
+            return hidden
+        return self.temporal(hidden, time, state)
+
+
+class VideoBlock(BasicTransformerBlock):
+    """A 2D transformer block followed by a temporal one."""
+
+    clip: Clip
+    shared: TransformerTime
+    temporal: TemporalTransformer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Tokens (B*F,N,C) and per-frame context (B*F,L,D) to (B*F,N,C)."""
+        hidden: Tensor = super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        state = self.clip.state
+        if state.bypass:
+            return hidden
+        spatial = hidden.unflatten(0, (-1, state.frames))  # (B, F, N, C)
+        context = self._first_context(encoder_hidden_states, state.frames)
+        temporal = self.temporal(spatial + self.shared.positions(state.frames), context)  # (B, F, N, C)
+        share = torch.sigmoid(-self.shared.mix)
+        return mix(spatial, temporal, share, state.image_only).flatten(0, 1)  # (B*F, N, C)
+
+    @staticmethod
+    def _first_context(context: Any, frames: int) -> Tensor | None:
+        """The context (B,L,D) of the first frame of each clip; image adapters send it as the first of a pair."""
+        if isinstance(context, tuple):
+            context = context[0]
+        return None if context is None else context.unflatten(0, (-1, frames))[:, 0]  # (B, L, D)
+
+
+class VideoTransformer(Transformer2DModel):
+    """A 2D transformer whose blocks are `VideoBlock`s; recomputed as a whole under checkpointing."""
+
+    clip: Clip
+    recompute: Recompute | None = None
+    temporal: TransformerTime | None
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """(B*F,C,H,W) features and per-frame context (B*F,L,D) to (B*F,C,H,W)."""
+
+        def whole(hidden: Tensor, context: Any) -> Any:
+            return super(VideoTransformer, self).forward(hidden, context, *args, **kwargs)
+
+        return run(self, whole, hidden_states, encoder_hidden_states)
+
+
+class VideoUpsample(Upsample2D):
+    """2D upsampling, recomputed under checkpointing if it learns: its convolution keeps the enlarged input."""
+
+    clip: Clip
+    recompute: Recompute | None = None
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(N,C,H,W) features to (N,C',2H,2W), or to `output_size`."""
+
+        def enlarge(hidden: Tensor) -> Tensor:
+            output: Tensor = super(VideoUpsample, self).forward(hidden, output_size)
+            return output
+
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        output: Tensor = run(self, enlarge, hidden_states) if learns else enlarge(hidden_states)
+        return output
+
+
+class VideoConvOut(nn.Conv2d):
+    """The last 2D convolution of a decoder, followed by a temporal one over the pixels."""
+
+    clip: Clip
+    temporal: TemporalConv
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B*F,C,H,W) features to (B*F,3,H,W) pixels."""
+        pixels = super().forward(input)  # (B*F, 3, H, W)
+        state = self.clip.state
+        if state.bypass:
+            return pixels
+        video = pixels.unflatten(0, (-1, state.frames)).transpose(1, 2)  # (B, 3, F, H, W)
+        return self.temporal(video).transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
+
+
+def inflate_resnet(resnet: ResnetBlock2D, clip: Clip, temporal: TemporalResnet | None) -> None:
+    """Turn a 2D residual block into a `VideoResnet` in place."""
+    resnet.temporal = None if temporal is None else like(temporal, resnet)
+    _become(resnet, VideoResnet, clip)
+
+
+def inflate_transformer(transformer: Transformer2DModel, clip: Clip, block: bool) -> None:
+    """Turn a 2D transformer into a `VideoTransformer` in place, and with `block` its blocks into `VideoBlock`s."""
+    transformer.temporal = like(TransformerTime(transformer.inner_dim), transformer) if block else None
+    _become(transformer, VideoTransformer, clip)
+    for spatial in transformer.transformer_blocks:
+        constant_when_single(spatial)
+        if block:
+            _inflate_block(spatial, clip, transformer.temporal)
+
+
+def inflate_upsample(upsample: Upsample2D, clip: Clip) -> None:
+    """Turn 2D upsampling into a `VideoUpsample` in place."""
+    _become(upsample, VideoUpsample, clip)
+
+
+def inflate_conv_out(convolution: nn.Conv2d, clip: Clip) -> None:
+    """Turn the last convolution of a decoder into a `VideoConvOut` in place."""
+    temporal = TemporalConv(convolution.out_channels)
+    temporal.identity_()
+    convolution.temporal = like(temporal, convolution)
+    _become(convolution, VideoConvOut, clip)
+
+
+def _inflate_block(block: BasicTransformerBlock, clip: Clip, shared: TransformerTime) -> None:
+    heads, width = block.num_attention_heads, block.attention_head_dim
+    block.temporal = like(TemporalTransformer(block.dim, heads, width, block.cross_attention_dim), block)
+    # Set past nn.Module: the transformer owns the shared layer, a block only reads it.
+    object.__setattr__(block, "shared", shared)
+    _become(block, VideoBlock, clip)
+
+
+def _become(module: nn.Module, kind: type[nn.Module], clip: Clip) -> None:
+    module.__class__ = kind
+    setattr(module, "clip", clip)  # noqa: B010 -- a plain attribute, which mypy takes for a tensor

@@ -1,0 +1,352 @@
+"""`VideoUNet`: a diffusers `UNet2DConditionModel` whose layers own a temporal child.
+
+Its state dict is the 2D one, key for key, plus the keys listed in `inflate.layers.temporal` and, where the spec asks
+for added ids, `class_embedding.*`. Whatever works on the 2D model (LoRA, ControlNet residuals, attention processors)
+works on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
+from inflate.layers.clip import Clip, ClipState, recomputes, set_recompute
+from inflate.layers.temporal import (
+    TemporalResnet,
+    VideoBlock,
+    VideoResnet,
+    VideoTransformer,
+    inflate_resnet,
+    inflate_transformer,
+    inflate_upsample,
+)
+
+BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D)
+"""The blocks of Stable Diffusion 1, 2 and XL: what inflation knows how to extend."""
+
+EPSILON_BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D)
+"""The blocks whose counterparts in diffusers' video UNet have an epsilon of 1e-6 built in."""
+
+
+@dataclass(frozen=True)
+class TemporalSpec:
+    """Which temporal layers a 2D UNet gains; stored in the model's config under `temporal`."""
+
+    resnet: bool = True
+    """A temporal residual block after each 2D one, mixed by a learned share."""
+    block: bool = True
+    """A temporal transformer block after each 2D one; frame positions and mix are per transformer."""
+    added_ids: int = 3
+    """Number of scalar conditions added to the time embedding (0 = none)."""
+    added_id_dim: int = 256
+    """Width of the sinusoidal embedding of each added id."""
+    cross_attention_resnet_eps: float = 1e-5
+    """Group norm epsilon of the residual blocks of all up and cross-attention blocks: 1e-5 as Stable Video Diffusion
+    was trained, 1e-6 as diffusers runs it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> TemporalSpec:
+        """The spec of `to_dict`'s settings; raises `ConfigError` for one that is unknown."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"temporal: unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**settings)
+
+
+class VideoUNet(UNet2DConditionModel):
+    """A 2D UNet over the frames of clips, with temporal layers between its own.
+
+    Made by `from_2d` from an image model or by `from_pretrained` from a folder that `save_pretrained` wrote.
+    """
+
+    _no_split_modules = [  # noqa: RUF012 -- diffusers reads a list
+        *UNet2DConditionModel._no_split_modules,
+        VideoBlock.__name__,
+        VideoResnet.__name__,
+        VideoTransformer.__name__,
+    ]
+    _repeated_blocks = [VideoBlock.__name__]  # noqa: RUF012 -- diffusers reads a list
+
+    def __init__(self, *args: Any, temporal: dict[str, Any] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        spec = TemporalSpec.from_dict(temporal or {})
+        check_blocks(self)
+        self._insert(spec)
+
+    @classmethod
+    def from_2d(cls, unet: UNet2DConditionModel, spec: TemporalSpec, in_channels: int | None = None) -> VideoUNet:
+        """A copy of `unet` with temporal layers, born equal to it; `unet` is left as it was.
+
+        With `in_channels`, `conv_in` is widened by input channels whose weights are zero.
+        Raises `SurgeryError` if the model cannot be inflated as asked.
+        """
+        check_unet(unet, spec, in_channels)
+        video = copy.deepcopy(unet)
+        video.__class__ = cls
+        video._widen(in_channels or video.config.in_channels)
+        video._embed_ids(spec)
+        video._insert(spec)
+        return video
+
+    @property
+    def spec(self) -> TemporalSpec:
+        """Which temporal layers this model has."""
+        return TemporalSpec.from_dict(dict(self.config.temporal))
+
+    def temporal_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the temporal layers, by name."""
+        return {name: value for name, value in self.named_parameters() if ".temporal." in name}
+
+    def created_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the 2D model lacks, by name: the temporal ones and the embedding of added ids."""
+        ids = self.class_embedding.named_parameters(prefix="class_embedding") if self.spec.added_ids else ()
+        return {**dict(ids), **self.temporal_parameters()}
+
+    def inert_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that get no gradient from a context of one token: queries, keys and norm of cross-attention.
+
+        Freeze them when every context has one token: that makes the model skip them, and distributed training is not
+        left waiting for their gradients.
+        """
+        parts = (".attn2.to_q.", ".attn2.to_k.", ".norm2.")
+        named = self.named_parameters()
+        return {n: value for n, value in named if "transformer_blocks" in n and any(part in n for part in parts)}
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        added_time_ids: Tensor | None = None,
+        image_only: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict for clips (B,F,C,h,w) at `timestep` (scalar, (B,) or (B,F)).
+
+        Context is (B,L,D) or, per frame, (B,F,L,D); `added_time_ids` (B, added ids); `image_only` bool (B,F) marks
+        frames that no temporal layer may change. Other arguments of the 2D UNet pass as they are, their batch being
+        `B*F`. Raises `InflateError` where shapes disagree. Source: Stable Video Diffusion (2023), appendix D.
+        """
+        if sample.ndim != 5:
+            raise InflateError(f"sample must be (batch, frames, channels, height, width), got {tuple(sample.shape)}")
+        clips = sample.shape[:2]
+        output = self._folded(
+            ClipState(clips[1], _frame_mask(image_only, clips)),
+            sample.flatten(0, 1),  # (B*F, C, h, w)
+            _per_frame(timestep, clips, sample.device),  # (B*F,)
+            _frame_context(encoder_hidden_states, clips),  # (B*F, L, D)
+            class_labels=self._labels(added_time_ids, clips, sample.dtype),
+            **kwargs,
+        )
+        output = output.unflatten(0, clips)  # (B, F, C', h, w)
+        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _folded(self, state: ClipState, *args: Any, class_labels: Tensor | None, **kwargs: Any) -> Tensor:
+        """The 2D forward pass over the frames of all clips, while the temporal layers see `state`."""
+        if class_labels is not None:
+            kwargs["class_labels"] = class_labels
+        with self.clip.during(state):
+            output: Tensor = super().forward(*args, return_dict=False, **kwargs)[0]  # (B*F, C', h, w)
+        return output
+
+    def _labels(self, ids: Tensor | None, clips: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Sinusoids of the added ids, repeated for each frame: (B*F, ids * width)."""
+        spec = self.spec
+        if (ids is None) != (spec.added_ids == 0):
+            raise InflateError(f"this model takes {spec.added_ids} added ids per clip: pass added_time_ids accordingly")
+        if ids is None:
+            return None
+        if ids.shape != (clips[0], spec.added_ids):
+            raise InflateError(f"added_time_ids must be {(clips[0], spec.added_ids)}, got {tuple(ids.shape)}")
+        waves = get_timestep_embedding(
+            ids.flatten(), spec.added_id_dim, flip_sin_to_cos=True, downscale_freq_shift=0
+        )  # (B*ids, width)
+        return waves.reshape(clips[0], -1).to(dtype).repeat_interleave(clips[1], 0)  # (B*F, ids*width)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
+        """Load a folder that `save_pretrained` wrote; raises `CheckpointError` listing tensors missing or left over."""
+        return load_strictly(super().from_pretrained, path, kwargs)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return recomputes(self)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        # diffusers' own switches stay off: its blocks leave the first middle resnet and all projections stored.
+        set_recompute(self, gradient_checkpointing_func if enable else None)
+
+    def _insert(self, spec: TemporalSpec) -> None:
+        """Give every layer of the 2D UNet its temporal child, and store the spec in the config."""
+        self.clip = Clip()
+        for block in self._blocks():
+            eps = spec.cross_attention_resnet_eps if isinstance(block, EPSILON_BLOCKS) else None
+            for module in list(block.modules()):
+                self._inflate(module, spec, eps)
+        register(self, temporal=spec.to_dict())
+
+    def _inflate(self, module: nn.Module, spec: TemporalSpec, eps: float | None) -> None:
+        if isinstance(module, ResnetBlock2D):
+            if eps is not None:
+                module.norm1.eps = module.norm2.eps = eps
+            inflate_resnet(module, self.clip, temporal_resnet(module) if spec.resnet else None)
+        elif isinstance(module, Transformer2DModel):
+            inflate_transformer(module, self.clip, spec.block)
+        elif isinstance(module, Upsample2D):
+            inflate_upsample(module, self.clip)
+
+    def _blocks(self) -> list[nn.Module]:
+        middle = [] if self.mid_block is None else [self.mid_block]
+        return [*self.down_blocks, *middle, *self.up_blocks]
+
+    def _widen(self, in_channels: int) -> None:
+        """Let `conv_in` take more channels; the new ones have zero weights."""
+        old = self.conv_in
+        if in_channels == old.in_channels:
+            return
+        extra = old.weight.new_zeros(old.out_channels, in_channels - old.in_channels, *old.kernel_size)
+        old.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], 1), old.weight.requires_grad)
+        old.in_channels = in_channels
+        register(self, in_channels=in_channels)
+
+    def _embed_ids(self, spec: TemporalSpec) -> None:
+        """Add the embedding of the added ids, whose last layer is zero, as diffusers' class embedding."""
+        if spec.added_ids == 0:
+            return
+        width = spec.added_ids * spec.added_id_dim
+        embedding = TimestepEmbedding(width, self.time_embedding.linear_1.out_features)
+        with torch.no_grad():
+            embedding.linear_2.weight.zero_()
+            embedding.linear_2.bias.zero_()
+        self.class_embedding = embedding.to(self.device, self.dtype).train(self.training)
+        register(self, class_embed_type="projection", projection_class_embeddings_input_dim=width)
+
+
+def temporal_resnet(resnet: ResnetBlock2D, eps: float | None = None, reverse: bool = False) -> TemporalResnet:
+    """A temporal residual block that fits behind a 2D one: its channels, groups, time embedding and epsilon."""
+    time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
+    channels, norm = resnet.conv2.out_channels, resnet.norm2
+    return TemporalResnet(channels, norm.num_groups, norm.eps if eps is None else eps, time_channels, reverse)
+
+
+def check_unet(unet: nn.Module, spec: TemporalSpec, in_channels: int | None) -> None:
+    """Raise `SurgeryError` if `unet` cannot be inflated by `spec`; nothing is changed."""
+    if isinstance(unet, VideoUNet):
+        raise SurgeryError("this UNet is inflated already: inflate the 2D model, or load this one by from_pretrained")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise SurgeryError(f"cannot inflate a {type(unet).__name__}: only diffusers' UNet2DConditionModel is supported")
+    check_no_adapters(unet)
+    check_blocks(unet)
+    if spec.added_ids and (unet.class_embedding is not None or unet.config.projection_class_embeddings_input_dim):
+        raise SurgeryError("the 2D UNet embeds labels or sizes (SDXL) itself: inflate it with added_ids=0")
+    if spec.added_ids < 0 or (spec.added_ids and (spec.added_id_dim < 2 or spec.added_id_dim % 2)):
+        raise SurgeryError(f"added_ids={spec.added_ids} of added_id_dim={spec.added_id_dim}: need an even width")
+    if in_channels is not None and in_channels < unet.config.in_channels:
+        raise SurgeryError(f"in_channels={in_channels} would cut the UNet's {unet.config.in_channels}: give more")
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise `SurgeryError` if adapters are loaded: their layers would be inflated as if they were the model's."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SurgeryError("adapters are loaded on the 2D model: unload or merge them first, load them afterwards")
+
+
+def check_blocks(unet: UNet2DConditionModel) -> None:
+    """Raise `SurgeryError` naming the blocks of a UNet that inflation does not know."""
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    blocks = [*unet.down_blocks, *middle, *unet.up_blocks]
+    strange = sorted({type(block).__name__ for block in blocks if type(block) not in BLOCKS})
+    parts = [part for block in blocks for part in getattr(block, "attentions", None) or [] if part is not None]
+    strange += sorted({type(part).__name__ for part in parts if type(part) is not Transformer2DModel})
+    inner = [block for part in parts for block in getattr(part, "transformer_blocks", ())]
+    strange += sorted({type(block).__name__ for block in inner if type(block) is not BasicTransformerBlock})
+    if strange:
+        known = ", ".join(block.__name__ for block in BLOCKS)
+        raise SurgeryError(f"cannot inflate layers of type {', '.join(strange)}; known are {known}")
+
+
+def register(model: Any, **settings: Any) -> None:
+    """Store settings in a model's config, also against diffusers' list of settings that were left at their default."""
+    defaults = [name for name in model.config.get("_use_default_values", []) if name not in settings]
+    model.register_to_config(**settings, _use_default_values=defaults)
+
+
+def load_strictly(load: Any, path: str | Path, settings: dict[str, Any]) -> Any:
+    """Call a `from_pretrained`; raises `CheckpointError` if the folder and the model do not hold the same tensors."""
+    wants_info = settings.pop("output_loading_info", False)
+    try:
+        model, info = load(path, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or surplus:
+        found = [f"{kind}: {', '.join(keys)}" for kind, keys in (("missing", missing), ("surplus", surplus)) if keys]
+        raise CheckpointError(f"{path} does not hold this model's tensors (a 2D one is inflated); {'; '.join(found)}")
+    return (model, info) if wants_info else model
+
+
+def keep_signature(kind: type, parent: type, *added: str) -> None:
+    """Give `kind.__init__` its parent's signature and the `added` settings: diffusers drops what it cannot see."""
+    own = inspect.signature(parent.__dict__["__init__"])
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in added]
+    kind.__dict__["__init__"].__signature__ = own.replace(parameters=[*own.parameters.values(), *more])
+
+
+keep_signature(VideoUNet, UNet2DConditionModel, "temporal")
+
+
+def _per_frame(timestep: Tensor | float | int, clips: torch.Size, device: torch.device) -> Tensor:
+    """Time steps of all frames (B*F,) from a scalar, (B,) or (B,F)."""
+    steps = torch.as_tensor(timestep, device=device)
+    steps = steps.unsqueeze(-1) if steps.ndim == 1 else steps  # (B, 1)
+    if steps.ndim not in (0, 2) or any(size not in (1, full) for size, full in zip(steps.shape, clips, strict=False)):
+        raise InflateError(f"timestep must be a scalar, ({clips[0]},) or {tuple(clips)}, got {tuple(steps.shape)}")
+    return steps.expand(clips).flatten()  # (B*F,)
+
+
+def _frame_context(context: Tensor, clips: torch.Size) -> Tensor:
+    """The context of all frames (B*F,L,D) from (B,L,D) or (B,F,L,D)."""
+    if context.ndim == 4 and context.shape[:2] == clips:
+        return context.flatten(0, 1)  # (B*F, L, D)
+    if context.ndim == 3 and context.shape[0] == clips[0]:
+        return context.repeat_interleave(clips[1], 0)  # (B*F, L, D)
+    raise InflateError(
+        f"encoder_hidden_states must be ({clips[0]}, tokens, width) or {(*clips,)} + (tokens, width), "
+        f"got {tuple(context.shape)}"
+    )
+
+
+def _frame_mask(image_only: Tensor | None, clips: torch.Size) -> Tensor | None:
+    """The image mask as bool (B,F)."""
+    if image_only is not None and image_only.shape != clips:
+        raise InflateError(f"image_only must be {tuple(clips)}, got {tuple(image_only.shape)}")
+    return None if image_only is None else image_only.bool()

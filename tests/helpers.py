@@ -1,0 +1,78 @@
+"""Tiny models shaped like the published ones; every builder is seeded and runs in a fraction of a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+CROSS = 32
+"""Width of the text or image context of the tiny UNets."""
+
+LATENT = 8
+"""Height and width of the latents that the tiny UNets are tested with."""
+
+
+def tiny_unet(linear: bool = False, seed: int = 0, **settings: Any) -> UNet2DConditionModel:
+    """A two-level UNet: convolutional projections as in Stable Diffusion 1, linear ones (`linear=True`) as in 2."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "sample_size": LATENT,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": CROSS,
+        "attention_head_dim": 2,
+        "norm_num_groups": 16,
+        "use_linear_projection": linear,
+    }
+    return UNet2DConditionModel(**{**defaults, **settings}).eval()
+
+
+def tiny_unet_sd1(seed: int = 0, **settings: Any) -> UNet2DConditionModel:
+    """Stable Diffusion 1: projections into the transformer are 1x1 convolutions."""
+    return tiny_unet(False, seed, **settings)
+
+
+def tiny_unet_sd2(seed: int = 0, **settings: Any) -> UNet2DConditionModel:
+    """Stable Diffusion 2: projections into the transformer are linear layers."""
+    return tiny_unet(True, seed, **settings)
+
+
+def tiny_vae(seed: int = 0, **settings: Any) -> AutoencoderKL:
+    """A two-level autoencoder (an image side is twice its latent's) with the quantisation convolutions of SD."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**{**defaults, **settings}).eval()
+
+
+def unet_inputs(
+    batch: int = 2, frames: int = 3, channels: int = 4, tokens: int = 5, side: int = LATENT, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of a video UNet: sample (B,F,C,h,w), timestep (B,), encoder_hidden_states (B,L,D)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn(batch, frames, channels, side, side, generator=generator),
+        "timestep": torch.rand(batch, generator=generator) * 900,
+        "encoder_hidden_states": torch.randn(batch, tokens, CROSS, generator=generator),
+    }
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> None:
+    """Move every parameter by seeded noise, so that layers born at zero take part in a test."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
