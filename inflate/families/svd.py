@@ -1,0 +1,477 @@
+"""Stable Video Diffusion (Blattmann et al., 2311.15127): conditioning, loading, export.
+
+A clip is animated from its first frame, which the UNet sees twice: as a CLIP embedding in cross-attention and as a
+noised latent beside the noisy latents of every frame. `SVD.condition` is the one function that builds this, for
+training and for sampling.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from inflate.errors import CheckpointError, ConfigError, DataError
+from inflate.families import svd_files
+from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.vae import VideoVAE
+from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
+from inflate.surgery import inflate_unet, inflate_vae
+
+log = logging.getLogger(__name__)
+
+SETTINGS_FILE, TENSORS_FILE = "inflate.json", "inflate.safetensors"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that the UNet is given beside the noisy clip."""
+
+    context: Tensor
+    """CLIP embedding of the clean first frame, (B, 1, D)"""
+    image_latent: Tensor
+    """unscaled posterior mode of the noised first frame, (B, C, h, w)"""
+    added_ids: Tensor
+    """fps - 1, motion bucket and noise augmentation, (B, 3)"""
+
+    def null(self) -> "Condition":
+        """The condition that guidance leads away from: no embedding and no latent, the same ids."""
+        return Condition(torch.zeros_like(self.context), torch.zeros_like(self.image_latent), self.added_ids)
+
+    def drop(self, draw: Tensor, both: float, context_only: float = 0.0, image_only: float = 0.0) -> "Condition":
+        """Zeroes parts of each clip's condition by its uniform draw (B,): both, the context, or the latent.
+
+        The three rates are probabilities; ConfigError where they exceed 1 together or one is negative.
+        """
+        if min(both, context_only, image_only) < 0 or both + context_only + image_only > 1:
+            raise ConfigError(
+                f"drop rates {both}, {context_only}, {image_only} must be at least 0 and at most 1 in all"
+            )
+        no_context = draw < both + context_only
+        no_image = (draw < both) | ((draw >= both + context_only) & (draw < both + context_only + image_only))
+        context = self.context.masked_fill(no_context[:, None, None], 0.0)  # (B, 1, D)
+        return Condition(context, self.image_latent.masked_fill(no_image[:, None, None, None], 0.0), self.added_ids)
+
+    @classmethod
+    def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
+        """Several conditions as one batch."""
+        return cls(
+            torch.cat([each.context for each in conditions]),
+            torch.cat([each.image_latent for each in conditions]),
+            torch.cat([each.added_ids for each in conditions]),
+        )
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The same on another device."""
+        return Condition(self.context.to(device), self.image_latent.to(device), self.added_ids.to(device))
+
+
+@dataclass(frozen=True)
+class MotionBuckets:
+    """The measured map from a clip's motion score to 0..255; the published model's own was never told.
+
+    `quantiles` are scores at evenly spaced shares of the training clips, so that the bucket says how many clips move
+    less: 127 is the median. Without quantiles every clip is in bucket 127.
+    """
+
+    quantiles: tuple[float, ...] = ()
+
+    @classmethod
+    def fit(cls, scores: Sequence[float] | Tensor) -> Self:
+        """Measures the map on motion scores of any unit; DataError where there are none or one is not finite."""
+        values = torch.as_tensor(scores, dtype=torch.float64).flatten()
+        if len(values) == 0 or not bool(values.isfinite().all()):
+            raise DataError(f"motion buckets need finite motion scores of clips, got {len(values)} scores")
+        shares = torch.linspace(0, 1, min(256, len(values)), dtype=torch.float64)
+        return cls(tuple(torch.quantile(values, shares).tolist()))
+
+    def bucket(self, score: Tensor) -> Tensor:
+        """The bucket, 0..255 in whole numbers and in float32, of each score (B,)."""
+        if len(self.quantiles) < 2 or self.quantiles[0] == self.quantiles[-1]:
+            return torch.full_like(score, 127.0, dtype=torch.float32)
+        edges = torch.tensor(self.quantiles, dtype=torch.float64, device=score.device)
+        low = (torch.searchsorted(edges, score.double().contiguous(), right=True) - 1).clamp(0, len(edges) - 2)
+        step = (edges[low + 1] - edges[low]).clamp(min=torch.finfo(torch.float64).tiny)
+        share = ((score.double() - edges[low]) / step).clamp(0.0, 1.0)
+        return (255.0 * (low + share) / (len(edges) - 1)).round().float()
+
+
+@dataclass(frozen=True)
+class ExportGap:
+    """Largest absolute differences between our models and their export, on random inputs of unit variance."""
+
+    unet: float
+    """rounding, and the group-norm epsilon of 1e-6 that diffusers has in its cross-attention blocks"""
+    decoder: float
+    """rounding, and at the border a folded post-quant convolution"""
+
+
+@dataclass
+class SVD:
+    """A Stable Video Diffusion model: its networks, and what training fixed that sampling must repeat."""
+
+    unet: VideoUNet
+    vae: VideoVAE
+    image_encoder: CLIPVisionModelWithProjection
+    objective: EDM = field(default_factory=EDM)
+    motion: MotionBuckets = field(default_factory=MotionBuckets)
+    frames: int = 14
+    """clip length of training"""
+    decode_chunk: int = 14
+    """frames decoded together: the norms of the decoder couple them, so it is the chunk of the decoder's training"""
+    fps: int = 7
+    """frames per second of the clips"""
+    sigma_min: float = SIGMA_MIN
+    """lowest noise level of sampling"""
+    sigma_max: float = SIGMA_MAX
+    """highest noise level of sampling"""
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """per channel, of the image encoder's inputs in [0, 1]"""
+    image_std: tuple[float, ...] = CLIP_STD
+    """per channel, of the image encoder's inputs in [0, 1]"""
+
+    def __post_init__(self) -> None:
+        self.sigma_max = min(self.sigma_max, self.objective.sigma_limit)
+        width, needed = self.image_encoder.config.projection_dim, self.unet.config.cross_attention_dim
+        if width != needed:
+            raise CheckpointError(f"the image encoder embeds in {width} dimensions but the UNet's context has {needed}")
+        channels = 2 * self.vae.config.latent_channels
+        if self.unet.config.in_channels != channels:
+            raise CheckpointError(
+                f"the UNet takes {self.unet.config.in_channels} channels but the VAE's need {channels}"
+            )
+
+    @classmethod
+    def load(
+        cls, path: str | Path, image_encoder: str | Path | None = None, epsilon: float = 1e-6, frames: int = 14
+    ) -> Self:
+        """Loads what `path` is: an image model, which is inflated, a video model, or the original's .safetensors file.
+
+        `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks (1e-5: the
+        original's; 1e-6: diffusers', whose pipeline then samples it exactly), `frames` its clip length.
+        """
+        if str(path).endswith(".safetensors"):
+            if image_encoder is None:
+                raise CheckpointError(f"{path} holds no image encoder in a form that is read: give its folder as image_encoder")
+            return cls.from_sgm(path, image_encoder)
+        folder = svd_files.resolve(path)
+        if svd_files.is_image_model(folder):
+            spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
+            return cls.from_image_model(folder, image_encoder, spec, frames=frames)
+        return cls.from_pretrained(folder)
+
+    @classmethod
+    def from_image_model(
+        cls,
+        path: str | Path,
+        image_encoder: str | Path | None = None,
+        spec: TemporalSpec | None = None,
+        objective: EDM | None = None,
+        frames: int = 14,
+    ) -> Self:
+        """Inflates a Stable Diffusion folder in diffusers' layout, or one on the Hub named owner/name.
+
+        Without `objective` the network is told of noise as its scheduler did, which keeps a v-predicting model's
+        denoiser exact. CheckpointError, with nothing made, where a part is missing, not whole, or does not fit.
+        """
+        folder = svd_files.resolve(path)
+        scheduler = svd_files.read_json(folder / "scheduler" / "scheduler_config.json")
+        inherited = objective or objective_of(scheduler, folder)
+        encoder_folder = svd_files.resolve(image_encoder) if image_encoder else folder / "image_encoder"
+        encoder = svd_files.load_image_encoder(encoder_folder)
+        image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
+        image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+        channels = 2 * image_vae.config.latent_channels
+        unet, _ = inflate_unet(image_unet, spec or TemporalSpec(), in_channels=channels)
+        vae, _ = inflate_vae(image_vae)
+        statistics = image_statistics(encoder_folder, folder / "feature_extractor")
+        return cls(unet, vae, encoder, inherited, frames=frames, decode_chunk=frames, **statistics)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Loads diffusers' Stable Video Diffusion folder, or an export of ours, which is the same and more.
+
+        CheckpointError, listing the tensors, where they do not match the models one to one.
+        """
+        folder = svd_files.resolve(path)
+        own = folder / SETTINGS_FILE
+        settings = svd_files.read_json(own) if own.is_file() else {}
+        extra = folder / TENSORS_FILE
+        overrides = svd_files.read_tensors(extra) if extra.is_file() else {}
+        unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
+        vae = svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)
+        encoder = svd_files.load_image_encoder(folder / "image_encoder")
+        statistics = image_statistics(folder / "feature_extractor")
+        if settings:
+            return cls(unet, vae, encoder, **_remembered(settings, own), **statistics)
+        frames = svd_files.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
+        return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
+
+    @classmethod
+    def from_sgm(cls, file: str | Path, image_encoder: str | Path, frames: int = 14, head_channels: int = 64) -> Self:
+        """Loads a single .safetensors file in the original's names; the image encoder comes from its own folder.
+
+        CheckpointError, listing the tensors, where one is missing, left over or of another shape.
+        """
+        folder = svd_files.resolve(image_encoder)
+        unet, vae = svd_files.load_sgm(Path(file).expanduser(), head_channels)
+        encoder = svd_files.load_image_encoder(folder)
+        return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **image_statistics(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet's parameters are."""
+        return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the networks, in place."""
+        for network in (self.unet, self.vae, self.image_encoder):
+            network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]."""
+        frames = pixels.flatten(0, 1).to(self.vae.dtype)  # (B F, 3, H, W)
+        modes = [self.vae.encode(chunk).latent_dist.mode() for chunk in frames.split(self.decode_chunk)]
+        latents = self.vae.config.scaling_factor * torch.cat(modes)  # (B F, C, h, w)
+        return latents.unflatten(0, pixels.shape[:2])  # (B, F, C, h, w)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), chunk by chunk of frames."""
+        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        chunks = [self.vae.decode(chunk, return_dict=False)[0] for chunk in unscaled.split(self.decode_chunk, dim=1)]
+        return torch.cat(chunks, dim=1)  # (B, F, 3, H, W)
+
+    @torch.no_grad()
+    def condition(self, first_frame: Tensor, fps: Tensor, bucket: Tensor, aug: Tensor, noise: Tensor) -> Condition:
+        """The condition of clips from their first frames (B, 3, H, W) in [-1, 1]: the one of training and sampling.
+
+        `fps` in frames per second, `bucket` in 0..255 and the noise augmentation `aug` (a sigma, in pixel values)
+        are (B,); `noise` is standard normal like `first_frame`. CLIP sees the clean frame, the latent is unscaled
+        (2311.15127, appendix D.3).
+        """
+        context = self.embed(first_frame)  # (B, 1, D)
+        noised = first_frame + aug[:, None, None, None] * noise
+        latent = self.vae.encode(noised.to(self.vae.dtype)).latent_dist.mode()  # (B, C, h, w)
+        ids = torch.stack([fps - 1.0, bucket, aug], dim=1)  # (B, 3)
+        return Condition(context, latent.to(context.dtype), ids.to(context.dtype))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """CLIP's projected embedding (B, 1, D) of images (B, 3, H, W) in [-1, 1], squashed to the encoder's square."""
+        size = self.image_encoder.config.image_size
+        small = (resize_antialiased(image, (size, size)) + 1.0) / 2.0  # (B, 3, size, size)
+        mean, std = (small.new_tensor(value)[:, None, None] for value in (self.image_mean, self.image_std))
+        pixels = ((small - mean) / std).to(self.image_encoder.dtype)
+        embedding: Tensor = self.image_encoder(pixels).image_embeds
+        return embedding.unsqueeze(1)  # (B, 1, D)
+
+    def predict(self, condition: Condition, unet: nn.Module | None = None) -> Predict:
+        """The network as objectives and samplers call it; `unet` is its wrapped form (DDP, EMA) where there is one."""
+        return predictor(self.unet if unet is None else unet, condition)
+
+    def scheduler(self, sigma_min: float | None = None, sigma_max: float | None = None) -> EulerDiscreteScheduler:
+        """The sampler's schedule; ConfigError where its noise exceeds what the network can be told of."""
+        low, high = sigma_min or self.sigma_min, sigma_max or self.sigma_max
+        return euler_scheduler(self.objective, low, high)
+
+    def export_gap(self, seed: int = 0) -> ExportGap:
+        """Measures what diffusers' classes compute otherwise with these weights, on two frames of noise."""
+        return self._gap(*self._twins(), seed)
+
+    def save_pretrained(self, folder: str | Path) -> ExportGap:
+        """Writes the layout of diffusers' StableVideoDiffusionPipeline, and beside it what only we need; atomic.
+
+        Returns the measured gap, which `inflate.json` states too. CheckpointError, with nothing written, where
+        diffusers' classes cannot hold the models or the folder holds other files.
+        """
+        svd_files.refuse_what_diffusers_lacks(self.unet, self.vae, self.image_encoder.config.image_size)
+        unet, vae = self._twins()
+        gap = self._gap(unet, vae, seed=0)
+        svd_files.write_atomically(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
+        return gap
+
+    def _twins(self) -> tuple[UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder]:
+        """The same models as diffusers' classes, in the same memory."""
+        return svd_files.diffusers_unet(self.unet, self.frames), svd_files.diffusers_vae(self.vae)
+
+    @torch.no_grad()
+    def _gap(self, unet: UNetSpatioTemporalConditionModel, vae: AutoencoderKLTemporalDecoder, seed: int) -> ExportGap:
+        generator = torch.Generator().manual_seed(seed)
+        side = 2 ** len(self.unet.config.block_out_channels)
+        sample = _normal((1, 2, self.unet.config.in_channels, side, side), generator, self.unet)
+        context = _normal((1, 1, self.unet.config.cross_attention_dim), generator, self.unet)
+        inputs = (sample, torch.ones(1).to(sample), context, torch.tensor([[6.0, 127.0, 0.02]]).to(sample))
+        latent = _normal((1, 2, self.vae.config.latent_channels, 8, 8), generator, self.vae)
+        with evaluating(self.unet, self.vae):
+            unet_gap = self.unet(*inputs).sample - unet(*inputs).sample
+            decoder_gap = self.vae.decode(latent, return_dict=False)[0] - vae.decode(latent[0], num_frames=2).sample
+        return ExportGap(float(unet_gap.abs().max()), float(decoder_gap.abs().max()))
+
+    def _write(
+        self,
+        folder: Path,
+        unet: UNetSpatioTemporalConditionModel,
+        vae: AutoencoderKLTemporalDecoder,
+        gap: ExportGap,
+    ) -> None:
+        pipeline = StableVideoDiffusionPipeline(
+            vae=vae,
+            image_encoder=self.image_encoder,
+            unet=unet,
+            scheduler=self.scheduler(),
+            feature_extractor=CLIPImageProcessor(image_mean=list(self.image_mean), image_std=list(self.image_std)),
+        )
+        pipeline.save_pretrained(folder)
+        index = svd_files.read_json(folder / "model_index.json")
+        # without torchvision transformers writes the name of a stand-in that older releases do not know
+        index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
+        exact = svd_files.exact_vae_tensors(self.vae)
+        if exact:
+            save_file(exact, folder / TENSORS_FILE)
+
+    def _settings(self, gap: ExportGap) -> dict[str, Any]:
+        return {
+            "unet": svd_files.plain(self.unet.config),
+            "vae": svd_files.plain(self.vae.config),
+            "objective": asdict(self.objective),
+            "motion_quantiles": list(self.motion.quantiles),
+            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
+            "export_gap": asdict(gap),
+        }
+
+
+_PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "sigma_min", "sigma_max")
+
+
+def predictor(unet: nn.Module, condition: Condition) -> Predict:
+    """F(c_in x, c_noise) of a video UNet: the image latent joins every frame's channels."""
+
+    def predict(scaled: Tensor, c_noise: Tensor) -> Tensor:
+        latent = condition.image_latent.to(scaled)[:, None].expand(-1, scaled.shape[1], -1, -1, -1)  # (B, F, C, h, w)
+        inputs = torch.cat([scaled, latent], dim=2)  # (B, F, 2C, h, w)
+        output: Tensor = unet(inputs, c_noise, condition.context, added_time_ids=condition.added_ids).sample
+        return output  # (B, F, C, h, w)
+
+    return predict
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks in evaluation mode, and afterwards as they were."""
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, training in zip(networks, modes, strict=True):
+            network.train(training)
+
+
+def euler_scheduler(
+    objective: EDM, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX
+) -> EulerDiscreteScheduler:
+    """diffusers' Euler scheduler on Karras' noise levels, whose timesteps are the objective's noise inputs.
+
+    ConfigError where `sigma_max` exceeds what the network can be told of: there the timesteps would repeat.
+    """
+    if not 0 < sigma_min < sigma_max <= objective.sigma_limit:
+        raise ConfigError(
+            f"sampling from sigma_max {sigma_max:g} to sigma_min {sigma_min:g}: needs 0 < sigma_min < sigma_max"
+            f" <= {objective.sigma_limit:.4f}, the highest level that the network knows"
+        )
+    discrete = objective.noise_condition == "discrete"
+    return EulerDiscreteScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_type="discrete" if discrete else "continuous",
+        rescale_betas_zero_snr=discrete and objective.zero_terminal_snr,
+        timestep_spacing="leading",
+        steps_offset=1,
+        use_karras_sigmas=True,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+    )
+
+
+def objective_of(scheduler: dict[str, Any], folder: Path) -> EDM:
+    """The objective that keeps an image model's noise condition; CheckpointError for a schedule that is not SD's."""
+    betas = scheduler.get("beta_start"), scheduler.get("beta_end"), scheduler.get("beta_schedule")
+    if betas != (BETA_START, BETA_END, "scaled_linear"):
+        raise CheckpointError(
+            f"{folder}/scheduler has betas {betas}; only Stable Diffusion's schedule is known: pass an objective"
+        )
+    if scheduler.get("prediction_type", "epsilon") != "v_prediction":
+        log.warning("%s predicts noise, not v: it must be fine-tuned before its samples mean anything", folder)
+    return EDM(noise_condition="discrete", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)))
+
+
+def image_statistics(*folders: Path) -> dict[str, Any]:
+    """The input mean and deviation that the first preprocessor_config.json found states; none: the class's own."""
+    for folder in folders:
+        file = folder / "preprocessor_config.json"
+        if file.is_file():
+            stated = svd_files.read_json(file)
+            return {name: tuple(stated[name]) for name in ("image_mean", "image_std") if name in stated}
+    return {}
+
+
+def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) at another size (h, w): a Gaussian blur as wide as the shrinking needs, then bicubic.
+
+    The corners stay in place; each axis has its own standard deviation (shrinking - 1) / 2, in pixels, and a window
+    of four of them: what the published model's image encoder was fed with.
+    """
+    for axis, target in zip((2, 3), size, strict=True):
+        image = _blur(image, axis, image.shape[axis] / target)
+    return F.interpolate(image, size=size, mode="bicubic", align_corners=True)  # (B, C, h, w)
+
+
+def _blur(image: Tensor, axis: int, shrinking: float) -> Tensor:
+    deviation = max((shrinking - 1.0) / 2.0, 0.001)
+    radius = int(max(4.0 * deviation, 3)) // 2
+    offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
+    weights = torch.exp(-(offsets**2) / (2.0 * deviation**2))
+    kernel = (weights / weights.sum()).reshape((1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1))
+    padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+    padded = F.pad(image, padding, mode="reflect").flatten(0, 1).unsqueeze(1)  # (B C, 1, H', W')
+    return F.conv2d(padded, kernel).reshape(image.shape)  # (B, C, H, W)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator, like: nn.Module) -> Tensor:
+    return torch.randn(shape, generator=generator).to(next(like.parameters()))
+
+
+def _remembered(settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The fields of the family that an export's settings file holds."""
+    try:
+        objective = EDM(**settings["objective"])
+        motion = MotionBuckets(tuple(settings["motion_quantiles"]))
+        return {"objective": objective, "motion": motion, **{name: settings[name] for name in _PLAIN_SETTINGS}}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error

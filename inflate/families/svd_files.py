@@ -1,0 +1,386 @@
+"""Reading and writing the folders and files that hold Stable Video Diffusion.
+
+Everything is read and checked before a model exists: models are built without memory and take the tensors over.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+
+from inflate.errors import CheckpointError
+from inflate.families import svd_keys
+from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
+from inflate.models.vae import VideoVAE
+
+HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
+DIFFUSERS_EPS = 1e-6
+POCKET = Path(__file__).parents[1] / "pocket"
+"""The pocket Stable Diffusion that comes with the package."""
+PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
+UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
+
+# What diffusers' classes have built in: a model that differs cannot be told to them.
+_UNET_FIXED: dict[str, Any] = {
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+    "addition_embed_type": None,
+    "encoder_hid_dim": None,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "time_embedding_type": "positional",
+    "class_embed_type": "projection",
+}
+_VAE_FIXED: dict[str, Any] = {
+    "norm_num_groups": 32,
+    "act_fn": "silu",
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def is_image_model(folder: Path) -> bool:
+    """Whether a folder in diffusers' layout holds a 2D UNet, which is to be inflated."""
+    return read_json(folder / "unet" / "config.json").get("_class_name") == "UNet2DConditionModel"
+
+
+def resolve(path: str | Path) -> Path:
+    """The local folder of `path`, of the shipped model `pocket`, or of the downloaded parts of a model named owner/name.
+
+    CheckpointError where there is none.
+    """
+    folder = POCKET if str(path) == "pocket" else Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
+    patterns = ["*.json", *(f"{part}/*" for part in PARTS)]
+    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=unwanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where the file is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a diffusers model folder, in float32; CheckpointError where a file is missing or cut short."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    else:
+        files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME) if (folder / name).is_file()][
+            :1
+        ]
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights: {SAFETENSORS_WEIGHTS_NAME} is missing")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_tensors(file))
+    return tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, in float32; CheckpointError where it is missing or cut short."""
+    try:
+        return {key: tensor.float() for key, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
+
+
+def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
+    """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not there: inflation needs a Stable Diffusion folder in diffusers' layout")
+    half = (folder / HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+    settings: dict[str, Any] = {"torch_dtype": torch.float32, "variant": "fp16" if half else None}
+    return load_strictly(kind.from_pretrained, folder, settings)
+
+
+def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
+    """The CLIP image encoder of a folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no CLIP image encoder; give the folder of one as image_encoder "
+            "(Stable Video Diffusion uses laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
+        )
+    try:
+        return load_strictly(CLIPVisionModelWithProjection.from_pretrained, folder, {"dtype": torch.float32})
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
+
+
+def build_unet(config: Mapping[str, Any], spec: TemporalSpec) -> VideoUNet:
+    """A VideoUNet without memory (on the meta device) from a 2D configuration."""
+    ids = {
+        "class_embed_type": "projection" if spec.added_ids else None,
+        "projection_class_embeddings_input_dim": spec.added_ids * spec.added_id_dim or None,
+    }
+    with torch.device("meta"):
+        return VideoUNet.from_config({**config, **ids, "temporal": spec.to_dict()})
+
+
+def build_vae(config: Mapping[str, Any]) -> VideoVAE:
+    """A VideoVAE without memory (on the meta device) from an AutoencoderKL configuration."""
+    with torch.device("meta"):
+        return VideoVAE.from_2d(AutoencoderKL.from_config(dict(config)))
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor of a model."""
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def adopt(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a model without memory its tensors, without a copy."""
+    model.load_state_dict(tensors, assign=True)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def image_unet_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], TemporalSpec]:
+    """The 2D configuration and the temporal specification of a UNetSpatioTemporalConditionModel's configuration."""
+    spec = TemporalSpec(
+        added_ids=config["projection_class_embeddings_input_dim"] // config["addition_time_embed_dim"],
+        added_id_dim=config["addition_time_embed_dim"],
+        cross_attention_resnet_eps=DIFFUSERS_EPS,
+    )
+    flat = {key: config[key] for key in _SHARED_UNET_SETTINGS}
+    for side in ("down_block_types", "up_block_types"):
+        flat[side] = tuple(name.replace("SpatioTemporal", "2D") for name in config[side])
+    return {**flat, "attention_head_dim": config["num_attention_heads"], "use_linear_projection": True}, spec
+
+
+_SHARED_UNET_SETTINGS = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+)
+_SHARED_VAE_SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "down_block_types",
+    "latent_channels",
+    "sample_size",
+    "scaling_factor",
+    "force_upcast",
+    "layers_per_block",
+)
+
+
+def image_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The AutoencoderKL configuration of an AutoencoderKLTemporalDecoder's, which has no post-quant convolution."""
+    flat = {key: config[key] for key in _SHARED_VAE_SETTINGS}
+    up = ("UpDecoderBlock2D",) * len(config["block_out_channels"])
+    return {**flat, "up_block_types": up, "use_quant_conv": True, "use_post_quant_conv": False}
+
+
+def refuse_what_diffusers_lacks(unet: VideoUNet, vae: VideoVAE, image_size: int) -> None:
+    """CheckpointError, naming the settings, where diffusers' classes cannot hold these models."""
+    spec = unet.spec
+    wrong = [f"unet {name} {unet.config[name]}" for name, value in _UNET_FIXED.items() if unet.config[name] != value]
+    wrong += [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
+    if not (spec.resnet and spec.block and spec.added_ids == 3):
+        wrong.append(f"temporal specification {spec}")
+    if image_size != 224:
+        wrong.append(f"image encoder of {image_size} pixels, where the pipeline always gives 224")
+    if wrong:
+        raise CheckpointError(f"diffusers' StableVideoDiffusionPipeline has no place for: {'; '.join(wrong)}")
+
+
+def diffusers_unet(unet: VideoUNet, frames: int) -> UNetSpatioTemporalConditionModel:
+    """The same model as diffusers' class, which shares its memory."""
+    config = {key: unet.config[key] for key in _SHARED_UNET_SETTINGS}
+    for side in ("down_block_types", "up_block_types"):
+        config[side] = tuple(name.replace("2D", "SpatioTemporal") for name in unet.config[side])
+    with torch.device("meta"):
+        target = UNetSpatioTemporalConditionModel(
+            **config,
+            addition_time_embed_dim=unet.spec.added_id_dim,
+            projection_class_embeddings_input_dim=unet.config.projection_class_embeddings_input_dim,
+            num_attention_heads=unet.config.attention_head_dim,
+            num_frames=frames,
+        )
+    tensors = _detached(unet)
+    adopt(target, svd_keys.convert(tensors, svd_keys.unet_to_diffusers(tensors), shapes(target), "this UNet"))
+    return target
+
+
+def diffusers_vae(vae: VideoVAE) -> AutoencoderKLTemporalDecoder:
+    """The same autoencoder as diffusers' class; a post-quant convolution is folded, exact but for the zero padding."""
+    with torch.device("meta"):
+        target = AutoencoderKLTemporalDecoder(**{key: vae.config[key] for key in _SHARED_VAE_SETTINGS})
+    tensors = _detached(vae)
+    weight, bias = tensors.pop("post_quant_conv.weight", None), tensors.pop("post_quant_conv.bias", None)
+    if weight is not None and bias is not None:
+        tensors.update(_folded(tensors, weight, bias))
+    if "quant_conv.weight" not in tensors:
+        tensors.update(_identity_quant_conv(tensors["encoder.conv_out.bias"]))
+    adopt(target, svd_keys.convert(tensors, svd_keys.vae_to_diffusers(tensors), shapes(target), "this VAE"))
+    return target
+
+
+def exact_vae_tensors(vae: VideoVAE) -> dict[str, Tensor]:
+    """The tensors that diffusers' class holds folded, to be kept beside the export; empty where it holds all."""
+    keys = ("post_quant_conv.weight", "post_quant_conv.bias", "decoder.conv_in.weight", "decoder.conv_in.bias")
+    tensors = _detached(vae)
+    return {key: tensors[key].clone() for key in keys} if keys[0] in tensors else {}
+
+
+def load_diffusers_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoUNet:
+    """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
+    if exact is None:
+        config, spec = image_unet_config(_with_defaults(UNetSpatioTemporalConditionModel, folder))
+    else:
+        config, spec = dict(exact), TemporalSpec.from_dict(exact["temporal"])
+    unet = build_unet(config, spec)
+    wanted = shapes(unet)
+    names = svd_keys.inverse(svd_keys.unet_to_diffusers(wanted))
+    adopt(unet, svd_keys.convert(read_weights(folder), names, wanted, str(folder)))
+    return unet
+
+
+def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides: Mapping[str, Tensor]) -> VideoVAE:
+    """A VideoVAE from AutoencoderKLTemporalDecoder's folder; `exact` and `overrides` are what our export kept."""
+    vae = build_vae(image_vae_config(_with_defaults(AutoencoderKLTemporalDecoder, folder)) if exact is None else exact)
+    wanted = shapes(vae)
+    names = svd_keys.inverse(svd_keys.vae_to_diffusers(wanted))
+    tensors = read_weights(folder)
+    if not vae.config.use_quant_conv:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("quant_conv.")}
+    back = svd_keys.vae_to_diffusers(overrides)
+    tensors.update({back[key]: tensor for key, tensor in overrides.items()})
+    adopt(vae, svd_keys.convert(tensors, names, wanted, str(folder)))
+    return vae
+
+
+def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
+    """Both models of a single file in sgm's names; its `conditioner.*` repeats the encoder and holds OpenCLIP."""
+    tensors = read_tensors(file)
+    parts = {prefix: _strip(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX)}
+    known = (UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX)
+    surplus = [key for key in tensors if not key.startswith(known)]
+    if surplus:
+        raise CheckpointError(f"{file} holds tensors of no known part: {svd_keys.listing(surplus)}; nothing was loaded")
+    config = svd_keys.sgm_unet_config(parts[UNET_PREFIX], head_channels)
+    return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
+
+
+def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: str) -> VideoUNet:
+    """A VideoUNet of a 2D configuration from the tensors of sgm's VideoUNet, without prefix."""
+    ids = svd_keys.sgm_added_ids(tensors)
+    unet = build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
+    wanted = shapes(unet)
+    names = svd_keys.inverse(svd_keys.unet_to_sgm(wanted, svd_keys.UNetLayout.of(config)))
+    adopt(unet, svd_keys.convert(tensors, names, wanted, origin))
+    return unet
+
+
+def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
+    """A VideoVAE from the tensors of sgm's first stage, without prefix."""
+    config = svd_keys.sgm_vae_config(tensors)
+    vae = build_vae(config)
+    wanted = shapes(vae)
+    names = svd_keys.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
+    adopt(vae, svd_keys.convert(tensors, names, wanted, origin))
+    return vae
+
+
+def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a folder aside and renames it into place; what stood there stays until the new one is whole.
+
+    CheckpointError where the folder holds anything but an earlier export.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
+    aside, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        fill(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration without its private entries."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _with_defaults(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
+    read_json(folder / "config.json")
+    with torch.device("meta"):
+        return plain(kind.from_config(kind.load_config(folder)).config)
+
+
+def _detached(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+
+
+def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _folded(tensors: Mapping[str, Tensor], weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """The first decoder convolution after a 1x1 convolution as one; at the border the bias meets zero padding."""
+    kernel = tensors["decoder.conv_in.weight"]
+    pointwise = weight.flatten(1)  # (C, C)
+    return {
+        "decoder.conv_in.weight": torch.einsum("omhw,mi->oihw", kernel, pointwise),
+        "decoder.conv_in.bias": tensors["decoder.conv_in.bias"] + kernel.sum(dim=(2, 3)) @ bias,
+    }
+
+
+def _identity_quant_conv(like: Tensor) -> dict[str, Tensor]:
+    weight = torch.eye(len(like), dtype=like.dtype, device=like.device)[:, :, None, None]
+    return {"quant_conv.weight": weight, "quant_conv.bias": torch.zeros_like(like)}

@@ -1,0 +1,146 @@
+"""Training objectives: frozen dataclasses that are called with the network.
+
+EDM is the continuous-noise objective of Karras et al., 2206.00364, in the preconditioning of Stable Video Diffusion
+(2311.15127, appendix D): a v-prediction, so that both the published video models and a v-predicting image model fit.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012
+
+
+class Scalings(NamedTuple):
+    """What surrounds the network at each noise level, every entry of shape (B,)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+@functools.cache
+def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
+    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float32).
+
+    With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1; its last level, which would be
+    infinite, is 4,096, the value that diffusers' EulerDiscreteScheduler uses.
+    """
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float32) ** 2
+    signal = torch.cumprod(1.0 - betas, dim=0)
+    if zero_terminal_snr:
+        signal = _zero_terminal(signal)
+    return ((1.0 - signal) / signal) ** 0.5
+
+
+def _zero_terminal(signal: Tensor) -> Tensor:
+    root = signal.sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    stretched = ((root - last) * (first / (first - last))) ** 2
+    # through the betas and back, as the reference does it, for the same rounding
+    ratio = torch.cat([stretched[:1], stretched[1:] / stretched[:-1]])
+    signal = torch.cumprod(1.0 - (1.0 - ratio), dim=0)
+    signal[-1] = 2.0**-24
+    return signal
+
+
+def sigma_to_timestep(sigma: Tensor, zero_terminal_snr: bool = False) -> Tensor:
+    """The fractional timestep in [0, 999] whose noise level is `sigma`, by interpolation in log sigma; same shape."""
+    levels = schedule_sigmas(zero_terminal_snr).to(sigma.device).log().double()
+    log_sigma = sigma.double().clamp(min=1e-10).log()
+    low = (torch.searchsorted(levels, log_sigma.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
+    share = ((log_sigma - levels[low]) / (levels[low + 1] - levels[low])).clamp(0.0, 1.0)
+    return (low + share).to(sigma.dtype)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Log-normal noise levels, unit-variance data, and the mean squared error of v (2311.15127, appendix D.2).
+
+    Told of noise as `discrete`, a v-predicting image model keeps its exact denoiser.
+    """
+
+    P_mean: float = 0.7
+    """mean of ln sigma: 0.7 up to 320x576 pixels, 1.0 above"""
+    P_std: float = 1.6
+    """standard deviation of ln sigma"""
+    noise_condition: Literal["edm", "discrete"] = "edm"
+    """what the network is told: edm = ln(sigma) / 4; discrete = the timestep of Stable Diffusion's schedule"""
+    zero_terminal_snr: bool = False
+    """whether that discrete schedule ends in pure noise"""
+
+    @property
+    def sigma_limit(self) -> float:
+        """The largest noise level that the network can be told of."""
+        return math.inf if self.noise_condition == "edm" else float(schedule_sigmas(self.zero_terminal_snr)[-1])
+
+    def sigma(self, normal: Tensor) -> Tensor:
+        """Noise levels (B,) from standard normal draws (B,)."""
+        return (self.P_mean + self.P_std * normal).exp()
+
+    def noise_input(self, sigma: Tensor) -> Tensor:
+        """What the network is told of `sigma`; same shape."""
+        if self.noise_condition == "edm":
+            return 0.25 * sigma.log()
+        return sigma_to_timestep(sigma, self.zero_terminal_snr)
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip, c_out, c_in and c_noise, each (B,), of noise levels (B,)."""
+        total = sigma**2 + 1.0
+        return Scalings(1.0 / total, -sigma / total.sqrt(), 1.0 / total.sqrt(), self.noise_input(sigma))
+
+    def target(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """v = (noise - sigma clean) / sqrt(1 + sigma^2), of the shape of `clean`: no difference of large numbers."""
+        level = _per_video(sigma, clean)
+        return (noise - level * clean) / (level**2 + 1.0).sqrt()
+
+    def loss(self, predict: Predict, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error (B,) of v, at least in float32; equal to the weighted error of the denoised clip.
+
+        `clean` and `noise` are (B, F, C, h, w), `sigma` (B,): one noise level for all frames of a clip.
+        """
+        clean, noise, sigma = (_at_least_float32(tensor) for tensor in (clean, noise, sigma))
+        _, _, c_in, c_noise = self.scalings(sigma)
+        level = _per_video(sigma, clean)
+        prediction = predict(_per_video(c_in, clean) * (clean + level * noise), c_noise)  # (B, F, C, h, w)
+        error = prediction.to(clean.dtype) - self.target(clean, sigma, noise)
+        return error.square().flatten(1).mean(dim=1)  # (B,)
+
+    def denoise(self, predict: Predict, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised clip c_skip x + c_out F(c_in x, c_noise), (B, F, C, h, w), at noise levels (B,)."""
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        prediction = predict(_per_video(c_in, noisy) * noisy, c_noise)  # (B, F, C, h, w)
+        return _per_video(c_skip, noisy) * noisy + _per_video(c_out, noisy) * prediction.to(noisy.dtype)
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Half of the two hinge terms of a discriminator (1705.02894), a scalar, from logits of any shape."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def vanilla_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Half of the two cross-entropy terms of a discriminator (1406.2661), a scalar, from logits of any shape."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """What the generator lowers: the negative mean logit of its outputs, a scalar."""
+    return -fake.mean()
+
+
+def _per_video(value: Tensor, like: Tensor) -> Tensor:
+    return value.reshape(-1, *(1,) * (like.ndim - 1))  # (B, 1, 1, 1, 1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

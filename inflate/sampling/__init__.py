@@ -1,0 +1,1 @@
+"""Samplers: from a condition and noise to a clip."""

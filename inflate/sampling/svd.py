@@ -1,0 +1,127 @@
+"""Sampling Stable Video Diffusion: Euler steps over Karras' noise levels, guidance rising over the frames.
+
+Equal to diffusers' StableVideoDiffusionPipeline on the exported folder, down to its random draws.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+
+from inflate.errors import ConfigError
+from inflate.families.svd import SVD, Condition, evaluating
+from inflate.objectives import Predict
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a clip is drawn from its first frame."""
+
+    steps: int = 25
+    """denoising steps"""
+    guidance_min: float = 1.0
+    """guidance scale of the first frame"""
+    guidance_max: float = 3.0
+    """guidance scale of the last frame; up to 1 there is no guidance, at half the cost"""
+    fps: float = 7.0
+    """frames per second that the model is told"""
+    motion_bucket: float = 127.0
+    """amount of motion: the share of training clips that move less, of 255"""
+    noise_aug: float = 0.02
+    """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
+    frames: int | None = None
+    """length of the clip; none: the length of training"""
+    seed: int = 0
+    """of the noise on the first frame, then of the initial latents"""
+    sigma_min: float | None = None
+    """lowest noise level; none: the model's own, 0.002"""
+    sigma_max: float | None = None
+    """highest noise level; none: the model's own, 700 where the network can be told of it"""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.frames is not None and self.frames < 1):
+            raise ConfigError(f"steps ({self.steps}) and frames ({self.frames}) must be at least 1")
+
+
+def sample(family: SVD, image: Tensor, settings: Sampling | None = None, progress: Progress | None = None) -> Tensor:
+    """Draws clips (B, F, 3, H, W), about in [-1, 1], whose first frame is `image` (B, 3, H, W) in [-1, 1].
+
+    `progress` wraps the list of steps, as tqdm does. ConfigError where the image does not fit the VAE's factor.
+    """
+    settings = settings or Sampling()
+    generator = torch.Generator().manual_seed(settings.seed)
+    condition = condition_of(family, image, settings, generator)
+    latents = sample_latents(family, condition, initial_noise(family, image, settings, generator), settings, progress)
+    with torch.no_grad(), evaluating(family.vae):
+        return family.decode(latents).float()  # (B, F, 3, H, W)
+
+
+def condition_of(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Condition:
+    """The condition of `image` (B, 3, H, W) by the settings; draws the image's noise from `generator`."""
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    if image.ndim != 4 or image.shape[-1] % factor or image.shape[-2] % factor:
+        raise ConfigError(
+            f"the image is {tuple(image.shape)}; it must be (batch, 3, height, width), multiples of {factor}"
+        )
+    noise = torch.randn(image.shape, generator=generator).to(image)
+    fps, bucket, aug = (
+        image.new_full((len(image),), value) for value in (settings.fps, settings.motion_bucket, settings.noise_aug)
+    )
+    return family.condition(image, fps, bucket, aug, noise)
+
+
+def initial_noise(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
+    """Standard normal latents (B, F, C, h, w) for clips as large as `image`."""
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    height, width = image.shape[-2] // factor, image.shape[-1] // factor
+    shape = (len(image), settings.frames or family.frames, family.vae.config.latent_channels, height, width)
+    return torch.randn(shape, generator=generator).to(image)
+
+
+@torch.no_grad()
+def sample_latents(
+    family: SVD, condition: Condition, noise: Tensor, settings: Sampling | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Scaled latents (B, F, C, h, w) of a condition, from standard normal latents of that shape."""
+    settings = settings or Sampling()
+    scheduler = family.scheduler(settings.sigma_min, settings.sigma_max)
+    scheduler.set_timesteps(settings.steps, device=noise.device)
+    if settings.guidance_max <= 1.0:
+        predict, guidance = family.predict(condition), None
+    else:
+        predict = family.predict(Condition.cat([condition.null(), condition]))
+        guidance = torch.linspace(settings.guidance_min, settings.guidance_max, noise.shape[1]).to(noise)
+    with evaluating(family.unet):
+        return euler(predict, noise, scheduler, guidance, progress)
+
+
+def euler(
+    predict: Predict,
+    noise: Tensor,
+    scheduler: EulerDiscreteScheduler,
+    guidance: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Integrates from `noise` (B, F, C, h, w) along the scheduler's noise levels to clean latents of that shape.
+
+    With `guidance` (F,), `predict` is given the batch twice: first without, then with the condition.
+    """
+    scheduler.set_begin_index(0)
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in (progress or list)(list(scheduler.timesteps)):
+        scaled = scheduler.scale_model_input(latents, timestep)
+        prediction = _guided(predict, scaled, timestep, guidance)  # (B, F, C, h, w)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents
+
+
+def _guided(predict: Predict, scaled: Tensor, timestep: Tensor, guidance: Tensor | None) -> Tensor:
+    if guidance is None:
+        return predict(scaled, timestep.expand(len(scaled)))
+    without, given = predict(torch.cat([scaled] * 2), timestep.expand(2 * len(scaled))).chunk(2)
+    return without + guidance[:, None, None, None] * (given - without)

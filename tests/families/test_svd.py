@@ -1,0 +1,467 @@
+"""The family on a pocket-sized Stable Diffusion: conditioning, loading, and its export in diffusers' own pipeline."""
+
+import copy
+import json
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableVideoDiffusionPipeline
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from helpers import randomise, tiny_unet, tiny_vae
+from inflate.errors import CheckpointError, ConfigError, DataError
+from inflate.families import svd_files, svd_keys
+from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler, resize_antialiased
+from inflate.models.unet import TemporalSpec
+from inflate.objectives import EDM, schedule_sigmas
+from inflate.sampling.svd import Sampling, condition_of, initial_noise, sample_latents
+
+DIFFUSERS = TemporalSpec(cross_attention_resnet_eps=1e-6)
+WIDTH = 32
+Both = tuple[SVD, StableVideoDiffusionPipeline]
+
+
+def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **scheduler: object) -> Path:
+    unet = tiny_unet(linear=linear, norm_num_groups=32, cross_attention_dim=WIDTH, transformer_layers_per_block=(2, 1))
+    vae = tiny_vae(
+        block_out_channels=(32, 32),
+        norm_num_groups=32,
+        layers_per_block=2,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+    torch.manual_seed(3)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=112,
+            projection_dim=WIDTH,
+        )
+    )
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **scheduler}
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    parts = {"unet": unet, "vae": vae, "image_encoder": encoder, "scheduler": DDIMScheduler(**{**betas, **settings})}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_model(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="module")
+def born(image_model: Path) -> SVD:
+    return SVD.from_image_model(image_model, spec=DIFFUSERS, frames=4)
+
+
+@pytest.fixture(scope="module")
+def family(born: SVD) -> SVD:
+    """With temporal layers that do something, and every setting away from its default."""
+    trained = copy.deepcopy(born)
+    randomise(trained.unet)
+    randomise(trained.vae, seed=1)
+    trained.motion = MotionBuckets.fit([0.1, 0.2, 0.5])
+    trained.fps, trained.objective = 8, replace(trained.objective, P_mean=0.5)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def exported(family: SVD, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "export"
+    family.save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int = 0, height: int = 32, width: int = 32) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def same_weights(one: SVD, other: SVD) -> bool:
+    for name in ("unet", "vae", "image_encoder"):
+        ours, theirs = (getattr(each, name).state_dict() for each in (one, other))
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    return True
+
+
+def random_condition(batch: int = 4) -> Condition:
+    generator = torch.Generator().manual_seed(0)
+    normal = (torch.randn(shape, generator=generator) for shape in ((batch, 1, 8), (batch, 4, 2, 2), (batch, 3)))
+    return Condition(*normal)
+
+
+# ---- conditioning
+
+
+def test_null_condition_keeps_the_ids_only() -> None:
+    condition = random_condition()
+    null = condition.null()
+    assert not null.context.any()
+    assert not null.image_latent.any()
+    assert torch.equal(null.added_ids, condition.added_ids)
+
+
+def test_drop_zeroes_by_the_draw() -> None:
+    condition = random_condition()
+    dropped = condition.drop(torch.tensor([0.05, 0.12, 0.17, 0.9]), both=0.1, context_only=0.05, image_only=0.05)
+    assert dropped.context.flatten(1).any(dim=1).tolist() == [False, False, True, True]
+    assert dropped.image_latent.flatten(1).any(dim=1).tolist() == [False, True, False, True]
+    assert torch.equal(dropped.added_ids, condition.added_ids)
+    assert torch.equal(dropped.context[2:], condition.context[2:])
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.4, 0.2), (-0.1, 0.0, 0.0)])
+def test_impossible_drop_rates_are_refused(rates: tuple[float, float, float]) -> None:
+    with pytest.raises(ConfigError, match="drop rates"):
+        random_condition().drop(torch.zeros(4), *rates)
+
+
+def test_condition_follows_the_published_recipe(family: SVD) -> None:
+    image = torch.cat([pixels(picture(0)), pixels(picture(1))])
+    noise, aug = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.5])
+    condition = family.condition(image, torch.tensor([8.0, 25.0]), torch.tensor([3.0, 200.0]), aug, noise)
+    torch.testing.assert_close(condition.added_ids, torch.tensor([[7.0, 3.0, 0.0], [24.0, 200.0, 0.5]]))
+    mode = family.vae.encode(torch.stack([image[0], image[1] + 0.5 * noise[1]])).latent_dist.mode()
+    torch.testing.assert_close(condition.image_latent, mode)
+    torch.testing.assert_close(condition.context, family.embed(image))
+    assert not condition.context.requires_grad
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (300, 230), (576, 1024), (1000, 40)])
+def test_resize_equals_diffusers(height: int, width: int) -> None:
+    image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = _resize_with_antialiasing(image, (224, 224))
+    torch.testing.assert_close(resize_antialiased(image, (224, 224)), expected, atol=5e-6, rtol=0)
+
+
+def test_encoding_and_decoding_go_chunk_by_chunk(family: SVD) -> None:
+    chunked = replace(family, decode_chunk=3)
+    clip = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = chunked.encode(clip)
+    assert latents.shape == (2, 4, 4, 8, 8)
+    mode = family.vae.encode(clip[1, 2:3]).latent_dist.mode() * family.vae.config.scaling_factor
+    torch.testing.assert_close(latents[1, 2:3], mode)
+    unscaled = latents / family.vae.config.scaling_factor
+    parts = [family.vae.decode(unscaled[:, :3]).sample, family.vae.decode(unscaled[:, 3:]).sample]
+    torch.testing.assert_close(chunked.decode(latents), torch.cat(parts, dim=1))
+
+
+def test_predict_takes_a_wrapped_network(family: SVD) -> None:
+    condition = Condition(torch.randn(1, 1, WIDTH), torch.randn(1, 4, 8, 8), torch.tensor([[6.0, 127.0, 0.02]]))
+    wrapped = copy.deepcopy(family.unet)
+    randomise(wrapped, seed=5)
+    inputs = torch.randn(1, 3, 4, 8, 8), torch.tensor([0.3])
+    with torch.no_grad():
+        own, other = family.predict(condition)(*inputs), family.predict(condition, wrapped)(*inputs)
+        given = torch.cat([inputs[0], condition.image_latent[:, None].expand(-1, 3, -1, -1, -1)], dim=2)
+        direct = family.unet(given, inputs[1], condition.context, added_time_ids=condition.added_ids).sample
+    assert torch.equal(own, direct)
+    assert not torch.allclose(own, other)
+
+
+# ---- motion buckets
+
+
+def test_motion_buckets_say_how_many_clips_move_less() -> None:
+    buckets = MotionBuckets.fit(torch.arange(1000.0) ** 2)
+    scores = torch.tensor([-1.0, 0.0, 499.5**2, 999.0**2, 1e9])
+    assert buckets.bucket(scores).tolist() == [0.0, 0.0, pytest.approx(127.5, abs=0.51), 255.0, 255.0]
+
+
+def test_motion_buckets_without_a_spread_are_the_middle() -> None:
+    assert MotionBuckets().bucket(torch.tensor([3.0])).tolist() == [127.0]
+    assert MotionBuckets.fit([2.0, 2.0]).bucket(torch.tensor([2.0])).tolist() == [127.0]
+
+
+@pytest.mark.parametrize("scores", [[], [1.0, float("nan")]])
+def test_motion_buckets_need_finite_scores(scores: list[float]) -> None:
+    with pytest.raises(DataError, match="motion"):
+        MotionBuckets.fit(scores)
+
+
+# ---- inflation of an image model
+
+
+def test_inflated_model_takes_over_the_noise_condition(born: SVD) -> None:
+    assert born.objective == EDM(noise_condition="discrete", zero_terminal_snr=True)
+    assert (born.frames, born.decode_chunk, born.unet.config.in_channels) == (4, 4, 8)
+
+
+def test_sampling_range_ends_with_the_schedule(tmp_path: Path) -> None:
+    folder = write_image_model(tmp_path, rescale_betas_zero_snr=False)
+    family = SVD.from_image_model(folder)
+    assert family.sigma_max == pytest.approx(float(schedule_sigmas(False)[-1]))
+    with pytest.raises(ConfigError, match="sigma_max 700"):
+        family.scheduler(sigma_max=700.0)
+
+
+def test_noise_predicting_model_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_image_model(tmp_path, prediction_type="epsilon", rescale_betas_zero_snr=False)
+    with caplog.at_level(logging.WARNING, logger="inflate"):
+        SVD.from_image_model(folder)
+    assert "predicts noise" in caplog.text
+
+
+def test_other_schedule_needs_an_objective(tmp_path: Path) -> None:
+    folder = write_image_model(tmp_path, beta_schedule="linear")
+    with pytest.raises(CheckpointError, match="pass an objective"):
+        SVD.from_image_model(folder)
+    assert SVD.from_image_model(folder, objective=EDM()).sigma_max == 700.0
+
+
+def test_missing_image_encoder_names_the_remedy(image_model: Path, tmp_path: Path) -> None:
+    for part in ("unet", "vae", "scheduler"):
+        (tmp_path / part).symlink_to(image_model / part)
+    with pytest.raises(CheckpointError, match="image_encoder"):
+        SVD.from_image_model(tmp_path)
+    assert SVD.from_image_model(tmp_path, image_encoder=image_model / "image_encoder").fps == 7
+
+
+def test_image_model_without_a_tensor_is_refused(tmp_path: Path) -> None:
+    folder = write_image_model(tmp_path)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["stray"] = tensors.pop("conv_out.bias")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"conv_out\.bias.*stray"):
+        SVD.from_image_model(folder)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./a/b", "/no/such/folder"])
+def test_missing_folder_is_named(path: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{path} does not exist"):
+        SVD.from_pretrained(path)
+
+
+def test_image_encoder_of_another_width_is_refused(family: SVD) -> None:
+    encoder = copy.deepcopy(family.image_encoder)
+    encoder.config.projection_dim = 48
+    with pytest.raises(CheckpointError, match=r"48 dimensions.*32"):
+        replace(family, image_encoder=encoder)
+
+
+# ---- export
+
+
+def test_export_comes_back_as_it_was(family: SVD, exported: Path) -> None:
+    loaded = SVD.from_pretrained(exported)
+    assert same_weights(loaded, family)
+    networks = {"unet", "vae", "image_encoder"}
+    names = {each.name for each in fields(SVD)} - networks
+    assert {name: getattr(loaded, name) for name in names} == {name: getattr(family, name) for name in names}
+    assert loaded.unet.spec == family.unet.spec
+
+
+def test_export_names_the_feature_extractor_for_every_release(exported: Path) -> None:
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+
+
+@pytest.fixture(scope="module", params=["discrete", "edm"])
+def both(request: pytest.FixtureRequest, family: SVD, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """Our family in diffusers' epsilon mode with either noise condition, and diffusers' pipeline of its export."""
+    ours = replace(family, objective=EDM(noise_condition=request.param, zero_terminal_snr=request.param == "discrete"))
+    folder = tmp_path_factory.mktemp("both") / "export"
+    ours.save_pretrained(folder)
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return ours, pipeline
+
+
+def test_export_samples_equal_in_diffusers_pipeline(both: Both) -> None:
+    ours, pipeline = both
+    image, settings = picture(), Sampling(steps=3, fps=8, motion_bucket=90, noise_aug=0.05, seed=11)
+    generator = torch.Generator().manual_seed(11)
+    condition = condition_of(ours, pixels(image), settings, generator)
+    latents = sample_latents(ours, condition, initial_noise(ours, pixels(image), settings, generator), settings)
+    theirs = pipeline(
+        image,
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        fps=8,
+        motion_bucket_id=90,
+        noise_aug_strength=0.05,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+    ).frames
+    assert latents.std() > 0.1
+    torch.testing.assert_close(latents, theirs, atol=2e-5, rtol=0)
+    with torch.no_grad():
+        decoded = pipeline.decode_latents(theirs, 4, 4).transpose(1, 2)
+        torch.testing.assert_close(ours.decode(latents), decoded, atol=2e-5, rtol=0)
+
+
+def test_embedding_equals_diffusers_pipeline(both: Both) -> None:
+    ours, pipeline = both
+    image = picture(4, 48, 80)
+    with torch.no_grad():
+        embedding, theirs = ours.embed(pixels(image)), pipeline._encode_image(image, "cpu", 1, False)
+    torch.testing.assert_close(embedding, theirs, atol=1e-5, rtol=0)
+
+
+def test_scheduler_and_objective_agree_on_the_noise_input(both: Both) -> None:
+    ours, pipeline = both
+    pipeline.scheduler.set_timesteps(25)
+    told = ours.objective.noise_input(pipeline.scheduler.sigmas[:-1])
+    torch.testing.assert_close(told, pipeline.scheduler.timesteps, rtol=1e-6, atol=1e-4)
+
+
+def test_gap_is_rounding_in_diffusers_mode_and_epsilon_in_the_original(family: SVD) -> None:
+    rounding = family.export_gap()
+    assert rounding.unet < 1e-5
+    assert rounding.decoder < 1e-5
+    original = replace(family, unet=copy.deepcopy(family.unet))
+    for module in original.unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.eps = 1e-3
+    assert original.export_gap().unet > 10 * rounding.unet
+
+
+def test_post_quant_convolution_is_kept_and_its_gap_stated(tmp_path: Path) -> None:
+    folder = write_image_model(tmp_path / "image", linear=False, quant=True)
+    family = SVD.from_image_model(folder, spec=DIFFUSERS, frames=2)
+    randomise(family.unet)
+    randomise(family.vae, scale=0.2)
+    gap = family.save_pretrained(tmp_path / "export")
+    assert gap.decoder > 1e-3
+    assert json.loads((tmp_path / "export" / "inflate.json").read_text())["export_gap"]["decoder"] == gap.decoder
+    assert same_weights(SVD.from_pretrained(tmp_path / "export"), family)
+
+
+def test_folded_post_quant_convolution_is_exact_without_bias(tmp_path: Path) -> None:
+    family = SVD.from_image_model(write_image_model(tmp_path, quant=True))
+    randomise(family.vae, scale=0.2)
+    torch.nn.init.zeros_(family.vae.post_quant_conv.bias)
+    assert family.export_gap().decoder < 1e-4
+
+
+def test_export_of_a_plain_diffusers_folder_is_read_alike(family: SVD, exported: Path, tmp_path: Path) -> None:
+    for entry in exported.iterdir():
+        if entry.name != "inflate.json":
+            (tmp_path / entry.name).symlink_to(entry)
+    plain = SVD.from_pretrained(tmp_path)
+    assert plain.objective == EDM()
+    assert plain.unet.spec.cross_attention_resnet_eps == 1e-6
+    assert plain.vae.config.use_quant_conv
+    condition = Condition(torch.randn(1, 1, WIDTH), torch.randn(1, 4, 8, 8), torch.tensor([[6.0, 127.0, 0.02]]))
+    inputs = torch.randn(1, 3, 4, 8, 8), torch.tensor([0.3])
+    with torch.no_grad():
+        outputs = [each.predict(condition)(*inputs) for each in (plain, family)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+
+
+def test_export_without_a_tensor_is_refused(exported: Path, tmp_path: Path) -> None:
+    for entry in exported.iterdir():
+        if entry.name != "unet":
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text((exported / "unet" / "config.json").read_text())
+    tensors = load_file(exported / "unet" / "diffusion_pytorch_model.safetensors")
+    del tensors["add_embedding.linear_1.bias"]
+    save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing \(add_embedding.linear_1.bias\)"):
+        SVD.from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_named(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "inflate.json").symlink_to(exported / "inflate.json")
+    whole = (exported / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors cannot be read"):
+        SVD.from_pretrained(tmp_path)
+
+
+def test_export_replaces_an_export_but_nothing_else(family: SVD, exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="holds other files"):
+        family.save_pretrained(other)
+    assert [entry.name for entry in other.iterdir()] == ["thesis.txt"]
+    before = (exported / "inflate.json").read_text()
+    family.save_pretrained(exported)
+    assert (exported / "inflate.json").read_text() == before
+    assert [entry.name for entry in exported.parent.iterdir()] == ["export"]
+
+
+def test_failed_export_leaves_the_old_one(family: SVD, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(StableVideoDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        family.save_pretrained(exported)
+    assert [entry.name for entry in exported.parent.iterdir()] == ["export"]
+    assert (exported / "inflate.json").is_file()
+
+
+def test_models_that_diffusers_cannot_hold_are_refused(family: SVD, tmp_path: Path) -> None:
+    narrow = copy.deepcopy(family)
+    narrow.vae.register_to_config(layers_per_block=1)
+    narrow.unet.register_to_config(norm_num_groups=16)
+    with pytest.raises(CheckpointError, match=r"unet norm_num_groups 16; vae layers_per_block 1"):
+        narrow.save_pretrained(tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+# ---- the original's single file
+
+
+@pytest.fixture
+def sgm_file(family: SVD, tmp_path: Path) -> Path:
+    unet, vae = family.unet.state_dict(), family.vae.state_dict()
+    layout = svd_keys.UNetLayout.of(family.unet.config)
+    names = {f"unet.{key}": f"model.diffusion_model.{name}" for key, name in svd_keys.unet_to_sgm(unet, layout).items()}
+    names |= {f"vae.{key}": f"first_stage_model.{name}" for key, name in svd_keys.vae_to_sgm(vae, 2).items()}
+    tensors = {**{f"unet.{key}": t for key, t in unet.items()}, **{f"vae.{key}": t for key, t in vae.items()}}
+    renamed = {names[key]: tensor.clone() for key, tensor in tensors.items()}
+    save_file({**renamed, "conditioner.embedders.0.x": torch.zeros(1)}, tmp_path / "svd.safetensors")
+    return tmp_path / "svd.safetensors"
+
+
+def test_single_file_of_the_original_is_loaded(family: SVD, sgm_file: Path, image_model: Path) -> None:
+    loaded = SVD.from_sgm(sgm_file, image_model / "image_encoder", head_channels=16)
+    assert loaded.unet.spec.cross_attention_resnet_eps == 1e-5
+    assert loaded.objective.noise_condition == "edm"
+    ours, theirs = family.unet.state_dict(), loaded.unet.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    latent = torch.randn(1, 2, 4, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.decode(latent), family.decode(latent))
+
+
+def test_single_file_with_an_unknown_part_is_refused(sgm_file: Path, image_model: Path) -> None:
+    save_file({**load_file(sgm_file), "model_ema.decay": torch.zeros(1)}, sgm_file)
+    with pytest.raises(CheckpointError, match=r"no known part: model_ema\.decay"):
+        SVD.from_sgm(sgm_file, image_model / "image_encoder")
+
+
+def test_scheduler_refuses_an_empty_range() -> None:
+    with pytest.raises(ConfigError, match="sigma_min"):
+        euler_scheduler(EDM(), sigma_min=5.0, sigma_max=1.0)
+
+
+def test_meta_models_take_over_without_a_copy(family: SVD) -> None:
+    twin = svd_files.diffusers_unet(family.unet, 4)
+    assert twin.conv_in.weight.data_ptr() == family.unet.conv_in.weight.data_ptr()

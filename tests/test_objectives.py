@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from inflate.objectives import (
+    BETA_END,
+    BETA_START,
+    EDM,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    schedule_sigmas,
+    sigma_to_timestep,
+    vanilla_discriminator_loss,
+)
+
+
+def clip(seed: int, batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 2, 4, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def network(scaled: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(scaled) + c_noise[:, None, None, None, None]
+
+
+def scheduler(zero_terminal_snr: bool) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=zero_terminal_snr,
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=14.0,
+    )
+
+
+def test_loss_equals_the_weighted_error_of_the_denoised_clip() -> None:
+    clean, noise, sigma = clip(0), clip(1), torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
+    denoised = EDM().denoise(network, clean + sigma[:, None, None, None, None] * noise, sigma)
+    weighted = (1 + sigma**2) / sigma**2 * (denoised - clean).square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(EDM().loss(network, clean, sigma, noise), weighted, rtol=1e-9, atol=0)
+
+
+def test_loss_is_computed_in_float32_from_half_precision() -> None:
+    clean, noise = clip(0).bfloat16(), clip(1).bfloat16()
+    loss = EDM().loss(lambda scaled, _: scaled.bfloat16(), clean, torch.ones(3, dtype=torch.bfloat16), noise)
+    assert loss.dtype == torch.float32
+    assert loss.shape == (3,)
+
+
+def test_target_stays_finite_at_extreme_noise() -> None:
+    sigma = torch.tensor([1e-4, 1.0, 1e4])
+    target = EDM().target(clip(0).float(), sigma, clip(1).float())
+    torch.testing.assert_close(target[0], clip(1).float()[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(target[2], -clip(0).float()[2], atol=1e-3, rtol=0)
+
+
+def test_network_is_told_a_quarter_of_log_sigma() -> None:
+    scalings = EDM().scalings(torch.tensor([math.e]))
+    assert scalings.c_noise.item() == pytest.approx(0.25)
+    assert scalings.c_in.item() ** 2 + scalings.c_out.item() ** 2 == pytest.approx(1.0)
+
+
+def test_sigmas_follow_the_log_normal_law() -> None:
+    sigma = EDM(P_mean=1.0, P_std=0.5).sigma(torch.tensor([-2.0, 0.0, 2.0]))
+    torch.testing.assert_close(sigma, torch.tensor([0.0, 1.0, 2.0]).exp())
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_discrete_schedule_is_that_of_diffusers(zero_terminal_snr: bool) -> None:
+    reference = scheduler(zero_terminal_snr)
+    expected = ((1 - reference.alphas_cumprod) / reference.alphas_cumprod) ** 0.5
+    torch.testing.assert_close(schedule_sigmas(zero_terminal_snr), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_timesteps_of_sigmas_are_those_of_diffusers(zero_terminal_snr: bool) -> None:
+    reference = scheduler(zero_terminal_snr)
+    reference.set_timesteps(30)
+    objective = EDM(noise_condition="discrete", zero_terminal_snr=zero_terminal_snr)
+    c_noise = objective.scalings(reference.sigmas[:-1]).c_noise
+    torch.testing.assert_close(c_noise, reference.timesteps, rtol=1e-6, atol=1e-4)
+
+
+def test_timesteps_end_with_the_schedule() -> None:
+    levels = schedule_sigmas(False)
+    outside = torch.stack([levels[0] / 10, levels[0], levels[500], levels[-1], levels[-1] * 10])
+    torch.testing.assert_close(sigma_to_timestep(outside), torch.tensor([0.0, 0.0, 500.0, 999.0, 999.0]))
+    assert EDM(noise_condition="discrete").sigma_limit == pytest.approx(levels[-1].item())
+    assert EDM().sigma_limit == math.inf
+
+
+def test_v_predicting_image_model_keeps_its_denoiser() -> None:
+    """v and its sample as the image model's own schedule defines them, at one of its timesteps."""
+    objective = EDM(noise_condition="discrete")
+    sigma = schedule_sigmas(False)[[400]].double()
+    signal, spread = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    clean, noise = clip(0, 1), clip(1, 1)
+    told: list[float] = []
+
+    def image_model(scaled: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        told.append(timestep.item())
+        torch.testing.assert_close(scaled, signal * clean + spread * noise)
+        return signal * noise - spread * clean
+
+    denoised = objective.denoise(image_model, clean + sigma * noise, sigma)
+    torch.testing.assert_close(denoised, clean)
+    assert told == [pytest.approx(400, abs=1e-4)]
+
+
+def test_adversarial_losses() -> None:
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert hinge_generator_loss(fake).item() == pytest.approx(0.5)
+    undecided = vanilla_discriminator_loss(torch.zeros(2), torch.zeros(2))
+    assert undecided.item() == pytest.approx(math.log(2))

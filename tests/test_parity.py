@@ -1,0 +1,143 @@
+"""Runs the recorded cases in process, and checks that the runner cannot pass by running nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from helpers import randomise
+from inflate.families import svd_keys
+from inflate.surgery import inflate_unet
+
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
+STEMS = parity.stems(FIXTURES) if FIXTURES.is_dir() else ["none"]
+recorded = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings in {FIXTURES}")
+
+
+@recorded
+@pytest.mark.parametrize("stem", STEMS)
+def test_recordings(stem: str) -> None:
+    runner = parity.runner_of(FIXTURES, stem)
+    assert runner is not None
+    results = list(runner(FIXTURES, stem))
+    assert results
+    assert [case for case in results if not case.passed] == []
+
+
+def test_empty_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "0 cases\n"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mystery.json", "unet_z.safetensors", "unet_z.json"])
+def test_unknown_or_incomplete_file_fails(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("{}")
+    assert parity.main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "1 cases"
+    assert out[0].endswith("FAILED")
+    assert name.split(".")[0] in out[0]
+
+
+@recorded
+def test_another_epsilon_fails_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in FIXTURES.glob("unet_c*"):
+        shutil.copy(file, tmp_path)
+    build = parity.svd_files.build_unet
+
+    def other(config: dict[str, object], spec: parity.TemporalSpec) -> object:
+        return build(config, parity.TemporalSpec(added_id_dim=spec.added_id_dim, cross_attention_resnet_eps=1e-6))
+
+    monkeypatch.setattr(parity.svd_files, "build_unet", other)
+    results = list(parity.cases(tmp_path))
+    assert any("io64" in case.name and not case.passed for case in results)
+
+
+SIBLING = {
+    "in_channels": 8,
+    "model_channels": 32,
+    "attention_resolutions": [2, 4],
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2, 2],
+    "num_heads": 4,
+    "transformer_depth": 2,
+    "context_dim": 12,
+    "adm_in_channels": 24,
+    "out_channels": 4,
+}
+
+
+def write_sibling(folder: Path) -> None:
+    """A recording of our own UNet, of another shape than the published ones', under the original's names."""
+    image = {
+        "in_channels": 8,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+        "transformer_layers_per_block": 2,
+        "use_linear_projection": True,
+    }
+    torch.manual_seed(0)
+    unet = inflate_unet(UNet2DConditionModel(**image), parity.TemporalSpec(added_id_dim=8))[0].eval()
+    randomise(unet)
+    names = svd_keys.unet_to_sgm(unet.state_dict(), svd_keys.UNetLayout.of(unet.config))
+    save_file({names[key]: value for key, value in unet.state_dict().items()}, folder / "unet_b.safetensors")
+    inputs = {
+        "x": torch.randn(1, 2, 8, 8, 8),
+        "c_noise": torch.tensor([0.4]),
+        "context": torch.randn(1, 2, 12),
+        "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]),
+        "image_only_indicator": torch.tensor([[0.0, 1.0]]),
+    }
+    with torch.no_grad():
+        output = unet(*list(inputs.values())[:4], image_only=inputs["image_only_indicator"].bool()).sample
+    recorded = {f"new.{name}": tensor for name, tensor in {**inputs, "out": output}.items()}
+    save_file(recorded, folder / "unet_b_io.safetensors")
+    (folder / "unet_b.json").write_text(json.dumps({"config": SIBLING, "calls": [{"name": "new"}]}))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sibling")
+    write_sibling(folder)
+    return folder
+
+
+@pytest.fixture
+def sibling(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "sibling"))
+
+
+def test_recordings_of_other_sizes_run_as_they_are(sibling: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(sibling)]) == 0
+    name, difference, tolerance = capsys.readouterr().out.splitlines()[0].split()
+    assert (name, tolerance) == ("unet_b.new", "2e-05")
+    recorded = load_file(sibling / "unet_b_io.safetensors")
+    assert float(difference) < 1e-5 < recorded["new.out"].std()
+    recorded["new.out"][0, 1, 2, 3, 4] += 1e-3
+    save_file(recorded, sibling / "unet_b_io.safetensors")
+    assert parity.main([str(sibling)]) == 1
+
+
+@pytest.mark.parametrize("change", [{"channel_mult": [1, 2, 4]}, {"merge_strategy": "fixed"}, {"transformer_depth": 1}])
+def test_configuration_that_the_weights_deny_fails(change: dict[str, object], sibling: Path) -> None:
+    (sibling / "unet_b.json").write_text(json.dumps({"config": {**SIBLING, **change}, "calls": [{"name": "new"}]}))
+    assert [case.passed for case in parity.cases(sibling)] == [False]
+
+
+def test_call_that_is_not_recorded_fails(sibling: Path) -> None:
+    calls = [{"name": "new"}, {"name": "missing"}]
+    (sibling / "unet_b.json").write_text(json.dumps({"config": SIBLING, "calls": calls}))
+    assert [case.passed for case in parity.cases(sibling)] == [False]
+
+
+def test_not_a_number_fails() -> None:
+    assert not parity.Case("x", float("nan"), 1.0).passed
