@@ -6,9 +6,9 @@ python recipes/pocket_pretrain.py image OUT
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, draw_scene, render
 
@@ -56,19 +63,19 @@ def build_vae() -> AutoencoderKL:
     return vae
 
 
-def train_vae(out: Path, steps: int = 5000, lr: float = 1.5e-3) -> None:
+def train_vae(out: Path, steps: int = 5000, lr: float = 1.5e-3, start_from: Path | None = None) -> None:
     torch.manual_seed(0)
     frames, _ = draw_frames(1, 16000)
     held, _ = draw_frames(2, 64)
     held = pixels(held)
-    vae = build_vae()
+    vae = AutoencoderKL.from_pretrained(start_from) if start_from else build_vae()
     ema = EMAModel(vae.parameters(), decay=0.999)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     rng = np.random.default_rng(3)
     log, start = [], time.time()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * cosine(step, steps)
-        if step < 0.1 * steps:  # crops first: cheap and varied; but norms with one channel a group see the frame's size
+        if not start_from and step < 0.1 * steps:  # crops first: cheap and varied; but norms with one channel a group see the frame's size
             x, y = rng.integers(0, 33, size=2)
             batch = frames[rng.integers(0, len(frames), size=16), :, y : y + 32, x : x + 32]
         else:
@@ -259,6 +266,28 @@ def train_image(out: Path, steps: int = 12000, batch: int = 24, lr: float = 1e-3
     (out / "image.json").write_text(json.dumps(log, indent=1))
 
 
+def ship(out: Path, target: Path) -> None:
+    """Write the pretrained model into `target` as a diffusers folder with float16 weights, with its training log."""
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "model", safety_checker=None, feature_extractor=None)
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(out / "model" / "image_encoder")
+    pipeline.to(dtype=torch.float16).save_pretrained(target)
+    image_encoder.half().save_pretrained(target / "image_encoder")
+    CLIPImageProcessor(image_mean=MEAN.flatten().tolist(), image_std=STD.flatten().tolist()).save_pretrained(
+        target / "feature_extractor"
+    )
+    for path in target.rglob("*config.json"):  # without traces of where it was trained, and of which stand-in saved it
+        settings = json.loads(path.read_text())
+        settings.pop("_name_or_path", None)
+        if "image_processor_type" in settings:
+            settings["image_processor_type"] = "CLIPImageProcessor"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    index = json.loads((target / "model_index.json").read_text())
+    index.pop("_name_or_path", None)
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    logs = {stage: json.loads((out / f"{stage}.json").read_text()) for stage in ("vae", "image")}
+    (target / "training_log.json").write_text(json.dumps(logs, indent=1) + "\n")
+
+
 @torch.no_grad()
 def draw_samples(pipeline: StableDiffusionPipeline, captions: list[str], path: Path) -> None:
     images = pipeline(
@@ -272,6 +301,14 @@ def draw_samples(pipeline: StableDiffusionPipeline, captions: list[str], path: P
 
 
 if __name__ == "__main__":
-    stage, out = sys.argv[1], Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "image", "ship"])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--target", type=Path, help="where `ship` writes the model")
+    parser.add_argument("--start-from", type=Path, help="weights to go on from; the optimiser and its schedule start anew")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    stage, out = given.pop("stage"), given.pop("output")
     out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "image": train_image}[stage](out)
+    {"vae": train_vae, "image": train_image, "ship": ship}[stage](out, **given)

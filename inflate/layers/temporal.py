@@ -200,7 +200,7 @@ class TemporalTransformer(nn.Module):
     def _over_frames(self, hidden: Tensor) -> Tensor:
         """Self-attention along the frames of each pixel, in calls that CUDA's kernels can index: (B,F,N,C)."""
         batch = hidden.shape[0]
-        rows = hidden.transpose(1, 2).flatten(0, 1)  # (B*N, F, C)
+        rows = hidden.transpose(1, 2).contiguous().flatten(0, 1)  # (B*N, F, C)
         parts = [self.attn1(part) for part in rows.split(ATTENTION_ROWS)]
         output: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # (B*N, F, C)
         return output.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, F, N, C)

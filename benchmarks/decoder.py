@@ -1,0 +1,111 @@
+"""What a temporal decoder gains, and what its discriminator adds: five decoders on the same held-out clips.
+
+    python benchmarks/decoder.py OUT --noise 0.15 --steps 1500
+
+a  the shipped frame-wise decoder
+b  a frame-wise decoder, all of it fine-tuned for the same steps on the same noisy latents
+c  temporal layers, without discriminator
+d  temporal layers, against a video discriminator
+e  as d, with an image discriminator too
+
+`--noise` is the deviation of the held-out noise; measure it with benchmarks/sampler_noise.py. Writes OUT/decoder.json,
+.md and .png, and a contact sheet of one clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from inflate.data.clips import ClipDataset, collate
+from inflate.data.demo_clips import build
+from inflate.data.settings import Data
+from inflate.families.svd import SVD
+from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.image_to_video import join
+from inflate.training.loop import fit
+from inflate.training.settings import Training
+
+VARIANTS = {
+    "b": {"temporal": False, "trainable": "decoder", "adversarial": 0.0},
+    "c": {"adversarial": 0.0},
+    "d": {},
+    "e": {"image_adversarial": True},
+}
+
+
+def settings_of(variant: str, noise: float, steps: int) -> Decoder:
+    """The decoder settings of a variant; only what its letter says differs."""
+    common = Decoder(
+        l1=1.0, perceptual=0.0, adversarial=0.2, adversarial_start=steps // 3, discriminator_lead=steps // 10,
+        discriminator_channels=24, discriminator_lr=1e-3, latent_noise=(0.0, 2 * noise), held_out_noise=noise,
+    )  # fmt: skip
+    return replace(common, **VARIANTS[variant])  # type: ignore[arg-type]
+
+
+def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Train one variant; its held-out measures over the steps."""
+    data = Data(str(clips), split="train", held_out="held_out", frames=8, height=64, width=64)
+    held_out = join([collate([item]) for item in ClipDataset(data.evaluation(), shuffle=False)])["pixels"]
+    family = SVD.load("pocket", frames=data.frames)
+    task = DecoderTask(
+        family.vae, settings_of(variant, arguments.noise, arguments.steps), held_out, lambda folder: folder.mkdir(), fps=8.0
+    )
+    training = Training(
+        output=output / variant, steps=arguments.steps, batch=1, lr=1e-3, warmup=20, schedule="cosine", ema=0.995,
+        precision=arguments.precision, workers=0, evaluate_every=arguments.steps // 5, preview_every=0, checkpoint_every=500,
+        tracker="none", resume="latest",
+    )  # fmt: skip
+    return fit(task, ClipDataset(data, seed=0), training, collate).held_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--noise", type=float, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--only", default="bcde")
+    parser.add_argument("--precision", default="bf16")
+    arguments = parser.parse_args()
+    clips = build(arguments.output / "clips", clips=600, held_out=32)
+    for variant in arguments.only:
+        run(variant, arguments.output, clips, arguments)
+    done = {v: json.loads((arguments.output / v / "metrics.json").read_text())["held_out"] for v in VARIANTS
+            if (arguments.output / v / "metrics.json").is_file()}  # fmt: skip
+    report(done, arguments)
+
+
+def report(done: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
+    """Write the table, the plot and the numbers."""
+    first = next(iter(done.values()))[-1]
+    names = [name.removeprefix("parent/") for name in first if name.startswith("parent/")]
+    rows = {"a": {name: first[f"parent/{name}"] for name in names}}
+    rows |= {variant: {name: history[-1][name] for name in names} for variant, history in done.items()}
+    head = "| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|"
+    table = "\n".join([head, *("| " + " | ".join([v, *(f"{row[n]:.4g}" for n in names)]) + " |" for v, row in rows.items())])
+    settings = {v: asdict(settings_of(v, arguments.noise, arguments.steps)) for v in done}
+    result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "torch": torch.__version__,
+              "final": rows, "history": done, "settings": settings}  # fmt: skip
+    (arguments.output / "decoder.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    (arguments.output / "decoder.md").write_text(table + "\n")
+    print(table)
+    figure = Figure(figsize=(14, 3.5), layout="constrained")
+    shown = [name for name in names if "noisy" in name][:4]
+    for place, name in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        for variant, history in done.items():
+            axes.plot([row["step"] for row in history], [row[name] for row in history], marker=".", label=variant)
+        axes.axhline(rows["a"][name], color="grey", label="a")
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.legend()
+    figure.savefig(arguments.output / "decoder.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,547 @@
+"""One Stable Video Diffusion training step: inflate beside the common public way on plain diffusers.
+
+The common way, as public trainers do it: diffusers' UNetSpatioTemporalConditionModel, fp32 weights under autocast
+(LoRA: frozen half-precision base, fp32 adapters), frozen VAE and CLIP run in every step, AdamW, gradient norm clipped
+to 1, the loss weighted around the denoised latents. Weights are random, nothing is downloaded. Both sides get the same
+weights, clips, noise, frozen encoders and threads; the first thing printed is that their losses are equal.
+
+    python benchmarks/train_step.py --tiny        one CPU run, under a minute
+    python benchmarks/train_step.py --full        one CUDA GPU: 14x320x512 and 25x576x1024
+    python benchmarks/train_step.py --simulate    memory and FLOPs of the real sizes on the meta device, no GPU
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed will do
+
+RESULTS = ROOT / "benchmarks" / "results"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Shape = tuple[int, int, int]  # frames, height, width in pixels
+POLICIES = {
+    "none": "no gradient checkpointing on either side",
+    "unit": "every residual block and every transformer, temporal layers included, on both sides",
+    "own": "each library's own enable_gradient_checkpointing()",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The widths of one model: UNet levels, attention heads, layers, context and id widths; VAE and CLIP settings."""
+
+    widths: tuple[int, ...]
+    heads: tuple[int, ...]
+    attends: tuple[bool, ...]
+    layers: int
+    context: int
+    id_width: int
+    vae: dict[str, Any]
+    clip: dict[str, Any]
+
+
+FULL = Size(
+    widths=(320, 640, 1280, 1280),
+    heads=(5, 10, 20, 20),
+    attends=(True, True, True, False),
+    layers=2,
+    context=1024,
+    id_width=256,
+    vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    clip={"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    | {"image_size": 224, "patch_size": 14},
+)
+TINY = Size(
+    widths=(32, 64),
+    heads=(2, 4),
+    attends=(True, False),
+    layers=1,
+    context=32,
+    id_width=32,
+    vae={"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
+    clip={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"image_size": 32, "patch_size": 8},
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What both sides start from; latents are float32, (batch, frames, 4, height / 8, width / 8)."""
+
+    clean: Tensor
+    noise: Tensor
+    image: Tensor  # the conditioning frame's latent, unscaled, repeated over the frames
+    normal: Tensor  # (batch,) the draw behind sigma
+    context: Tensor  # (batch, 1, width)
+    added_ids: Tensor  # (batch, 3)
+
+
+@dataclass
+class Side:
+    """One of the two implementations, ready to step."""
+
+    name: str
+    unet: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+
+
+# ---- the two models
+
+
+def public_unet(size: Size) -> nn.Module:
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    down = tuple(f"{'CrossAttnDown' if yes else 'Down'}BlockSpatioTemporal" for yes in size.attends)
+    up = tuple(f"{'CrossAttnUp' if yes else 'Up'}BlockSpatioTemporal" for yes in reversed(size.attends))
+    return UNetSpatioTemporalConditionModel(
+        block_out_channels=size.widths,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=size.layers,
+        num_attention_heads=size.heads,
+        cross_attention_dim=size.context,
+        addition_time_embed_dim=size.id_width,
+        projection_class_embeddings_input_dim=3 * size.id_width,
+    )
+
+
+def our_unet(size: Size) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    from inflate.models.unet import TemporalSpec, VideoUNet
+
+    parent = UNet2DConditionModel(
+        in_channels=8,
+        block_out_channels=size.widths,
+        down_block_types=tuple(f"{'CrossAttnDown' if yes else 'Down'}Block2D" for yes in size.attends),
+        up_block_types=tuple(f"{'CrossAttnUp' if yes else 'Up'}Block2D" for yes in reversed(size.attends)),
+        layers_per_block=size.layers,
+        attention_head_dim=size.heads,
+        cross_attention_dim=size.context,
+        use_linear_projection=True,
+    )
+    return VideoUNet.from_2d(parent, TemporalSpec(added_id_dim=size.id_width, cross_attention_resnet_eps=1e-6))
+
+
+def copy_weights(public: nn.Module, ours: nn.Module) -> None:
+    """Load the public model's weights, adapters too, into ours by the key map; every key must find its place."""
+    from inflate.families.svd_keys import convert, inverse, unet_to_diffusers
+
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    names = inverse(unet_to_diffusers(shapes))
+    ours.load_state_dict(convert(public.state_dict(), names, shapes, "the diffusers model"), strict=True)
+
+
+def sides(size: Size, device: torch.device) -> tuple[Side, Side]:
+    """The public side and ours, with equal weights in evaluation mode."""
+    torch.manual_seed(0)
+    with device:
+        public, ours = public_unet(size), our_unet(size)
+    public.to(device)  # its mixing factors are made on the CPU whatever the default device
+    if device.type != "meta":
+        copy_weights(public, ours)
+    return Side("diffusers", public, public_loss), Side("inflate", ours, our_loss)
+
+
+# ---- the two losses
+
+
+def public_loss(unet: nn.Module, batch: Batch) -> Tensor:
+    """The usual form: weight times squared error of the denoised latents (EDM, sigma_data 1)."""
+    sigma = torch.exp(0.7 + 1.6 * batch.normal).view(-1, 1, 1, 1, 1)
+    noisy = batch.clean + sigma * batch.noise
+    sample = torch.cat([noisy / (sigma**2 + 1).sqrt(), batch.image], dim=2)
+    timestep = 0.25 * sigma.flatten().log()
+    output = unet(*_as_input(unet, sample, timestep, batch), return_dict=False)[0].float()
+    denoised = noisy / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
+    return ((sigma**2 + 1) / sigma**2 * (denoised - batch.clean) ** 2).mean()
+
+
+def our_loss(unet: nn.Module, batch: Batch) -> Tensor:
+    from inflate.objectives import EDM
+
+    def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+        sample = torch.cat([sample, batch.image], dim=2)
+        return unet(*_as_input(unet, sample, timestep, batch)).sample
+
+    objective = EDM(P_mean=0.7, P_std=1.6)
+    return objective.loss(predict, batch.clean, objective.sigma(batch.normal), batch.noise).mean()
+
+
+def _as_input(unet: nn.Module, sample: Tensor, timestep: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """Positional arguments of either UNet; outside autocast a half-precision network needs half-precision input."""
+    if sample.device.type != "meta" and torch.is_autocast_enabled(sample.device.type):
+        return sample, timestep, batch.context, batch.added_ids
+    dtype = unet.conv_in.weight.dtype
+    return sample.to(dtype), timestep, batch.context.to(dtype), batch.added_ids.to(dtype)
+
+
+# ---- what both share: frozen encoders, choice of parameters, checkpointing
+
+
+@dataclass
+class Frozen:
+    """The frozen VAE encoder and image encoder, run in every step of either side."""
+
+    vae: nn.Module
+    clip: nn.Module
+    chunk: int  # frames per VAE call, 0 for all at once
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, seed: int) -> Batch:
+        """`pixels` (batch, frames, 3, height, width) in [-1, 1]; every draw is a function of `seed`."""
+        count, frames = pixels.shape[:2]
+        draw = torch.Generator(pixels.device).manual_seed(seed)
+        normal = partial(torch.randn, generator=draw, device=pixels.device)
+        clean = self.encode(pixels) * self.vae.config.scaling_factor
+        augmentation = torch.exp(-3.0 + 0.5 * normal(count))
+        first = pixels[:, :1]
+        image = self.encode(first + augmentation.view(-1, 1, 1, 1, 1) * normal(*first.shape))
+        side = self.clip.config.image_size
+        small = functional.interpolate(first[:, 0], size=(side, side), mode="bicubic", antialias=True)
+        context = self.clip(small.to(self.clip.dtype)).image_embeds.float().unsqueeze(1)
+        rates = torch.tensor([[6.0, 127.0]], device=pixels.device).expand(count, -1)
+        added_ids = torch.cat([rates, augmentation.unsqueeze(1)], dim=1)
+        noise = normal(*clean.shape)
+        return Batch(clean, noise, image.expand(-1, frames, -1, -1, -1), normal(count), context, added_ids)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(batch, frames, 3, height, width) to unscaled float32 latents, the posterior's mode."""
+        flat = pixels.flatten(0, 1).to(self.vae.dtype)
+        parts = flat.split(self.chunk or len(flat))
+        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
+        return latents.unflatten(0, pixels.shape[:2]).float()
+
+
+def frozen(size: Size, device: torch.device, half: torch.dtype, chunk: int) -> Frozen:
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    levels = len(size.vae["block_out_channels"])
+    with device:
+        vae = AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",) * levels, **size.vae)
+        settings = CLIPVisionConfig(projection_dim=size.context, hidden_act="gelu", **size.clip)
+        clip = CLIPVisionModelWithProjection(settings)
+    del vae.decoder  # training does not decode
+    return Frozen(*(model.to(half).requires_grad_(False).eval() for model in (vae, clip)), chunk)
+
+
+def choose_parameters(unet: nn.Module, train: str, rank: int, base: torch.dtype, adapter: torch.dtype) -> None:
+    """`all`: every parameter in its dtype. `lora`: a frozen base in `base`, adapters on all attention in `adapter`."""
+    if train == "all":
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unet.requires_grad_(False)
+    unet.to(base)
+    names = [name for name, _ in unet.named_modules() if name.endswith(ATTENTION)]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), unet)
+    for parameter in trained(unet):
+        parameter.data = parameter.data.to(adapter)
+
+
+def freeze_inert(side: Side) -> None:
+    """On our side, freeze what a one-token context gives no gradient, which lets the model leave it out."""
+    if side.name == "inflate":
+        for parameter in side.unet.inert_parameters().values():
+            parameter.requires_grad_(False)
+
+
+def trained(unet: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def set_policy(side: Side, policy: str) -> None:
+    """Apply one of POLICIES; the temporal layers stay in training mode as in a real step."""
+    side.unet.train()
+    if policy == "none":
+        return
+    if policy == "own" or side.name == "inflate":
+        side.unet.enable_gradient_checkpointing()
+        return
+    from diffusers.models.resnet import SpatioTemporalResBlock
+    from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+
+    for module in side.unet.modules():
+        if isinstance(module, SpatioTemporalResBlock | TransformerSpatioTemporalModel):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+# ---- --tiny and --full: equal loss, then time
+
+
+def compare_losses(pair: tuple[Side, Side], batch: Batch) -> float:
+    """Print the two losses of one batch in fp32 and their difference, which is returned."""
+    values = []
+    for side in pair:
+        side.unet.eval()
+        with torch.no_grad():
+            values.append(float(side.loss(side.unet, batch)))
+    difference = abs(values[0] - values[1])
+    theirs, ours = values
+    print(f"  equal loss on equal noise: diffusers {theirs:.7f}  inflate {ours:.7f}  difference {difference:.1e}")
+    if not difference <= 1e-4 * abs(values[0]):
+        raise SystemExit("  the two sides compute different losses: timing them would mean nothing")
+    return difference
+
+
+class Stepper:
+    """One side's optimiser and step, timed."""
+
+    def __init__(self, side: Side, encoders: Frozen, half: torch.dtype) -> None:
+        self.side, self.encoders, self.half = side, encoders, half
+        self.parameters = trained(side.unet)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2)
+
+    def step(self, pixels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """One training step; the loss and the gradient norm."""
+        batch = self.encoders(pixels, seed)
+        with torch.autocast(pixels.device.type, dtype=self.half, enabled=self.half != torch.float32):
+            loss = self.side.loss(self.side.unet, batch)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def timed(self, pixels: Tensor, seed: int) -> dict[str, float]:
+        """Seconds by the wall and by the processor, and the GPU memory of the step in GB over what was resident."""
+        cuda = pixels.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated() if cuda else 0
+        wall, processor = time.perf_counter(), time.process_time()
+        self.step(pixels, seed)
+        if cuda:
+            torch.cuda.synchronize()
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        peak = (torch.cuda.max_memory_allocated() - resident) / 1e9 if cuda else 0.0
+        return {"wall": wall, "processor": processor, "peak_gb": peak}
+
+
+def time_pairs(steppers: list[Stepper], pixels: Tensor, pairs: int) -> dict[str, Any]:
+    """Step both sides alternately, the first place changing hands, and summarise the paired ratios (ours / theirs)."""
+    rows: list[list[dict[str, float]]] = []
+    for number in range(pairs):
+        order = [0, 1] if number % 2 == 0 else [1, 0]
+        timed = {place: steppers[place].timed(pixels, number) for place in order}
+        rows.append([timed[0], timed[1]])
+    clock = "wall" if pixels.device.type == "cuda" else "processor"
+    ratios = sorted(ours[clock] / theirs[clock] for theirs, ours in rows)
+    return {
+        "clock": clock,
+        "pairs": pairs,
+        "diffusers_s": statistics.median(theirs[clock] for theirs, _ in rows),
+        "inflate_s": statistics.median(ours[clock] for _, ours in rows),
+        "diffusers_peak_gb": max(theirs["peak_gb"] for theirs, _ in rows),
+        "inflate_peak_gb": max(ours["peak_gb"] for _, ours in rows),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+    }
+
+
+def measure(args: argparse.Namespace, shape: Shape, train: str, policy: str) -> dict[str, Any]:
+    """Build both sides, show their losses equal, time them; one case of the result file."""
+    frames, height, width = shape
+    device, half, size = torch.device(args.device), HALF[args.half], TINY if args.tiny else FULL
+    pair, encoders = sides(size, device), frozen(size, device, half, args.encode_chunk)
+    pixels = torch.rand(args.batch, frames, 3, height, width, device=device) * 2 - 1
+    print(f"{train}, {frames}x{height}x{width}, policy {policy} ({POLICIES[policy]})", flush=True)
+    difference = compare_losses(pair, encoders(pixels, 0))
+    for side in pair:
+        choose_parameters(side.unet, train, args.rank, half, torch.float32)
+        if args.inert == "freeze":
+            freeze_inert(side)
+        set_policy(side, policy)
+    if train == "lora":
+        copy_weights(pair[0].unet, pair[1].unet)  # adapters are born random, in another order on each side
+    steppers = [Stepper(side, encoders, half) for side in pair]
+    first = [tuple(float(value) for value in stepper.step(pixels, 0)) for stepper in steppers]
+    print(f"  first step, loss and gradient norm: diffusers {first[0]}  inflate {first[1]}", flush=True)
+    result = time_pairs(steppers, pixels, args.pairs)
+    print(describe(result), flush=True)
+    case = {"train": train, "shape": list(shape), "policy": policy, "batch": args.batch, "half": args.half}
+    counts = [sum(parameter.numel() for parameter in stepper.parameters) for stepper in steppers]
+    return case | {"trained": counts, "loss_difference": difference, "first_step": first} | result
+
+
+def describe(result: dict[str, Any]) -> str:
+    low, high = result["ratio_quartiles"]
+    theirs, ours = result["diffusers_peak_gb"], result["inflate_peak_gb"]
+    return (
+        f"  diffusers {result['diffusers_s']:.4f} s  inflate {result['inflate_s']:.4f} s ({result['clock']} clock)  "
+        f"median of {result['pairs']} paired ratios {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f})"
+        + (f"  step memory {theirs:.2f} and {ours:.2f} GB" if theirs else "")
+    )
+
+
+def measured_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for shape in args.shapes:
+        for train in args.train:
+            for policy in args.policy:
+                try:
+                    yield measure(args, shape, train, policy)
+                except torch.cuda.OutOfMemoryError as error:
+                    print(f"  out of memory: {error}", flush=True)
+                    yield {"train": train, "shape": list(shape), "policy": policy, "out_of_memory": True}
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+
+
+# ---- --simulate: memory and FLOPs without a GPU
+
+
+def meta_batch(size: Size, shape: Shape, count: int) -> Batch:
+    """The step's inputs on the meta device."""
+    frames, height, width = shape
+    empty = partial(torch.empty, device="meta")
+    latents = (count, frames, 4, height // 8, width // 8)
+    ids = empty(count, 3)
+    return Batch(empty(latents), empty(latents), empty(latents), empty(count), empty(count, 1, size.context), ids)
+
+
+def simulate_side(side: Side, batch: Callable[[], Batch], args: argparse.Namespace, train: str, policy: str) -> Any:
+    """The Estimate of one side's step in pure bf16, the side's network being on the meta device."""
+    from inflate.training.memory import simulate
+
+    side.unet.to(torch.bfloat16)
+    choose_parameters(side.unet, train, args.rank, torch.bfloat16, torch.bfloat16)
+    if args.inert == "freeze":
+        freeze_inert(side)
+    set_policy(side, policy)
+    return simulate(side.unet, lambda: vars(batch()), lambda unet, given: side.loss(unet, Batch(**given)))
+
+
+def simulate_case(args: argparse.Namespace, shape: Shape, train: str, policy: str) -> list[dict[str, Any]]:
+    """Both sides' simulated step; prints a line per side and the ratio of the activation peaks."""
+    from inflate.training.memory import held_table
+
+    size, rows = TINY if args.size == "tiny" else FULL, []
+    print(f"{train}, {'x'.join(map(str, shape))}, policy {policy} ({POLICIES[policy]}), bf16", flush=True)
+    for side in sides(size, torch.device("meta")):
+        start = time.perf_counter()
+        estimate = simulate_side(side, partial(meta_batch, size, shape, args.batch), args, train, policy)
+        figures = {key: value for key, value in asdict(estimate).items() if key != "holdings"}
+        rows.append({"side": side.name, "train": train, "shape": list(shape), "policy": policy, **figures})
+        print(
+            f"  {side.name:10s} trained {estimate.trained / 1e6:.2f} M  held {estimate.held / 1e9:.2f} GB  "
+            f"activation peak {estimate.activation_peak / 1e9:.2f} GB  "
+            f"forward {estimate.forward_flops / 1e12:.2f} TFLOP  "
+            f"step/forward {estimate.flops / estimate.forward_flops:.2f}  ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+        if args.table:
+            print(held_table(estimate, args.table))
+    ratio = rows[1]["activation_peak"] / rows[0]["activation_peak"]
+    print(f"  activation peak, inflate / diffusers: {ratio:.3f}", flush=True)
+    return rows
+
+
+def simulated_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for shape in args.shapes:
+        for train in args.train:
+            for policy in args.policy:
+                yield from simulate_case(args, shape, train, policy)
+
+
+# ---- the command
+
+
+def quiet() -> None:
+    """Leave out diffusers' remark on every change of dtype."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def versions() -> dict[str, str]:
+    import diffusers
+    import peft
+
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return found | {"python": platform.python_version(), "device": device}
+
+
+def parse_shape(text: str) -> Shape:
+    """FRAMESxHEIGHTxWIDTH."""
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is not FRAMESxHEIGHTxWIDTH, such as 25x576x1024")
+    frames, height, width = (int(number) for number in numbers)
+    return frames, height, width
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = own.add_mutually_exclusive_group(required=True)
+    for name in ("tiny", "full", "simulate"):
+        mode.add_argument(f"--{name}", action="store_true")
+    own.add_argument("--shapes", nargs="+", type=parse_shape, help="FRAMESxHEIGHTxWIDTH in pixels")
+    own.add_argument("--train", nargs="+", choices=["all", "lora"], default=["all", "lora"])
+    policies = "; ".join(f"{name}: {meaning}" for name, meaning in POLICIES.items())
+    own.add_argument("--policy", nargs="+", choices=list(POLICIES), help=policies)
+    inert = "queries, keys and norm of cross-attention, which one context token gives no gradient, on our side"
+    own.add_argument("--inert", choices=["train", "freeze"], default="train", help=inert)
+    own.add_argument("--pairs", type=int, help="timed pairs of steps")
+    own.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    own.add_argument("--batch", type=int, default=1)
+    own.add_argument("--half", choices=list(HALF), help="autocast type of a timed run; fp32: none")
+    own.add_argument("--encode-chunk", type=int, default=0, help="frames per VAE call; 0: all at once, the common way")
+    own.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
+    own.add_argument("--device", help="of a timed run: cpu for --tiny, cuda for --full")
+    own.add_argument("--size", choices=["full", "tiny"], default="full", help="model of a simulated run")
+    own.add_argument("--table", type=int, default=0, metavar="N", help="simulated run: list N groups of held tensors")
+    own.add_argument("--output", type=Path, help="the result file; default in benchmarks/results")
+    return own
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the mode."""
+    name = "tiny" if args.tiny else "full" if args.full else "simulated"
+    real = [(14, 320, 512), (25, 576, 1024)]
+    args.shapes = args.shapes or ([(4, 64, 64)] if args.tiny else real)
+    args.policy = args.policy or (["own"] if args.simulate else ["none", "unit"] if args.tiny else list(POLICIES))
+    args.pairs = args.pairs or (15 if args.tiny else 8)
+    args.half = args.half or ("fp32" if args.tiny else "bf16")
+    args.device = args.device or ("cpu" if args.tiny else "cuda")
+    args.output = args.output or RESULTS / f"train_step_{name}.json"
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = complete(parser().parse_args(arguments))
+    if not args.simulate and args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device in sight: use --tiny, or --simulate for the real sizes")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # losses are compared in full fp32
+    quiet()
+    cases = list(simulated_cases(args) if args.simulate else measured_cases(args))
+    command = " ".join(["python benchmarks/train_step.py", *arguments])
+    record = {"command": command, "versions": versions(), "threads": args.threads, "cases": cases}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The command `inflate`. Each command imports what it needs when it runs, so that --help answers at once."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inflate import __version__, shelves
+from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, report_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from inflate.families.svd import SVD
+    from inflate.sampling.svd import Sampling
+
+app = typer.Typer(
+    help="Turn a Stable Diffusion checkpoint into a video model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+IDENTITY = 1e-5
+"""Largest difference between an inflated model and its parent that still counts as rounding."""
+
+ModelPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="inflate")
+
+
+@app.callback(invoke_without_command=True)
+def answer(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Turn a Stable Diffusion checkpoint into a video model."""
+    if version:
+        typer.echo(f"inflate {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@report_errors()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put them; made if need be.")]) -> None:
+    """Copy the recipes, adapters and datasets that you edit into DIR."""
+    for target in shelves.copy(folder):
+        typer.echo(f"wrote {target}")
+    typer.echo(f"next: cd {folder} && accelerate launch recipes/svd_finetune.py")
+
+
+@app.command()
+@report_errors()
+def verify(path: ModelPath) -> None:
+    """Inflate an image model, list what was done, and compare the result with it frame by frame."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from inflate.families import svd_files
+    from inflate.models.unet import TemporalSpec
+    from inflate.surgery import inflate_unet, inflate_vae, verify_identity
+
+    folder = svd_files.resolve(_model(path))
+    if not _is_image_model(folder):
+        raise CheckpointError(f"{path} is a video model already; verify compares an image model with its inflation")
+    unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
+    vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+    video_unet, unet_report = inflate_unet(unet, TemporalSpec(), in_channels=2 * vae.config.latent_channels)
+    video_vae, vae_report = inflate_vae(vae)
+    typer.echo(f"UNet\n{unet_report.table()}\n\nVAE\n{vae_report.table()}\n")
+    differences = {"UNet": verify_identity(video_unet, unet), "decoder": verify_identity(video_vae, vae)}
+    for name, difference in differences.items():
+        typer.echo(f"{name}: largest difference from the image model {difference:.1e}")
+    if not max(differences.values()) <= IDENTITY:  # also where it is not a number
+        raise SurgeryError(f"{path}: the inflated model differs from its parent by more than {IDENTITY:g}")
+
+
+@app.command()
+@report_errors()
+def sample(
+    path: ModelPath,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The first frame.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    motion_bucket: Annotated[float, typer.Option(min=0, max=255, help="Amount of motion.")] = 127.0,
+    noise_aug: Annotated[float, typer.Option(min=0, help="Noise added to the first frame.")] = 0.02,
+    guidance_min: Annotated[float, typer.Option(help="Guidance scale of the first frame.")] = 1.0,
+    guidance_max: Annotated[float, typer.Option(help="Guidance scale of the last frame.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Pixels [default: the model's area, the image's shape]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Animate IMAGE with the model in PATH."""
+    _check_output(output, overwrite)
+    if (height is None) != (width is None):
+        raise ConfigError("--height and --width: give both or neither")
+    from inflate.data.video import read_image
+
+    first = read_image(image)
+    from inflate.sampling.svd import Sampling
+
+    family = _load(path)
+    size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
+    settings = Sampling(
+        steps=steps,
+        guidance_min=guidance_min,
+        guidance_max=guidance_max,
+        fps=family.fps if fps is None else fps,
+        motion_bucket=motion_bucket,
+        noise_aug=noise_aug,
+        frames=frames,
+        seed=seed,
+    )
+    _write(output, _animate(family, read_image(image, size), settings), settings.fps)
+
+
+def _model(path: str) -> str:
+    return str(shelves.POCKET) if path == "pocket" else path
+
+
+def _is_image_model(folder: Path) -> bool:
+    from inflate.families import svd_files
+
+    kind = svd_files.read_json(folder / "unet" / "config.json").get("_class_name")
+    return kind == "UNet2DConditionModel"
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise `DataError` where the video cannot or may not be written, before minutes are spent on it."""
+    if output.suffix.lower() != ".mp4":
+        raise DataError(f"{output}: the output is a video; give it a name that ends in .mp4")
+    for file in (output, output.with_suffix(".png")):
+        if file.exists() and not (overwrite and file.is_file()):
+            raise DataError(
+                f"{file} exists already; choose another name" + ("" if overwrite else " or add --overwrite")
+            )
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
+
+
+def _load(path: str) -> "SVD":
+    """Return the family in `path`, inflated if it is an image model, on the GPU if there is one."""
+    import torch
+
+    from inflate.families import svd_files
+    from inflate.families.svd import SVD
+
+    folder = svd_files.resolve(_model(path))
+    if _is_image_model(folder):
+        typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
+        family = SVD.from_image_model(folder)
+    else:
+        family = SVD.from_pretrained(folder)
+    return family.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:
+    """Return (height, width) with the image's shape and about the area that the model was made for, in whole blocks."""
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    block = factor * 2 ** (len(family.unet.config.block_out_channels) - 1)
+    latent = family.unet.config.sample_size
+    sides = (latent, latent) if isinstance(latent, int) else latent
+    scale = factor * (sides[0] * sides[1] / (height * width)) ** 0.5
+    return max(1, round(height * scale / block)) * block, max(1, round(width * scale / block)) * block
+
+
+def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling") -> "npt.NDArray[np.uint8]":
+    """Return frames (F, H, W, 3) from the first one (H, W, 3), showing the progress."""
+    import torch
+    from tqdm import tqdm
+
+    from inflate.sampling.svd import sample as draw
+
+    image = torch.tensor(first).permute(2, 0, 1)[None].to(family.device) / 127.5 - 1  # (1, 3, H, W)
+    clip = draw(family, image, settings, progress=lambda steps: tqdm(steps, desc="sampling", unit="step"))[0]
+    pixels = ((clip.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # (F, 3, H, W)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()  # (F, H, W, 3)
+
+
+def _write(output: Path, frames: "npt.NDArray[np.uint8]", fps: float) -> None:
+    from inflate.data.video import contact_sheet, write
+
+    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), [frames])):
+        typer.echo(f"wrote {file}")

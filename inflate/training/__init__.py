@@ -1,0 +1,1 @@
+"""The one training loop, and the tasks that run in it."""

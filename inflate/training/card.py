@@ -1,0 +1,55 @@
+"""The README.md that a run leaves beside its results: what was trained, on what, and what was measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from inflate.training.checkpoint import write_text
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def write_card(
+    folder: Path, title: str, facts: Mapping[str, str], held_out: Rows, scores: Mapping[str, float], config: str
+) -> Path:
+    """Write FOLDER/README.md; every number in it is one that the run measured."""
+    sections = [
+        f"# {title}",
+        "\n".join(f"- {name}: {value}" for name, value in {**facts, "hardware": hardware()}.items()),
+        _measured(held_out),
+        _scored(scores),
+        "## Use\n\n```bash\ninflate sample export image.png -o out.mp4\n```\n\n"
+        "```python\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
+        'pipeline = StableVideoDiffusionPipeline.from_pretrained("export")\n```',
+        f"## Settings\n\n```yaml\n{config.strip()}\n```",
+    ]
+    path = folder / "README.md"
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def hardware() -> str:
+    """The device that a run of this process uses."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _measured(held_out: Rows) -> str:
+    if not held_out:
+        return ""
+    first, last = held_out[0], held_out[-1]
+    rows = [f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in last if name != "step" and name in first]
+    head = f"| on held-out clips | step {int(first['step'])} | step {int(last['step'])} |\n|---|---|---|"
+    return "## Measured\n\n" + "\n".join([head, *rows])
+
+
+def _scored(scores: Mapping[str, float]) -> str:
+    if not scores:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
+    return f"## Samples\n\n| of the last preview | |\n|---|---|\n{rows}"

@@ -1,0 +1,233 @@
+"""Checkpoints that are whole or do not exist.
+
+    checkpoint-100/
+        unet.safetensors             trainable parameters and buffers of the player `unet`
+        unet.average.safetensors     its averaged weights, if the run keeps them
+        unet.optimizer.pt            its optimiser's state
+        state.json                   step, fingerprint of the settings that fix the data order, history
+        manifest.json                SHA-256 of every other file; written last
+
+A checkpoint is written aside, flushed to the disk and renamed: a process killed at any time leaves the last one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inflate.errors import CheckpointError
+from inflate.training.player import Trainee
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    fingerprint: dict[str, int | str] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+    scaler: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Yield a hidden path beside `folder` to write into; on success it is flushed and renamed to `folder`."""
+    aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    discard(aside)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    yield aside
+    for path in [*aside.rglob("*"), aside]:
+        flush(path)
+    discard(old)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    flush(folder.parent)
+    discard(old)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    flush(aside)
+    aside.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0) -> Path:
+    """Write `checkpoint-<step>` into the output folder, then remove all but the newest `keep` (0 = keep all).
+
+    Raises CheckpointError if the folder cannot be written; an older checkpoint is then untouched.
+    """
+    folder = output / f"checkpoint-{state.step}"
+    try:
+        with written_aside(folder) as aside:
+            aside.mkdir()
+            for one in trainees:
+                _write_trainee(aside, one)
+            (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+            manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for stale in numbered(output)[:-keep] if keep else []:
+            old = stale.rename(stale.with_name(f".{stale.name}.old"))  # not a checkpoint, however far its removal gets
+            discard(old)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}; free space or name another training.output"
+        ) from error
+    return folder
+
+
+def _write_trainee(folder: Path, one: Trainee) -> None:
+    name = one.player.name
+    save_file(_portable(one.parameters | one.buffers()), folder / f"{name}.safetensors")
+    if one.average:
+        save_file(_portable(one.average), folder / f"{name}.average.safetensors")
+    torch.save(one.optimizer.state_dict()["state"], folder / f"{name}.optimizer.pt")
+
+
+def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def numbered(output: Path) -> list[Path]:
+    """Folders `checkpoint-<number>` in order of steps, whole or not; a file of such a name is something else."""
+    found = [(NAME.fullmatch(path.name), path) for path in output.iterdir()] if output.is_dir() else []
+    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name and path.is_dir())]
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its recorded digest."""
+    try:
+        manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        damaged = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}; resume from another one") from error
+    if damaged:
+        raise CheckpointError(f"{folder} is damaged: {', '.join(damaged)} changed; resume from another one")
+
+
+def latest(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None if it has none at all.
+
+    Damaged ones are passed over with a warning in the log; CheckpointError if all are damaged.
+    """
+    faults = []
+    for folder in reversed(numbered(output)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+            faults.append(error)
+        else:
+            return folder
+    if faults:
+        raise faults[0]
+    return None
+
+
+def read_state(folder: Path) -> State:
+    """Where the run stood when a checkpoint, already verified, was written."""
+    try:
+        return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}") from error
+
+
+def check_fingerprint(folder: Path, state: State, now: Mapping[str, int | str]) -> None:
+    """Raise CheckpointError naming every setting whose change would alter what the resumed run sees or holds."""
+    changed = [
+        f"{name} was {state.fingerprint.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in [*now, *(state.fingerprint.keys() - now.keys())]
+        if state.fingerprint.get(name) != now.get(name)
+    ]
+    if changed:
+        changes = "; ".join(changed)
+        raise CheckpointError(f"{folder} was made with other settings: {changes}; put them back, or start a new output")
+
+
+def load(folder: Path, trainees: Sequence[Trainee]) -> None:
+    """Put a verified checkpoint's weights, averages and optimiser states into the trainees; check all, then change.
+
+    Raises CheckpointError listing missing, surplus and misshapen tensors, or naming the file that cannot be read.
+    """
+    steps = [step for one in trainees for step in _load_trainee(folder, one)]
+    for step in steps:
+        step()
+
+
+def _load_trainee(folder: Path, one: Trainee) -> list[Callable[[], None]]:
+    name = one.player.name
+    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers())]
+    if one.average:
+        steps.append(_copier(folder / f"{name}.average.safetensors", one.average))
+    path = folder / f"{name}.optimizer.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    # the groups hold settings, and those are the present run's
+    groups = one.optimizer.state_dict()["param_groups"]
+    return [*steps, lambda: one.optimizer.load_state_dict({"state": state, "param_groups": groups})]
+
+
+def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
+    try:
+        tensors = load_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    faults = [f"missing {name}" for name in targets.keys() - tensors.keys()]
+    faults += [f"surplus {name}" for name in tensors.keys() - targets.keys()]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(target.shape)}"
+        for name, target in targets.items()
+        if name in tensors and tensors[name].shape != target.shape
+    ]
+    if faults:
+        raise CheckpointError(f"{path} does not fit the network: {'; '.join(sorted(faults))}")
+
+    def copy() -> None:
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(tensors[name])
+
+    return copy

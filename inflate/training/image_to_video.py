@@ -1,0 +1,228 @@
+"""Image-to-video fine-tuning of Stable Video Diffusion: what one step does, how it is measured and shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inflate.data import video
+from inflate.families.svd import SVD, Condition
+from inflate.metrics.video import flicker_error, psnr
+from inflate.models.unet import VideoUNet
+from inflate.sampling.svd import Sampling, sample
+from inflate.training.loop import Player
+from inflate.training.noise import Noise
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class ImageToVideo:
+    """Settings of image-to-video fine-tuning (Stable Video Diffusion, appendix D)."""
+
+    trainable: Literal["all", "temporal"] = "all"
+    """all: every weight, as the paper does; temporal: what inflation created, and the input convolution"""
+    P_mean: float = 0.7
+    """mean of the log noise level in training: higher for larger frames (0.7 at 320x576, 1.0 at 576x1024)"""
+    P_std: float = 1.6
+    """its standard deviation"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory for about a third more time"""
+    drop_both: float = 0.10
+    """share of samples without image embedding and image latent, the null condition of guidance"""
+    drop_embedding: float = 0.05
+    """share of samples without image embedding only"""
+    drop_image: float = 0.05
+    """share of samples without image latent only"""
+    noise_aug_mean: float = -3.0
+    """mean of the log noise added to the conditioning frame's pixels"""
+    noise_aug_std: float = 0.5
+    """its standard deviation"""
+    held_out_clips: int = 32
+    """held-out clips that the loss is measured on"""
+    bands: int = 4
+    """noise levels that the held-out loss is measured at: middles of this many equally likely shares of training"""
+    preview_clips: int = 4
+    """held-out clips that each preview animates"""
+
+    def __post_init__(self) -> None:
+        rates = (self.drop_both, self.drop_embedding, self.drop_image)
+        if min(rates) < 0 or sum(rates) > 1:
+            raise ValueError(
+                "drop_both, drop_embedding and drop_image are shares: not below 0, and not above 1 together"
+            )
+        if min(self.held_out_clips, self.bands, self.preview_clips) < 1:
+            raise ValueError("held_out_clips, bands and preview_clips must be at least 1")
+
+
+class ImageToVideoTask:
+    """Trains `family.unet` to animate a clip's first frame; measures and shows it on held-out clips.
+
+    `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`).
+    """
+
+    def __init__(
+        self, family: SVD, settings: ImageToVideo, held_out: list[Batch], sampling: Sampling, lr: float, seed: int
+    ) -> None:
+        family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
+        if settings.gradient_checkpointing:
+            family.unet.enable_gradient_checkpointing()
+        self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
+        self.frozen: list[nn.Module] = [family.vae, family.image_encoder]
+        self.held_out = held_out[: settings.held_out_clips]
+        for module in self.frozen:
+            module.requires_grad_(False).eval()
+        choose_trainable(family.unet, settings.trainable)
+        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss)]
+
+    def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The EDM loss per sample (B,), fp32, of one batch."""
+        family, objective = self.family, self.family.objective
+        clean = family.encode(batch["pixels"].to(noise.device))  # (B, F, C, h, w)
+        condition = self.condition(batch, noise).drop(
+            noise.uniform("drop"), self.settings.drop_both, self.settings.drop_embedding, self.settings.drop_image
+        )
+        sigma = objective.sigma(noise.normal("sigma"))  # (B,)
+        predict = family.predict(condition, self.players[0].network)
+        return objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:])), {}
+
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """The condition of each clip's first frame, noise-augmented by a draw of its own."""
+        first = batch["pixels"][:, 0].to(noise.device)  # (B, 3, H, W)
+        aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
+        bucket = self.family.motion.bucket(batch["motion"])
+        return self.family.condition(first, batch["fps"], bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The held-out loss on fixed noise: its mean, per noise level, and with the temporal layers bypassed."""
+        levels = self.levels()
+        losses = {f"held-out loss at sigma {sigma:.3g}": self.held_out_loss(sigma) for sigma in levels}
+        bypassed = sum(self.held_out_loss(sigma, bypass=True) for sigma in levels) / len(levels)
+        mean = sum(losses.values()) / len(levels)
+        return {"held-out loss": mean, **losses, "held-out loss, temporal layers bypassed": bypassed}
+
+    def levels(self) -> list[float]:
+        """The noise levels of the held-out loss: equally likely ones under the training distribution."""
+        objective, bands = self.family.objective, self.settings.bands
+        quantiles = [NormalDist().inv_cdf((k + 0.5) / bands) for k in range(bands)]
+        return [float(objective.sigma(torch.tensor([q]))) for q in quantiles]
+
+    def held_out_loss(self, sigma: float, bypass: bool = False, together: int = 4) -> float:
+        """The mean loss of the held-out clips at one noise level, on noise fixed by (seed, clip)."""
+        total, network, device = 0.0, self.players[0].network, self._device()
+        for start in range(0, len(self.held_out), together):
+            batch = join(self.held_out[start : start + together])
+            noise = Noise(self.seed, batch["number"], device)
+            clean = self.family.encode(batch["pixels"].to(device))
+            predict = self.family.predict(self.condition(batch, noise), WithoutTemporal(network) if bypass else network)
+            level = torch.full((len(clean),), sigma, device=device)
+            loss = self.family.objective.loss(predict, clean, level, noise.normal("held-out", *clean.shape[1:]))
+            total += float(loss.sum())
+        return total / len(self.held_out)
+
+    def preview(self, folder: Path) -> None:
+        """Animate the first held-out clips' first frames: an mp4 each, and one contact sheet (truth above sample)."""
+        batches = self.held_out[: self.settings.preview_clips]
+        truth, generated = self.animate(batches)
+        rows, labels = [], []
+        for index, batch in enumerate(batches):
+            name = f"{index:02d}"
+            video.write(folder / f"{name}.mp4", to_uint8(generated[index]), float(batch["fps"][0]))
+            rows += [to_uint8(truth[index]), to_uint8(generated[index])]
+            labels += [f"{name} truth", f"{name} sample"]
+        video.contact_sheet(folder / "sheet.png", rows, labels)
+        (folder / "scores.json").write_text(json.dumps(self.score(truth, generated), indent=1) + "\n")
+
+    @torch.no_grad()
+    def animate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """The clips and their animations from the first frame with fixed seeds: both (N, F, 3, H, W) in [-1, 1]."""
+        truth = torch.cat([batch["pixels"] for batch in batches])
+        generated = []
+        for index, batch in enumerate(batches):
+            bucket = int(self.family.motion.bucket(batch["motion"])[0])
+            settings = replace(
+                self.sampling,
+                fps=float(batch["fps"][0]),
+                motion_bucket=bucket,
+                frames=truth.shape[1],
+                seed=self.seed + index,
+            )
+            generated.append(sample(self.family, batch["pixels"][:, 0].to(self._device()), settings).cpu())
+        return truth, torch.cat(generated)
+
+    @torch.no_grad()
+    def score(self, truth: Tensor, generated: Tensor) -> dict[str, float]:
+        """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
+        given = self.family.decode(self.family.encode(truth.to(self._device()))).cpu()
+        static = truth[:, :1].expand_as(truth)
+        truth, generated, given, static = unit(truth), unit(generated), unit(given), unit(static)
+        first, near = slice(0, 1), slice(1, 4)
+        scores = {
+            "frame 0, sample": psnr(generated[:, first], truth[:, first]),
+            "frame 0, autoencoder": psnr(given[:, first], truth[:, first]),
+            "frames 1-3, sample": psnr(generated[:, near], truth[:, near]),
+            "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
+            "flicker error, sample": flicker_error(generated, truth),
+        }
+        return {name: float(value.mean()) for name, value in scores.items()}
+
+    def export(self, folder: Path) -> None:
+        """Write the whole model as a folder that diffusers' StableVideoDiffusionPipeline loads."""
+        self.family.save_pretrained(folder)
+
+    def _device(self) -> torch.device:
+        return next(self.players[0].network.parameters()).device
+
+
+def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> None:
+    """Freeze what is not trained, and what gets no gradient while the context is one token.
+
+    A softmax over one key is 1, so cross-attention's queries and keys are dead weights in Stable Video Diffusion: left
+    trainable they drift by weight decay and hang distributed training. `temporal` trains what inflation created, and
+    the input convolution, through which the image latent enters.
+    """
+    chosen = {**unet.created_parameters(), **dict(unet.conv_in.named_parameters(prefix="conv_in"))}
+    inert = unet.inert_parameters()
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name not in inert and (trainable == "all" or name in chosen))
+
+
+class WithoutTemporal(nn.Module):
+    """The same network with every frame marked as an image, which bypasses all temporal layers."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The UNet's output on clips (B, F, C, h, w)."""
+        marks = torch.ones(sample.shape[:2], dtype=torch.bool, device=sample.device)
+        return self.unet(sample, *args, image_only=marks, **kwargs)
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Several batches as one."""
+    first = batches[0]
+    return {
+        key: torch.cat([b[key] for b in batches])
+        if isinstance(first[key], Tensor)
+        else sum((b[key] for b in batches), [])
+        for key in first
+    }
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], clipped as a file would be."""
+    return (pixels.clamp(-1, 1) + 1) / 2
+
+
+def to_uint8(pixels: Tensor) -> Any:
+    """A clip (F, 3, H, W) in [-1, 1] as uint8 (F, H, W, 3)."""
+    return (unit(pixels.float()) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,119 @@
+"""What a run tells while it trains: progress bar, trackers, metrics.json and metrics.png."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from inflate.training.checkpoint import State, write_text
+from inflate.training.player import Batch
+from inflate.training.settings import Training
+
+Rows = list[dict[str, float]]
+
+
+class Report:
+    """Sums the tensors of each step on the device, and reads them out only when a log entry is due."""
+
+    def __init__(self, settings: Training, accelerator: Any, state: State) -> None:
+        self.settings, self.accelerator, self.state = settings, accelerator, state
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.waited, self.begun, self.step = 0.0, time.monotonic(), state.step
+        self.written = ""
+        hidden = not (settings.progress and accelerator.is_main_process)
+        self.bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.write()
+        for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group as well
+            tracker.finish()
+
+    def draw(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time spent waiting for it is counted."""
+        begun = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - begun
+        return batch
+
+    def add(self, terms: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take the mean of each term of a step into the means of the next log entry, without waiting for the device."""
+        for name, values in terms.items():
+            value = torch.stack([part.detach().float().mean() for part in values]).mean()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def tick(self, step: int, rates: Mapping[str, float]) -> None:
+        """Count a step; write a log entry if one is due."""
+        self.bar.update(step - self.bar.n)
+        if step % self.settings.log_every == 0 or step == self.settings.steps:
+            entry = self._means() | {f"lr/{name}": value for name, value in rates.items()} | self._speed(step)
+            self.state.history.append({"step": step, **entry})
+            self.accelerator.log(entry, step=step)
+            shown = {name[5:]: f"{value:.4f}" for name, value in entry.items() if name.startswith("loss/")}
+            speed = {"clips/s": f"{entry['clips_per_second']:.3g}", "wait": f"{entry['data_wait']:.0%}"}
+            self.bar.set_postfix({**shown, **speed})
+
+    def _means(self) -> dict[str, float]:
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        self.sums, self.counts = {}, {}
+        values = self.accelerator.reduce(means, reduction="mean").tolist()  # the one device sync of logging
+        return dict(zip(names, values, strict=True))
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now, settings = time.monotonic(), self.settings
+        seconds = max(now - self.begun, 1e-9)
+        clips = (step - self.step) * settings.batch * settings.accumulate * self.accelerator.num_processes
+        speed = {"clips_per_second": clips / seconds, "data_wait": self.waited / seconds}
+        self.waited, self.begun, self.step = 0.0, now, step
+        return speed
+
+    def held_out(self, step: int, values: Mapping[str, float]) -> None:
+        """Record held-out measurements of a step, in place of earlier ones of the same step."""
+        self.state.held_out[:] = [row for row in self.state.held_out if row["step"] != step]
+        self.state.held_out.append({"step": step, **{name: float(value) for name, value in values.items()}})
+        self.accelerator.log({f"held_out/{name}": float(value) for name, value in values.items()}, step=step)
+
+    def write(self) -> None:
+        """Write metrics.json and metrics.png into the output folder, from the main process, if there is news."""
+        rows = {"history": self.state.history, "held_out": self.state.held_out}
+        text = json.dumps(rows, indent=1)
+        if self.accelerator.is_main_process and any(rows.values()) and text != self.written:
+            write_text(self.settings.output / "metrics.json", text)
+            plot(self.settings.output / "metrics.png", **rows)
+            self.written = text
+
+
+def plot(path: Path, history: Rows, held_out: Rows) -> None:
+    """Draw every recorded quantity over the steps, one panel each: training in one colour, held-out in another."""
+    panels = [(name, history, "C0") for name in _names(history)] + [(name, held_out, "C1") for name in _names(held_out)]
+    lines = -(-len(panels) // 3)
+    figure = Figure(figsize=(12, 2.6 * lines))
+    figure.subplots_adjust(0.06, 0.5 / (2.6 * lines), 0.98, 1 - 0.3 / (2.6 * lines), 0.2, 0.5)
+    for place, (name, rows, colour) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, 3, place)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="." if len(points) < 30 else None)
+        axes.set_title(name if rows is history else f"held-out {name}", fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, format="png", dpi=100)
+    aside.replace(path)
+
+
+def _names(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]

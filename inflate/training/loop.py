@@ -1,0 +1,400 @@
+"""The one training loop: any task, any number of players, over accelerate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from inflate.errors import TrainingError
+from inflate.training import checkpoint
+from inflate.training.checkpoint import State, write_text, written_aside
+from inflate.training.log import Report
+from inflate.training.noise import Noise, seed_of
+from inflate.training.player import Batch, Player, Task, Trainee, at_rest, check_players, in_full_precision, turn
+from inflate.training.settings import Training, check
+
+__all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
+
+Terms = dict[str, list[Tensor]]
+
+
+class Dataset(Protocol):
+    """Samples by number: number n is the n-th sample that a run sees, in any epoch, and holds its own `number`."""
+
+    def __len__(self) -> int:
+        """Clips in one epoch."""
+
+    def __getitem__(self, number: int, /) -> Any:
+        """The sample of a number, the same at each call."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: steps done, why it stopped (`finished`, `max_seconds`, `SIGINT`, `SIGTERM`), held-out
+    measurements by step, and the exported folder (None after a signal).
+    """
+
+    step: int
+    stopped: str
+    held_out: list[dict[str, float]]
+    export: Path | None
+
+
+def fit(
+    task: Task,
+    dataset: Dataset,
+    settings: Training,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    config: str = "",
+) -> Result:
+    """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
+
+    `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml.
+    Raises ConfigError for a setting out of range, TrainingError for an output that cannot be used and a value that is
+    not finite, CheckpointError for a checkpoint that cannot be written or resumed.
+    """
+    check(settings)
+    check_players(task.players, settings)
+    accelerator = start_accelerator(settings)
+    state, found = claim_output(task, dataset, settings, accelerator, config)
+    trainees = [Trainee(player, settings) for player in task.players]
+    place(task, trainees, accelerator)
+    restore(found, state, trainees, accelerator)
+    batches = iter(loader(dataset, settings, accelerator, state.step, collate))
+    reason = ""
+    with Stop(settings.max_seconds) as stop, Report(settings, accelerator, state) as report:
+        run = Run(task, settings, accelerator, trainees, report, state)
+        if state.step == 0:
+            run.look()
+        while state.step < settings.steps and not (reason := stop.reason(accelerator)):
+            acting = [one for one in trainees if state.step >= one.player.start]
+            torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
+            terms: Terms = {}
+            numbers: list[int] = []
+            for _ in range(settings.accumulate):
+                batch = report.draw(batches)
+                numbers += batch["number"].tolist()
+                noise = Noise(settings.seed, batch["number"], accelerator.device)
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                with accelerator.accumulate(*(one.player.network for one in acting)):
+                    for one in acting:
+                        with turn(one, trainees):
+                            loss, logs = one.player.loss(batch, noise, state.step)  # (B,)
+                            accelerator.backward(loss.mean())
+                        collect(terms, one, loss, logs)
+            norms = [one.gradient_norm(accelerator) for one in acting]
+            stop_if_not_finite(accelerator, state.step, acting, terms, norms, numbers)
+            for one, norm in zip(acting, norms, strict=True):
+                one.update(state.step, norm)
+                terms[f"gradient_norm/{one.player.name}"] = [norm]
+            report.add(terms)
+            state.step += 1
+            report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
+            run.keep_up()
+        completes = reason not in SIGNALS
+        run.look(evaluate=completes, preview=False)
+        run.save()
+        exported = run.finish() if completes else None
+    for one in trainees:
+        one.release(accelerator)
+    return Result(state.step, reason or "finished", state.held_out, exported)
+
+
+@dataclass
+class Run:
+    """What happens beside the steps: looking at the model, saving it. The main process writes, the others wait."""
+
+    task: Task
+    settings: Training
+    accelerator: Any
+    trainees: Sequence[Trainee]
+    report: Report
+    state: State
+
+    def keep_up(self) -> None:
+        """Do what is due after a step; what is due at the end is done at the end."""
+        step, settings = self.state.step, self.settings
+        if step == settings.steps:
+            return
+        self.look(due(step, settings.evaluate_every), due(step, settings.preview_every))
+        if due(step, settings.checkpoint_every):
+            self.save()
+
+    def look(self, evaluate: bool = True, preview: bool = True) -> None:
+        """Measure on held-out data and write a preview."""
+        if self.accelerator.is_main_process and (evaluate or preview):
+            with at_rest(self.trainees):
+                if evaluate:
+                    self.report.held_out(self.state.step, self.task.evaluate())
+                if preview:
+                    with written_aside(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
+                        folder.mkdir()
+                        self.task.preview(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write a checkpoint and the metrics up to it."""
+        if self.accelerator.is_main_process:
+            if self.accelerator.scaler is not None:
+                self.state.scaler = self.accelerator.scaler.state_dict()
+            checkpoint.save(self.settings.output, self.state, self.trainees, self.settings.keep)
+            self.report.write()
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """Preview the final model and export it; the exported folder."""
+        self.look(evaluate=False)
+        folder = self.settings.output / "export"
+        if self.accelerator.is_main_process:
+            with at_rest(self.trainees), in_full_precision(self.trainees), written_aside(folder) as aside:
+                self.task.export(aside)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0 = never) is due after this one."""
+    return every > 0 and step % every == 0
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def start_accelerator(settings: Training) -> Any:
+    """An Accelerator with this run's precision, accumulation and tracker; TrainingError if it cannot be had here."""
+    AcceleratorState._reset_state()  # it is global, and refuses a second run of another precision in the same process
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.precision,
+            gradient_accumulation_steps=settings.accumulate,
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_dir=settings.output / "logs",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one previews
+        )
+    except ValueError as error:
+        asked = f"training.precision={settings.precision}, training.tracker={settings.tracker}"
+        raise TrainingError(f"{asked}: {error}") from error
+    if settings.tracker != "none" and not accelerator.log_with:
+        raise TrainingError(f"training.tracker={settings.tracker} is not installed; install it, or set it to none")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise TrainingError(f"{kind.value} shards the weights, which is not supported; launch with --multi_gpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise TrainingError("the processes do not see each other; without GPUs, set ACCELERATE_USE_CPU=true")
+    return accelerator
+
+
+def claim_output(
+    task: Task, dataset: Dataset, settings: Training, accelerator: Any, config: str
+) -> tuple[State, Path | None]:
+    """Make sure that the output is writable and holds no other run; the state to start from and its checkpoint."""
+    if not len(dataset):
+        raise TrainingError("the dataset has no clip to train on")
+    fingerprint = {
+        "training.seed": settings.seed, "training.batch": settings.batch, "training.accumulate": settings.accumulate,
+        "processes": accelerator.num_processes, "clips": len(dataset), "training.optimizer": settings.optimizer,
+        "players": ", ".join(player.name for player in task.players),
+        "averaged weights": "yes" if settings.ema else "no",
+    }  # fmt: skip
+    if accelerator.is_main_process:
+        check_output(settings)
+    accelerator.wait_for_everyone()
+    found, state = find_checkpoint(settings), State(fingerprint=dict(fingerprint))
+    if found:
+        state = checkpoint.read_state(found)
+        checkpoint.check_fingerprint(found, state, fingerprint)
+    if config and accelerator.is_main_process:
+        write_text(settings.output / "config.yaml", config)
+    accelerator.init_trackers("inflate")
+    return state, found
+
+
+def check_output(settings: Training) -> None:
+    """Create the output folder; TrainingError if it cannot be written, or holds what this run would not go on with."""
+    output = settings.output
+    inside = settings.resume is not None and Path(settings.resume).resolve().parent == output.resolve()
+    try:
+        if output.is_dir() and any(output.iterdir()) and not (inside or settings.resume == "latest"):
+            remedy = "set training.resume=latest to go on with its run, or name another folder"
+            raise TrainingError(f"training.output={output} is not empty; {remedy}")
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise TrainingError(f"training.output={output} cannot be written: {error}; name another folder") from error
+
+
+def find_checkpoint(settings: Training) -> Path | None:
+    """The whole checkpoint that `resume` means, or None to start afresh."""
+    if settings.resume is None or settings.resume == "latest":
+        return checkpoint.latest(settings.output) if settings.resume else None
+    folder = Path(settings.resume)
+    checkpoint.verify(folder)
+    existing = checkpoint.numbered(settings.output)
+    names = [path.resolve() for path in existing]
+    if folder.resolve() in names and folder.resolve() != names[-1]:
+        raise TrainingError(
+            f"{existing[-1]} is later than training.resume={folder}; move it away or name another output"
+        )
+    return folder
+
+
+def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
+    """Move everything to the device; wrap what is trained."""
+    for module in task.frozen:
+        module.to(accelerator.device).eval()
+    for one in trainees:
+        one.prepare(accelerator)
+
+
+def restore(found: Path | None, state: State, trainees: Sequence[Trainee], accelerator: Any) -> None:
+    """Load the checkpoint that was found, if any."""
+    if found:
+        checkpoint.load(found, trainees)
+        if accelerator.scaler is not None and state.scaler:
+            accelerator.scaler.load_state_dict(state.scaler)
+
+
+class Numbers:
+    """Sample numbers of one process, batch by batch from a step on; a pure function of the step, for exact resume."""
+
+    def __init__(self, settings: Training, processes: int, process: int, step: int) -> None:
+        self.settings, self.processes, self.process, self.step = settings, processes, process, step
+
+    def __len__(self) -> int:
+        return (self.settings.steps - self.step) * self.settings.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.settings.batch
+        for micro in range(self.step * self.settings.accumulate, self.settings.steps * self.settings.accumulate):
+            first = (micro * self.processes + self.process) * batch
+            yield list(range(first, first + batch))
+
+
+def loader(
+    dataset: Dataset, settings: Training, accelerator: Any, step: int, collate: Callable[[list[Any]], Any]
+) -> DataLoader[Batch]:
+    """Batches of this process from a step on, the same for any number of workers."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # torch asks for its own base class, and uses only these two methods
+        batch_sampler=Numbers(settings, accelerator.num_processes, accelerator.process_index, step),
+        collate_fn=collate,
+        num_workers=settings.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator().manual_seed(settings.seed),  # or it would draw from the global one
+    )
+
+
+def ignore_interrupt(_: int) -> None:
+    """Let a reader process leave Ctrl-C, which reaches the whole process group, to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# --- within a step ----------------------------------------------------------------------------------------------------
+
+
+def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor]) -> None:
+    """Keep a micro-step's loss and logged tensors, without their graphs, under `name/player`."""
+    for name, values in {"loss": loss, **logs}.items():
+        terms.setdefault(f"{name}/{one.player.name}", []).append(values.detach())
+
+
+def stop_if_not_finite(
+    accelerator: Any,
+    step: int,
+    acting: Sequence[Trainee],
+    terms: Terms,
+    norms: Sequence[Tensor],
+    numbers: Sequence[int],
+) -> None:
+    """Raise TrainingError naming the first tensor that is not finite, before the optimisers touch the weights.
+
+    Reading one flag per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
+    may overflow: the scaler then skips the step, so only the losses count.
+    """
+    watched = [values for name, values in terms.items() if name.startswith("loss/")]
+    flags = [value.isfinite().all() for values in watched for value in values]
+    flags += [norm.isfinite() for norm in norms] if accelerator.scaler is None else []
+    failed = accelerator.reduce((~torch.stack(flags)).sum(), reduction="sum")  # all processes stop together
+    if failed.item():
+        remedy = (
+            "resume from the last checkpoint with a lower training.lr or another precision, or leave these clips out"
+        )
+        raise TrainingError(f"step {step}: {name_not_finite(acting, terms, numbers)}; nothing was updated; {remedy}")
+
+
+def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[int]) -> str:
+    """Which tensor is not finite, the earliest in the computation first: weights, logged terms, losses, gradients."""
+    for one in acting:
+        for name, parameter in one.parameters.items():
+            if not parameter.isfinite().all():
+                return f"parameter {one.player.name}.{name} is not finite"
+    for name in sorted(terms, key=lambda name: name.startswith("loss/")):
+        finite = torch.cat([value.isfinite().reshape(-1) for value in terms[name]])
+        if not finite.all():
+            samples = [n for n, good in zip(numbers, finite.tolist(), strict=False) if not good]
+            where = f" for sample numbers {samples}" if len(finite) == len(numbers) else ""
+            return f"{name} is not finite{where}"
+    for one in acting:
+        for name, parameter in one.parameters.items():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {one.player.name}.{name} is not finite"
+    return "a gradient norm overflowed, or another process met a value that is not finite"
+
+
+# --- stopping early ---------------------------------------------------------------------------------------------------
+
+SIGNALS = ("SIGINT", "SIGTERM")
+REASONS = ("", "max_seconds", *SIGNALS)
+
+
+class Stop:
+    """Turns SIGINT, SIGTERM and a time limit into a stop between two steps; a second signal acts as it always did."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.signal, self.deadline = "", time.monotonic() + (seconds or float("inf"))
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for name in SIGNALS:
+                number = signal.Signals[name]
+                self.former[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self.former = {}
+
+    def reason(self, accelerator: Any) -> str:
+        """Why to stop now, or an empty string; the same on every process."""
+        own = self.signal or ("max_seconds" if time.monotonic() >= self.deadline else "")
+        if accelerator.num_processes == 1:
+            return own
+        code = torch.tensor([REASONS.index(own)], device=accelerator.device)
+        return REASONS[int(accelerator.gather(code).max())]

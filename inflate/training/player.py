@@ -1,0 +1,187 @@
+"""What a task brings to the loop, and what the loop keeps for each network that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from inflate.errors import TrainingError
+from inflate.training.noise import Noise
+from inflate.training.settings import Training, rate
+
+Batch = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Player:
+    """A network with its own loss and optimiser. One player is ordinary training, two are adversarial training.
+
+    `loss(batch, noise, step)` returns per-sample losses (B,) and tensors to log, whose means are shown.
+    The loop replaces `network` by accelerate's wrapper of it: the loss calls `player.network(...)`, by its `forward`,
+    so that precision and gradient synchronisation take part. Another player's network is called as the bare module
+    that the task holds; its parameters are frozen meanwhile. Parameters that require a gradient when `fit` begins are
+    trained.
+    """
+
+    name: str
+    network: nn.Module
+    loss: Callable[[Batch, Noise, int], tuple[Tensor, dict[str, Tensor]]]
+    lr: float | None = None
+    """Its learning rate; None = the run's."""
+    start: int = 0
+    """First step at which it acts."""
+
+
+class Task(Protocol):
+    """What is trained and how it is looked at.
+
+    `evaluate`, `preview` and `export` run on the main process, without gradients, in eval mode, with the averaged
+    weights if the run keeps an average; players' networks are then the bare modules, at the run's precision in the
+    first two, at full precision in `export`.
+    """
+
+    @property
+    def players(self) -> Sequence[Player]:
+        """In the order in which they act on a batch, so that one can leave its output for the next."""
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """Networks that are used but not trained: moved to the device and put into eval mode by the loop."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out measurements on fixed data and noise, by name."""
+
+    def preview(self, folder: Path) -> None:
+        """Write what a person should look at, from fixed seeds and inputs, into an existing empty folder."""
+
+    def export(self, folder: Path) -> None:
+        """Write the result into a folder that does not exist yet."""
+
+
+class Trainee:
+    """One player's bare module, trainable parameters, optimiser and averaged weights."""
+
+    def __init__(self, player: Player, settings: Training) -> None:
+        self.player, self.settings, self.module = player, settings, player.network
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise TrainingError(f"player '{player.name}' has no trainable parameter: nothing requires a gradient")
+        self.lr = settings.lr if player.lr is None else player.lr
+        self.optimizer: Any = self._adamw()
+        self.average: dict[str, Tensor] = {}
+
+    def _adamw(self) -> torch.optim.AdamW:
+        decays = [p for p in self.parameters.values() if p.ndim >= 2]
+        others = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [(decays, self.settings.weight_decay), (others, 0.0)]
+        return torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for group, decay in groups if group],
+            lr=self.lr,
+            betas=self.settings.betas,
+        )
+
+    def prepare(self, accelerator: Any) -> None:
+        """Move to the device, wrap for precision and processes, and start the average at the present weights."""
+        self.module.train()
+        self.player.network, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+        if self.settings.ema:  # in float32 at least: a 16-bit average would not move
+            wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
+            self.average = {name: p.detach().to(wide[name], copy=True) for name, p in self.parameters.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers: spectral norms' vectors, running statistics."""
+        kept = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
+    def gradient_norm(self, accelerator: Any) -> Tensor:
+        """Norm of all gradients as one vector, unscaled; the gradients stay as they are."""
+        accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            raise TrainingError(f"player '{self.player.name}': its loss does not depend on its trainable parameters")
+        return get_total_norm(gradients)
+
+    def update(self, step: int, norm: Tensor) -> None:
+        """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""
+        if self.settings.gradient_clip:
+            clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        acted = step - self.player.start
+        decay = min(self.settings.ema, (1 + acted) / (10 + acted))  # early on, the average follows quickly
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach().to(average.dtype), 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step."""
+        return self.lr * rate(self.settings, step, self.player.start)
+
+    def release(self, accelerator: Any) -> None:
+        """Give the player back its bare module, in full precision and eval mode, when the run is over."""
+        self.player.network = accelerator.unwrap_model(self.player.network, keep_fp32_wrapper=False).eval()
+
+
+@contextmanager
+def turn(one: Trainee, trainees: Sequence[Trainee]) -> Iterator[None]:
+    """One player's turn: the others' parameters take no gradient, though gradients flow through their networks."""
+    others = [p for other in trainees if other is not one for p in other.parameters.values()]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
+    """Bare networks in eval mode, with averaged weights if there are any, and no gradients; put back afterwards."""
+    wrapped = [one.player.network for one in trainees]
+    trained = [{name: one.parameters[name].data for name in one.average} for one in trainees]
+    try:
+        for one in trainees:
+            one.player.network = one.module.eval()
+            for name, average in one.average.items():
+                one.parameters[name].data = average.to(one.parameters[name].dtype)
+        with torch.no_grad():
+            yield
+    finally:
+        for one, network, weights in zip(trainees, wrapped, trained, strict=True):
+            one.player.network = network
+            one.module.train()
+            for name, data in weights.items():
+                one.parameters[name].data = data
+
+
+@contextmanager
+def in_full_precision(trainees: Sequence[Trainee]) -> Iterator[None]:
+    """The bare networks without the autocast that accelerate puts around their `forward`; put back afterwards."""
+    wrapped = [one.module.__dict__.pop("forward", None) for one in trainees]
+    try:
+        yield
+    finally:
+        for one, forward in zip(trainees, wrapped, strict=True):
+            if forward is not None:
+                one.module.__dict__["forward"] = forward
+
+
+def check_players(players: Sequence[Player], settings: Training) -> None:
+    """Raise TrainingError unless the players can be told apart, train separate weights and fit the precision."""
+    names = [player.name for player in players]
+    if not names or len(set(names)) < len(names):
+        raise TrainingError(f"players {names}: a task needs at least one player, each with its own name")
+    if settings.precision == "fp16" and len(names) > 1:
+        raise TrainingError("training.precision=fp16 cannot scale the losses of several players; use bf16 or no")
+    trained = [p for player in players for p in player.network.parameters() if p.requires_grad]
+    if len({id(p) for p in trained}) < len(trained):
+        raise TrainingError(f"players {names} train the same weights; freeze them in all but one")

@@ -1,0 +1,36 @@
+"""Videos that show two previews of a run against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from inflate.data import video
+
+Pixels = npt.NDArray[np.uint8]
+SHOWN = 4
+"""Videos side by side."""
+LEAST_HEIGHT = 192
+"""Smaller videos are enlarged by a whole factor, so that a person sees their pixels."""
+
+
+def compare_previews(before: Path, after: Path, target: Path) -> None:
+    """Write TARGET.mp4 and TARGET.png: the first videos of the folder `before` above those of the same names in `after`."""
+    names = sorted(path.name for path in after.glob("*.mp4") if (before / path.name).is_file())[:SHOWN]
+    if not names:
+        return
+    probes = [video.probe(after / name) for name in names]
+    rows = [_side_by_side([folder / name for name in names]) for folder in (before, after)]
+    video.write(target.with_suffix(".mp4"), np.concatenate(rows, axis=1), probes[0].fps)
+    video.contact_sheet(target.with_suffix(".png"), rows, ["before", "after"])
+
+
+def _side_by_side(paths: list[Path]) -> Pixels:
+    """The videos' common frames next to each other, (F, H, W, 3)."""
+    clips = [video.read(path, range(video.probe(path).frames)) for path in paths]
+    length = min(len(clip) for clip in clips)
+    joined = np.concatenate([clip[:length] for clip in clips], axis=2)
+    factor = max(1, -(-LEAST_HEIGHT // joined.shape[1]))
+    return joined.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -1,0 +1,93 @@
+"""The settings of a training run; importable without torch, so that the command line checks them at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from inflate.errors import ConfigError
+
+
+@dataclass
+class Training:
+    """How a run trains. `step` always means one optimiser step."""
+
+    output: Path = Path("output")
+    """Folder of the run, with all that it writes; new or empty, unless a run is resumed."""
+    seed: int = 0
+    """Decides the order of clips, the noise and the dropout."""
+    steps: int = 1000
+    """Optimiser steps in all, counted from the first start of the run."""
+    batch: int = 1
+    """Clips per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimiser step."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the trained networks; their weights stay as loaded. fp16 needs a GPU and a single player."""
+    lr: float = 1e-4
+    """Learning rate, for every player that names none of its own."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup: int = 0
+    """Steps over which the learning rate grows from 0."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The optimiser of every player."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's running averages."""
+    weight_decay: float = 0.01
+    """AdamW's decay, of matrices and convolutions only."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm of a player; 0 = never clip."""
+    ema: float = 0.0
+    """Decay of the averaged weights that are evaluated, previewed and exported; 0 = no average."""
+    workers: int = 2
+    """Processes per GPU that read clips; they do not change the data. 0 = read in the training process."""
+    log_every: int = 10
+    """Steps between log entries."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 = only at the end."""
+    preview_every: int = 500
+    """Steps between previews; 0 = only at the start and the end."""
+    evaluate_every: int = 500
+    """Steps between held-out measurements; 0 = only at the start and the end."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 = all."""
+    resume: str | None = None
+    """A checkpoint folder, or `latest`: the newest whole checkpoint of the output folder, if there is one."""
+    tracker: str = "tensorboard"
+    """An experiment tracker known to accelerate (tensorboard, wandb, trackio, ...), or `none`."""
+    max_seconds: float | None = None
+    """Stop training after this time; the final checkpoint, evaluation, preview and export follow it."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+AT_LEAST = {
+    "steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "warmup": 0, "workers": 0, "checkpoint_every": 0,
+    "preview_every": 0, "evaluate_every": 0, "keep": 0, "lr": 0.0, "weight_decay": 0.0, "gradient_clip": 0.0,
+    "ema": 0.0,
+}  # fmt: skip
+
+
+def check(settings: Training) -> None:
+    """Raise ConfigError naming the first setting that is out of range."""
+    for name, least in AT_LEAST.items():
+        value = getattr(settings, name)
+        if not math.isfinite(value) or value < least:
+            raise ConfigError(f"training.{name}={value}: must be a number of at least {least}")
+    if settings.ema >= 1:
+        raise ConfigError(f"training.ema={settings.ema}: a decay is below 1, such as 0.999; 0 turns the average off")
+    if any(not 0 <= beta < 1 for beta in settings.betas):
+        raise ConfigError(f"training.betas={settings.betas}: each must lie in [0, 1)")
+    if settings.max_seconds is not None and not settings.max_seconds > 0:
+        raise ConfigError(f"training.max_seconds={settings.max_seconds}: must be positive, or null for no limit")
+
+
+def rate(settings: Training, step: int, start: int = 0) -> float:
+    """Share of the learning rate at a step, for a player that starts at `start`; a pure function, for exact resume."""
+    since, total = step - start, max(settings.steps - start, 1)
+    warm = min(1.0, (since + 1) / settings.warmup) if settings.warmup else 1.0
+    course = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * since / total), "linear": 1 - since / total}
+    return warm * course[settings.schedule]

@@ -1,0 +1,156 @@
+"""Fine-tune Stable Video Diffusion: its temporal decoder, or its UNet to animate an image.
+
+accelerate launch recipes/svd_finetune.py
+    the demo: inflates the pocket Stable Diffusion and fine-tunes both on rendered clips, on a CPU, in minutes
+accelerate launch recipes/svd_finetune.py recipes/svd_image_to_video.yaml datasets/folder.yaml data.path=clips
+    the published weights on your clips
+accelerate launch recipes/svd_finetune.py recipes/svd_decoder.yaml datasets/folder.yaml data.path=clips
+    the temporal decoder against a video discriminator
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from inflate import config as configuration
+from inflate.data.clips import ClipDataset, collate
+from inflate.data.demo_clips import build
+from inflate.data.settings import Data
+from inflate.errors import report_errors
+from inflate.families.svd import SVD, MotionBuckets
+from inflate.sampling.svd import Sampling
+from inflate.training.card import write_card
+from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, join
+from inflate.training.loop import Result, fit
+from inflate.training.previews import compare_previews
+from inflate.training.settings import Training
+
+HERE = Path(__file__).parent
+DEMO = {"decoder": HERE / "svd_demo_decoder.yaml", "image_to_video": HERE / "svd_demo_image_to_video.yaml"}
+
+
+@dataclass
+class Model:
+    """The model that training starts from."""
+
+    path: str = "pocket"
+    """`pocket`; a Stable Diffusion or Stable Video Diffusion folder in diffusers' layout, or its name on the Hub; or
+    the original's .safetensors file"""
+    image_encoder: str | None = None
+    """folder of the CLIP image encoder, where `path` holds none"""
+    norm_epsilon: float = 1e-6
+    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: 1e-6 is diffusers', whose pipeline then
+    samples it exactly; 1e-5 is the original's"""
+
+
+@dataclass
+class Config:
+    """Settings of the recipe."""
+
+    stage: Literal["demo", "decoder", "image_to_video"] = "demo"
+    """what to train; demo trains both, one after the other, on clips that it renders"""
+    demo_clips: int = 600
+    """training clips that the demo renders"""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    decoder: Decoder = field(default_factory=Decoder)
+    image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def main(config: Config, arguments: list[str]) -> None:
+    if config.stage == "demo":
+        demo(config, arguments)
+    else:
+        say(train(config), config)
+
+
+def demo(config: Config, arguments: list[str]) -> None:
+    """Both stages on rendered clips: the second starts from what the first exported."""
+    output = config.training.output
+    clips = build(output / "clips", clips=config.demo_clips, held_out=32)
+    start = config.model.path
+    for stage, settings in DEMO.items():
+        fixed = [f"stage={stage}", f"data.path={clips}", f"training.output={output / stage}", f"model.path={start}"]
+        config = configuration.load(Config, [str(settings), *arguments, *fixed])
+        say(train(config), config)
+        start = str(config.training.output / "export")
+
+
+def train(config: Config) -> Result:
+    """One stage: load, inflate where needed, fit, write the card."""
+    logging.info("checking the clips of %s", config.data.path)
+    dataset = ClipDataset(config.data, seed=config.training.seed)
+    held_out = [collate([item]) for item in ClipDataset(config.data.evaluation(), shuffle=False)]
+    model = config.model
+    family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.frames)
+    family.frames, family.fps = config.data.frames, round(float(held_out[0]["fps"][0]))
+    if config.stage == "image_to_video":
+        family.motion = MotionBuckets.fit(dataset.motion_scores())
+    task = make_task(config, family, held_out)
+    result = fit(task, dataset, config.training, collate, configuration.dump(config))
+    if result.export:
+        finish(config, family, result)
+    return result
+
+
+def make_task(config: Config, family: SVD, held_out: list[Any]) -> DecoderTask | ImageToVideoTask:
+    """The task of the stage."""
+    training = config.training
+    if config.stage == "decoder":
+        family.decode_chunk = config.data.frames  # the chunk of training is the chunk of decoding
+        pixels = join(held_out)["pixels"]
+        return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, family.fps)
+    return ImageToVideoTask(family, config.image_to_video, held_out, config.sampling, training.lr, training.seed)
+
+
+def finish(config: Config, family: SVD, result: Result) -> None:
+    """The before/after video and the card."""
+    output = config.training.output
+    last = output / "samples" / f"step-{result.step:06}"
+    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
+    scores = last / "scores.json"
+    gap = json.loads((output / "export" / "inflate.json").read_text())["export_gap"]
+    facts = {
+        "stage": config.stage,
+        "starts from": config.model.path,
+        "clips": config.data.path,
+        "steps": f"{result.step} ({result.stopped})",
+        "largest difference from diffusers' classes": f"UNet {gap['unet']:.1e}, decoder {gap['decoder']:.1e}",
+    }
+    write_card(
+        output, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", facts, result.held_out,
+        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config),
+    )  # fmt: skip
+
+
+def say(result: Result, config: Config) -> None:
+    """Name the results on standard output."""
+    output = config.training.output
+    if result.export is None:
+        print(f"stopped by {result.stopped} at step {result.step}; go on with training.resume=latest")
+        sys.exit(130 if result.stopped == "SIGINT" else 143)
+    first, last = result.held_out[0], result.held_out[-1]
+    print(f"\n{config.stage}: {result.step} steps; on held-out clips, before -> after:")
+    for name in last:
+        if name in first and name != "step" and not name.startswith("parent/"):
+            print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g}")
+    for name, path in (
+        ("before/after video", output / "before_after.mp4"), ("as a picture", output / "before_after.png"),
+        ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),
+        ("model", result.export),
+    ):  # fmt: skip
+        print(f"  {name}: {path}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with report_errors():
+        main(configuration.from_command_line(Config), sys.argv[1:])

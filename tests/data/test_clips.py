@@ -1,0 +1,374 @@
+"""Windows, preflight and samples."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_files import busy, cut, numbered
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from inflate.data import clips, video
+from inflate.data.clips import ClipDataset, Data, Sampler, collate, preflight
+from inflate.data.sources import find_clips
+from inflate.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def folder(make_clip, tmp_path):
+    """Six numbered clips of 8 to 13 frames at 8 per second."""
+    for number in range(6):
+        make_clip(f"clips/{number}.mp4", numbered(8 + number, 32, 32))
+        (tmp_path / "clips" / f"{number}.txt").write_text(f"clip {number}")
+    return tmp_path / "clips"
+
+
+real = clips._Cache
+
+
+def small(path, **changes):
+    return Data(**({"path": str(path), "frames": 4, "height": 32, "width": 32, "captions": "optional"} | changes))
+
+
+def shown(item):
+    """The frame numbers that `numbered` painted."""
+    levels = (item["pixels"].mean(dim=(1, 2, 3)) + 1) * 127.5
+    return [round((float(level) - 16) / 8) for level in levels]
+
+
+def rows_of(path, **changes):
+    settings = small(path, **changes)
+    return preflight(find_clips(settings), settings)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+def test_an_item_is_what_the_loop_expects(folder):
+    item = ClipDataset(small(folder), shuffle=False)[1]
+    assert item["pixels"].shape == (4, 3, 32, 32)
+    assert item["pixels"].dtype == torch.float32
+    assert item["pixels"].is_contiguous()
+    assert float(item["pixels"].min()) >= -1
+    assert (item["caption"], item["name"], int(item["number"])) == ("clip 1", "1.mp4", 1)
+    assert float(item["fps"]) == pytest.approx(8)
+    assert float(item["motion"]) == 0  # flat frames show no motion
+
+
+def test_pixels_run_from_minus_one_to_one(make_clip, tmp_path):
+    frames = np.zeros((4, 32, 32, 3), np.uint8)
+    frames[2:] = 255
+    make_clip("clips/a.mp4", frames)
+    pixels = ClipDataset(small(tmp_path / "clips"))[0]["pixels"]
+    assert float(pixels[0].mean()) == pytest.approx(-1, abs=0.01)
+    assert float(pixels[3].mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_sample_depends_on_seed_and_number_alone(folder):
+    first, second = ClipDataset(small(folder), seed=3), ClipDataset(small(folder), seed=3)
+    order = [17, 2, 40, 3]
+    alone = {n: first[n] for n in order}
+    for n in sorted(order):
+        other = second[n]
+        assert other["name"] == alone[n]["name"]
+        assert torch.equal(other["pixels"], alone[n]["pixels"])
+
+
+def test_the_seed_changes_order_and_windows(folder):
+    def drawn(seed):
+        dataset = ClipDataset(small(folder), seed=seed)
+        return [(dataset[n]["name"], shown(dataset[n])[0]) for n in range(18)]
+
+    assert drawn(0) != drawn(1)
+
+
+def test_each_epoch_visits_every_clip_once_in_a_new_order(folder):
+    dataset = ClipDataset(small(folder), seed=1)
+    epochs = [[dataset[6 * e + k]["name"] for k in range(6)] for e in range(3)]
+    assert all(sorted(names) == [f"{n}.mp4" for n in range(6)] for names in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [item["name"] for item in dataset] == epochs[0]
+
+
+def test_without_shuffling_the_order_is_the_folders(folder):
+    dataset = ClipDataset(small(folder), shuffle=False)
+    assert [dataset[n]["name"] for n in range(8)] == [f"{n % 6}.mp4" for n in range(8)]
+
+
+def test_random_windows_reach_every_start_and_only_those(folder):
+    dataset = ClipDataset(small(folder), shuffle=False)
+    starts = {shown(dataset[6 * k])[0] for k in range(60)}  # clip 0: 8 frames, windows of 4
+    assert starts == {0, 1, 2, 3, 4}
+
+
+def test_the_centre_window_is_fixed(folder):
+    dataset = ClipDataset(small(folder, window="centre"), shuffle=False)
+    assert shown(dataset[0]) == [2, 3, 4, 5]
+    assert shown(dataset[6]) == [2, 3, 4, 5]
+
+
+def test_the_cache_changes_nothing(folder):
+    cached, fresh = ClipDataset(small(folder)), ClipDataset(small(folder, cache_megabytes=0))
+    assert len(cached._cache.frames) == 6
+    assert len(fresh._cache.frames) == 0
+    for n in range(6):
+        assert torch.equal(cached[n]["pixels"], fresh[n]["pixels"])
+
+
+def test_each_clip_is_decoded_once_and_then_read_from_memory(folder, monkeypatch):
+    opened = []
+    original = video._opened
+    monkeypatch.setattr(video, "_opened", lambda media: (opened.append(media), original(media))[1])
+    dataset = ClipDataset(small(folder))
+    assert len(opened) == 6
+    for n in range(20):
+        dataset[n]
+    assert len(opened) == 6
+
+
+def test_the_cache_stops_at_its_limit(folder, monkeypatch):
+    settings = small(folder)
+    monkeypatch.setattr(clips, "_Cache", lambda limit: real(min(limit, 70_000)) if limit else real(0))
+    dataset = ClipDataset(settings)
+    assert 0 < sum(frames.nbytes for frames in dataset._cache.frames.values()) <= 70_000
+    assert shown(dataset[0])  # the others are read from their files
+
+
+def test_scores_are_of_the_centre_windows(make_clip, tmp_path):
+    make_clip("clips/still.mp4", numbered(6, 32, 32))
+    make_clip("clips/wild.mp4", busy(6))
+    scores = ClipDataset(small(tmp_path / "clips")).motion_scores()
+    assert scores.shape == (2,)
+    assert scores[0] == 0
+    assert scores[1] > 0.01
+
+
+def test_a_clip_that_vanishes_is_named(folder):
+    dataset = ClipDataset(small(folder, cache_megabytes=0), shuffle=False)
+    (folder / "2.mp4").unlink()
+    with pytest.raises(DataError, match=r"2\.mp4: no such file"):
+        dataset[2]
+
+
+def test_negative_numbers_are_refused(folder):
+    with pytest.raises(DataError, match="sample numbers start at 0"):
+        ClipDataset(small(folder))[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_resumes_where_it_stopped(folder, workers):
+    dataset = ClipDataset(small(folder), seed=5)
+
+    def load(start, stop, count):
+        loader = DataLoader(dataset, batch_size=2, sampler=Sampler(start, stop), collate_fn=collate, num_workers=count)
+        return list(loader)
+
+    whole, tail = load(0, 8, 0), load(4, 8, workers)
+    assert [batch["number"].tolist() for batch in tail] == [[4, 5], [6, 7]]
+    for one, two in zip(whole[2:], tail, strict=True):
+        assert torch.equal(one["pixels"], two["pixels"])
+        assert one["name"] == two["name"]
+    assert whole[0]["pixels"].shape == (2, 4, 3, 32, 32)
+    assert {key: tuple(whole[0][key].shape) for key in ("fps", "motion", "number")} == dict.fromkeys(
+        ("fps", "motion", "number"), (2,)
+    )
+    assert whole[0]["number"].dtype == torch.int64
+    assert len(whole[0]["caption"]) == 2
+
+
+def test_a_pickled_dataset_gives_the_same_samples_without_the_cache(folder):
+    dataset = ClipDataset(small(folder), seed=2)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(copy._cache.frames) == 0
+    assert torch.equal(copy[9]["pixels"], dataset[9]["pixels"])
+
+
+def test_the_sampler_counts():
+    assert list(Sampler(5, 8)) == [5, 6, 7]
+    assert (len(Sampler(5, 8)), len(Sampler(8, 5))) == (3, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- windows
+
+
+def test_stride_skips_frames_and_halves_the_rate(folder):
+    dataset = ClipDataset(small(folder, stride=2, window="centre"), shuffle=False)
+    assert shown(dataset[1]) == [1, 3, 5, 7]
+    assert float(dataset[1]["fps"]) == pytest.approx(4)
+
+
+def test_clips_are_resampled_to_the_asked_rate(make_clip, tmp_path):
+    make_clip("clips/a.mp4", numbered(20, 32, 32), fps=24)
+    dataset = ClipDataset(small(tmp_path / "clips", fps=8, window="centre"))
+    assert shown(dataset[0]) == [5, 8, 11, 14]
+    assert float(dataset[0]["fps"]) == pytest.approx(8)
+
+
+def test_rates_that_do_not_divide_go_by_time(make_clip, tmp_path):
+    make_clip("clips/a.mp4", numbered(16, 32, 32), fps=10)
+    dataset = ClipDataset(small(tmp_path / "clips", fps=8, frames=12, window="centre"))
+    times = (np.array(shown(dataset[0])) - shown(dataset[0])[0]) / 10
+    assert np.abs(times - np.arange(12) / 8).max() <= 0.1  # never more than a frame old
+
+
+def test_variable_rate_windows_are_even_in_time(make_clip, tmp_path):
+    stamps = [0, 100, 200, 300, 400, 800, 900, 1000, 1100, 1200]  # frame 4 stays on screen
+    make_clip("clips/a.mkv", numbered(10, 32, 32), fps=10, stamps=stamps)
+    dataset = ClipDataset(small(tmp_path / "clips", fps=10, frames=13))
+    assert shown(dataset[0]) == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_clip_of_exactly_the_window_is_used(folder):
+    table = rows_of(folder, frames=8)
+    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+    table = rows_of(folder, frames=8, fps=8.0)
+    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nearly_equal_rates_are_taken_as_equal(make_clip, tmp_path):
+    make_clip("clips/a.mp4", numbered(12, 32, 32), fps=24_000 / 1001)
+    table = rows_of(tmp_path / "clips", fps=24.0, frames=12)
+    assert table.rows[0].reason == ""
+
+
+# ---------------------------------------------------------------------------------------------------- preflight
+
+
+@pytest.fixture
+def mixed(make_clip, make_sound, make_frameless, tmp_path):
+    """One sound clip among every kind of bad one."""
+    make_clip("clips/good.mp4", numbered(10, 48, 32))
+    make_clip("clips/phone.mp4", numbered(10, 32, 48), rotation=90)
+    make_clip("clips/short.mp4", numbered(3))
+    make_clip("clips/still.mp4", numbered(1))
+    make_clip("clips/slow.mp4", numbered(10), fps=3)
+    cut(make_clip("clips/torn.mp4", busy(30)), 0.6)
+    (tmp_path / "clips" / "empty.mp4").touch()
+    (tmp_path / "clips" / "notes.mp4").write_text("no video " * 50)
+    make_sound("clips/song.mp4")
+    make_frameless("clips/void.mkv")
+    return tmp_path / "clips"
+
+
+def test_every_clip_is_listed_with_its_windows_or_the_reason(mixed):
+    table = rows_of(mixed, fps=8, window="centre")
+    reasons = {row.clip.name: row.reason for row in table.rows}
+    assert reasons["good.mp4"] == ""
+    assert reasons["phone.mp4"] == ""
+    assert "too short: 0.375 s, a window of 4 frames takes 0.5 s" in reasons["short.mp4"]
+    assert "only one frame" in reasons["still.mp4"]
+    assert "3 frames per second, data.fps asks for 8" in reasons["slow.mp4"]
+    assert "truncated: the file ends after" in reasons["torn.mp4"]
+    assert "empty (0 bytes)" in reasons["empty.mp4"]
+    assert "not a readable video" in reasons["notes.mp4"]
+    assert "holds only audio" in reasons["song.mp4"]
+    assert "no frame decodes" in reasons["void.mkv"]
+    lines = table.table().splitlines()
+    assert len(lines) == 1 + 10 + 1
+    assert lines[2].split() == ["good.mp4", "10", "8", "32x48", "1", "used:", "frames", "3-6", "at", "8", "fps"]
+    assert any("phone.mp4" in line and "32x48 rotated 90" in line for line in lines)
+    assert lines[-1] == "10 clips: 2 used with 14 windows, 8 dropped"
+
+
+def test_random_windows_are_listed_as_a_range(folder):
+    line = rows_of(folder).table().splitlines()[1]
+    assert line.endswith("used: frames 0-3 to 4-7 at 8 fps")
+
+
+def test_too_many_drops_are_refused_with_their_reasons(mixed):
+    with pytest.raises(DataError) as caught:
+        ClipDataset(small(mixed, fps=8, max_dropped=0.5))
+    message = str(caught.value)
+    assert "8 of 10 clips are unusable, data.max_dropped allows 50%" in message
+    assert "torn.mp4" in message
+    assert "truncated" in message
+    assert "good.mp4" not in message
+
+
+def test_allowed_drops_leave_the_sound_clips(mixed):
+    dataset = ClipDataset(small(mixed, fps=8, max_dropped=0.8))
+    assert {item["name"] for item in dataset} == {"good.mp4", "phone.mp4"}
+
+
+def test_a_run_without_any_clip_is_refused_whatever_is_allowed(mixed):
+    with pytest.raises(DataError, match="10 of 10 clips are unusable"):
+        ClipDataset(small(mixed, frames=100, max_dropped=1.0))
+
+
+def test_frame_counts_are_decoded_not_believed(make_clip, tmp_path):
+    path = make_clip("clips/a.mp4", numbered(20, 32, 32))
+    data = path.read_bytes()
+    # the header's duration (mvhd, in thousandths) claims an hour
+    at = data.index(b"mvhd") + 20
+    path.write_bytes(data[:at] + (3_600_000).to_bytes(4, "big") + data[at + 4 :])
+    row = rows_of(tmp_path / "clips").rows[0]
+    assert row.probe is not None
+    assert row.probe.frames == 20
+    assert row.starts == 17
+
+
+def test_enlarged_clips_are_counted(folder):
+    assert rows_of(folder, height=64, width=64).summary().endswith("6 enlarged to 64x64")
+
+
+def test_progress_is_reported(folder):
+    calls = []
+    ClipDataset(small(folder), progress=lambda done, whole: calls.append((done, whole)))
+    assert calls == [(n, 6) for n in range(1, 7)]
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frames", 0),
+        ("height", -8),
+        ("width", 0),
+        ("stride", 0),
+        ("fps", 0.0),
+        ("fps", float("inf")),
+        ("max_dropped", 1.5),
+        ("cache_megabytes", -1),
+    ],
+)
+def test_impossible_settings_are_named(name, value):
+    with pytest.raises(ConfigError, match=rf"data\.{name}: "):
+        Data(**{name: value})
+
+
+def test_settings_are_a_structured_config():
+    merged = OmegaConf.merge(OmegaConf.structured(Data), {"path": "x", "fps": 7.5, "window": "centre"})
+    found = OmegaConf.to_object(merged)
+    assert isinstance(found, Data)
+    assert (found.path, found.fps, found.window, found.split) == ("x", 7.5, "centre", None)
+
+
+@pytest.mark.parametrize("name", ["demo", "folder", "huggingface"])
+def test_the_shelf_holds_valid_settings(name, pytestconfig):
+    text = OmegaConf.load(pytestconfig.rootpath / "datasets" / f"{name}.yaml")
+    assert list(text) == ["data"]
+    assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), text.data)).frames >= 1
+
+
+def test_evaluation_takes_the_held_out_clips():
+    found = Data(split="train", held_out="test", frames=9).evaluation()
+    assert (found.split, found.window, found.frames) == ("test", "centre", 9)
+    with pytest.raises(ConfigError, match=r"data\.held_out"):
+        Data().evaluation()
+
+
+def test_settings_and_checks_do_not_import_torch():
+    code = "import sys, inflate.data.clips, inflate.data.demo_clips; sys.exit('torch' in sys.modules)"
+    root = Path(clips.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60, cwd=root).returncode == 0

@@ -1,0 +1,187 @@
+"""The command line: its answers, its files, and one line with status 1 for each mistake."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from helpers import CROSS, tiny_unet_sd2, tiny_vae
+from inflate import __version__, cli, shelves
+from inflate.data import video
+
+
+def inflate(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    result = inflate(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion folder with an image encoder."""
+    from diffusers import DDIMScheduler
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    folder = tmp_path_factory.mktemp("image_model")
+    tiny_unet_sd2().save_pretrained(folder / "unet")
+    tiny_vae().save_pretrained(folder / "vae")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    ).save_pretrained(folder / "scheduler")
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=CROSS,
+    )
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_version() -> None:
+    assert inflate("--version").stdout == f"inflate {__version__}\n"
+
+
+def test_help_lists_the_commands() -> None:
+    text = inflate("--help").output
+    assert all(command in text for command in ("init", "verify", "sample"))
+
+
+def test_a_wrong_option_ends_with_status_2() -> None:
+    assert inflate("sample", "--stepps", "3").exit_code == 2
+
+
+def test_init_copies_the_shelves(tmp_path: Path) -> None:
+    result = inflate("init", tmp_path / "new" / "project")
+    assert result.exit_code == 0, result.output
+    project = tmp_path / "new" / "project"
+    for shelf in shelves.SHELVES:
+        copied = {file.relative_to(project) for file in (project / shelf).rglob("*") if file.is_file()}
+        assert copied
+        assert all((shelves.find() / name).read_bytes() == (project / name).read_bytes() for name in copied)
+    assert (project / "recipes" / "svd_finetune.py").is_file()
+    assert not list(project.rglob("__init__.py"))
+
+
+def test_init_refuses_what_exists_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "datasets").mkdir()
+    assert "datasets exists already" in refused("init", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["datasets"]
+
+
+def test_init_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("init", tmp_path / "file")
+
+
+def test_shelves_that_were_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shelves, "_candidates", lambda: [tmp_path])
+    assert "were not installed" in refused("init", tmp_path / "project")
+
+
+def test_verify_reports_and_finds_no_difference(image_model: Path) -> None:
+    result = inflate("verify", image_model)
+    assert result.exit_code == 0, result.output
+    assert "UNet: largest difference from the image model 0.0e+00" in result.stdout
+    assert "decoder: largest difference from the image model 0.0e+00" in result.stdout
+    assert "created" in result.stdout
+
+
+def test_verify_ends_with_status_1_on_a_difference(image_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inflate.surgery.verify_identity", lambda *_: float("nan"))
+    result = inflate("verify", image_model)
+    assert result.exit_code == 1
+    assert "differs from its parent" in result.stderr
+
+
+def test_verify_needs_an_image_model(tmp_path: Path) -> None:
+    assert "missing" in refused("verify", tmp_path)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNetSpatioTemporalConditionModel"}')
+    assert "is a video model already" in refused("verify", tmp_path)
+    assert "does not exist" in refused("verify", "./nowhere")
+
+
+def test_sample_writes_a_video_and_a_contact_sheet(image_model: Path, picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out.mp4"
+    options = ("--frames", 3, "--steps", 2, "--fps", 8, "--height", 16, "--width", 32)
+    result = inflate("sample", image_model, picture, "-o", output, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"wrote {output}\nwrote {output.with_suffix('.png')}\n"
+    assert "freshly inflated" in result.stderr
+    found = video.probe(output)
+    assert (found.frames, found.fps, found.height, found.width) == (3, 8, 16, 32)
+    with Image.open(output.with_suffix(".png")) as sheet:
+        assert sheet.width >= 3 * 32
+
+
+def test_the_clips_size_follows_the_image_at_the_models_area() -> None:
+    class Part:
+        def __init__(self, sample_size: int, levels: int) -> None:
+            self.config = self
+            self.sample_size, self.block_out_channels = sample_size, (1,) * levels
+
+    class Family:
+        unet, vae = Part(96, 4), Part(1, 4)
+
+    assert cli._fitting(1080, 1920, Family()) == (576, 1024)  # type: ignore[arg-type]
+    assert cli._fitting(500, 500, Family()) == (768, 768)  # type: ignore[arg-type]
+
+
+def test_the_options_defaults_are_the_samplers() -> None:
+    from inflate.sampling.svd import Sampling
+
+    options = {name: option.default for name, option in inspect.signature(cli.sample).parameters.items()}
+    shared = [field for field in fields(Sampling) if options.get(field.name) is not None]
+    assert {field.name: options[field.name] for field in shared} == {field.name: field.default for field in shared}
+    assert len(shared) == 6
+
+
+def test_sample_checks_its_output_first(picture: Path, tmp_path: Path) -> None:
+    arguments = ("sample", "./nowhere", picture, "-o")
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    assert "old.mp4 exists already; choose another name or add --overwrite" in refused(*arguments, tmp_path / "old.mp4")
+    assert (tmp_path / "old.mp4").read_bytes() == b"old"
+    (tmp_path / "sheet.png").write_bytes(b"old")
+    assert "sheet.png exists already" in refused(*arguments, tmp_path / "sheet.mp4")
+    assert "ends in .mp4" in refused(*arguments, tmp_path / "out.gif")
+    assert "not a folder that you may write to" in refused(*arguments, picture / "out.mp4")
+    assert "./nowhere does not exist" in refused(*arguments, tmp_path / "old.mp4", "--overwrite")
+
+
+def test_sample_names_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG")
+    assert "broken.png: cannot be read as an image" in refused("sample", "pocket", broken, "-o", tmp_path / "out.mp4")
+    missing = tmp_path / "missing.png"
+    assert "missing.png" in refused("sample", "pocket", missing, "-o", tmp_path / "out.mp4")
+
+
+def test_sample_takes_height_and_width_together(picture: Path, tmp_path: Path) -> None:
+    arguments = ("sample", "pocket", picture, "-o", tmp_path / "out.mp4")
+    assert "give both or neither" in refused(*arguments, "--height", 16)

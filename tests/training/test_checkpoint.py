@@ -1,0 +1,174 @@
+"""Checkpoints: whole or absent, verified, strict."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from inflate.errors import CheckpointError
+from inflate.training import checkpoint, log
+from inflate.training.checkpoint import MANIFEST, State, latest, load, numbered, save, verify, written_aside
+from inflate.training.loop import fit
+from inflate.training.player import Trainee
+from inflate.training.settings import Training
+from toy import Adversarial, Points, Regression, settings, weights
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainees(task: Regression) -> list[Trainee]:
+    return [Trainee(player, Training()) for player in task.players]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with checkpoints at steps 1, 2 and 3."""
+    fit(Adversarial(), Points(), settings(tmp_path / "run", steps=3, checkpoint_every=1, keep=0, ema=0.5))
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_holds_weights_buffers_average_and_optimiser(run: Path) -> None:
+    folder = latest(run)
+    assert folder == run / "checkpoint-3"
+    names = sorted(p.name for p in folder.iterdir())
+    players = [f"{player}.{part}" for player in ("critic", "map") for part in ("average.safetensors", "optimizer.pt")]
+    assert names == sorted([*players, "critic.safetensors", "map.safetensors", "manifest.json", "state.json"])
+    kept = load_file(folder / "critic.safetensors")
+    assert {"0.weight_orig", "0.weight_u", "0.weight_v", "0.bias"} <= kept.keys()
+    assert json.loads((folder / "state.json").read_text())["step"] == 3
+
+
+def test_files_and_other_folders_with_such_names_are_ignored(run: Path) -> None:
+    (run / "checkpoint-100.safetensors").write_bytes(b"x")
+    (run / "checkpoint-200").write_bytes(b"x")
+    for name in ("checkpoint-300.old", ".checkpoint-400.partial", "checkpoint-", "my-checkpoint-500"):
+        (run / name).mkdir()
+    assert [path.name for path in numbered(run)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert latest(run) == run / "checkpoint-3"
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+@pytest.mark.parametrize("fault", ["no manifest", "half a manifest", "cut short", "missing", "changed"])
+def test_a_partly_written_checkpoint_is_never_chosen(run: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder, file = run / "checkpoint-3", run / "checkpoint-3/map.safetensors"
+    match fault:
+        case "no manifest":
+            (folder / MANIFEST).unlink()
+        case "half a manifest":
+            (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:40])
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-10])
+        case "missing":
+            file.unlink()
+        case "changed":
+            file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with caplog.at_level(logging.WARNING):
+        assert latest(run) == run / "checkpoint-2"
+    assert "checkpoint-3" in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-3 is"):
+        fit(Adversarial(), Points(), settings(run, steps=4, ema=0.5, resume=str(folder)))
+
+
+def test_if_every_checkpoint_is_damaged_the_run_does_not_start_over(run: Path) -> None:
+    for folder in numbered(run):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 is damaged: state\.json"):
+        fit(Adversarial(), Points(), settings(run, steps=4, ema=0.5, resume="latest"))
+
+
+def test_a_checkpoint_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        fit(Regression(), Points(), settings(tmp_path / "run", resume=str(tmp_path / "nowhere")))
+
+
+def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = trainees(Regression())
+    save(tmp_path, State(step=1), task)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be written: no space left; free space"):
+        save(tmp_path, State(step=2), task)
+    assert latest(tmp_path) == tmp_path / "checkpoint-1"
+    monkeypatch.undo()
+    save(tmp_path, State(step=2), task)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_written_aside_replaces_whole_folders_only(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with written_aside(target) as aside:
+        aside.mkdir()
+        (aside / "old").touch()
+    with pytest.raises(FileNotFoundError), written_aside(target) as aside:
+        (aside / "file").touch()
+    assert (target / "old").exists()
+    with written_aside(target) as aside:
+        aside.mkdir()
+        (aside / "new").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert [p.name for p in target.iterdir()] == ["new"]
+
+
+def reseal(folder: Path) -> None:
+    files = {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps(files))
+    verify(folder)
+
+
+def test_keys_and_shapes_must_match_and_nothing_changes_if_not(tmp_path: Path) -> None:
+    folder = save(tmp_path, State(step=1), trainees(Regression()))
+    tensors = load_file(folder / "map.safetensors")
+    tensors["3.extra"] = tensors.pop("3.bias")
+    tensors["0.weight"] = torch.zeros(8, 5)
+    save_file(tensors, folder / "map.safetensors")
+    task = Regression()
+    before = weights(task)
+    message = r"0\.weight is \(8, 5\), not \(8, 4\); missing 3\.bias; surplus 3\.extra"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, trainees(task))
+    assert weights(task) == before
+
+
+def test_the_second_player_is_checked_before_the_first_is_changed(tmp_path: Path) -> None:
+    folder = save(tmp_path, State(step=1), trainees(Adversarial()))
+    (folder / "critic.optimizer.pt").unlink()
+    task = Adversarial()
+    with torch.no_grad():
+        task.network[0].weight.zero_()
+    before = weights(task)
+    with pytest.raises(CheckpointError, match=r"critic\.optimizer\.pt cannot be read"):
+        load(folder, trainees(task))
+    assert weights(task) == before
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("run",))
+
+
+def test_a_pickled_payload_is_refused_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(tmp_path, State(step=1), trainees(Regression()))
+    torch.save(Payload(), folder / "map.optimizer.pt", pickle_module=pickle)
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"map\.optimizer\.pt cannot be read"):
+        load(folder, trainees(Regression()))
+    assert capsys.readouterr().out == ""
