@@ -17,8 +17,6 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 help:
 	@sed -n 's/^# //p' Makefile | head -3
 
-# One thread per core, and threads that sleep while they wait: spinning ones slow a shared machine down threefold.
-demo: export GOMP_SPINCOUNT ?= 0
 demo: $(VENV)/.installed
 	$(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) recipes/svd_finetune.py $(ARGS)

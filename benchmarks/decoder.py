@@ -54,12 +54,16 @@ def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) 
     held_out = join([collate([item]) for item in ClipDataset(data.evaluation(), shuffle=False)])["pixels"]
     family = SVD.load("pocket", frames=data.frames)
     task = DecoderTask(
-        family.vae, settings_of(variant, arguments.noise, arguments.steps), held_out, lambda folder: folder.mkdir(), fps=8.0
+        family.vae,
+        settings_of(variant, arguments.noise, arguments.steps),
+        held_out,
+        lambda folder: folder.mkdir(),
+        fps=8.0,
     )
     training = Training(
         output=output / variant, steps=arguments.steps, batch=1, lr=1e-3, warmup=20, schedule="cosine", ema=0.995,
-        precision=arguments.precision, workers=0, evaluate_every=arguments.steps // 5, preview_every=0, checkpoint_every=500,
-        tracker="none", resume="latest",
+        precision=arguments.precision, workers=0, evaluate_every=arguments.steps // 5, preview_every=0,
+        checkpoint_every=500, tracker="none", resume="latest",
     )  # fmt: skip
     return fit(task, ClipDataset(data, seed=0), training, collate).held_out
 
@@ -87,7 +91,9 @@ def report(done: dict[str, list[dict[str, float]]], arguments: argparse.Namespac
     rows = {"a": {name: first[f"parent/{name}"] for name in names}}
     rows |= {variant: {name: history[-1][name] for name in names} for variant, history in done.items()}
     head = "| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|"
-    table = "\n".join([head, *("| " + " | ".join([v, *(f"{row[n]:.4g}" for n in names)]) + " |" for v, row in rows.items())])
+    table = "\n".join(
+        [head, *("| " + " | ".join([v, *(f"{row[n]:.4g}" for n in names)]) + " |" for v, row in rows.items())]
+    )
     settings = {v: asdict(settings_of(v, arguments.noise, arguments.steps)) for v in done}
     result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "torch": torch.__version__,
               "final": rows, "history": done, "settings": settings}  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.settings import Data
 from inflate.families.svd import SVD
-from inflate.sampling.svd import Sampling, condition_of, euler, sample_latents, initial_noise
+from inflate.sampling.svd import Sampling, condition_of, euler, initial_noise, sample_latents
 from inflate.training.image_to_video import join
 
 LEVELS = (0.25, 0.5, 1.0, 2.0)
@@ -73,10 +73,14 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.5)
     arguments = parser.parse_args()
     family = SVD.load(arguments.model, frames=arguments.frames)
-    probe = ClipDataset(Data(arguments.clips, frames=arguments.frames, height=64, width=64, window="centre"), shuffle=False)
+    probe = ClipDataset(
+        Data(arguments.clips, frames=arguments.frames, height=64, width=64, window="centre"), shuffle=False
+    )
     batch = join([collate([probe[number]]) for number in range(min(arguments.count, len(probe)))])
     pixels, bucket = batch["pixels"], family.motion.bucket(batch["motion"])
-    settings = Sampling(steps=STEPS, fps=float(batch["fps"][0]), frames=arguments.frames, guidance_max=arguments.guidance)
+    settings = Sampling(
+        steps=STEPS, fps=float(batch["fps"][0]), frames=arguments.frames, guidance_max=arguments.guidance
+    )
     settings = replace(settings, motion_bucket=float(bucket.median()))
     real = family.encode(pixels)
     rows = []

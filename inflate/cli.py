@@ -63,8 +63,8 @@ def verify(path: ModelPath) -> None:
     from inflate.models.unet import TemporalSpec
     from inflate.surgery import inflate_unet, inflate_vae, verify_identity
 
-    folder = svd_files.resolve(_model(path))
-    if not _is_image_model(folder):
+    folder = svd_files.resolve(path)
+    if not svd_files.is_image_model(folder):
         raise CheckpointError(f"{path} is a video model already; verify compares an image model with its inflation")
     unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
     vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
@@ -122,17 +122,6 @@ def sample(
     _write(output, _animate(family, read_image(image, size), settings), settings.fps)
 
 
-def _model(path: str) -> str:
-    return str(shelves.POCKET) if path == "pocket" else path
-
-
-def _is_image_model(folder: Path) -> bool:
-    from inflate.families import svd_files
-
-    kind = svd_files.read_json(folder / "unet" / "config.json").get("_class_name")
-    return kind == "UNet2DConditionModel"
-
-
 def _check_output(output: Path, overwrite: bool) -> None:
     """Raise `DataError` where the video cannot or may not be written, before minutes are spent on it."""
     if output.suffix.lower() != ".mp4":
@@ -154,13 +143,9 @@ def _load(path: str) -> "SVD":
     from inflate.families import svd_files
     from inflate.families.svd import SVD
 
-    folder = svd_files.resolve(_model(path))
-    if _is_image_model(folder):
+    if svd_files.is_image_model(svd_files.resolve(path)):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
-        family = SVD.from_image_model(folder)
-    else:
-        family = SVD.from_pretrained(folder)
-    return family.to("cuda" if torch.cuda.is_available() else "cpu")
+    return SVD.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:

@@ -12,8 +12,6 @@ from inflate.errors import ConfigError
 SHELVES = ("recipes", "adapters", "datasets")
 PATTERNS = ("*.py", "*.yaml", "*.md", "accelerate/*.yaml")
 """What belongs to a shelf; a checkout's may hold rendered clips and caches too. pyproject.toml repeats the list."""
-POCKET = Path(__file__).parent / "pocket"
-"""The pocket Stable Diffusion that is shipped with the package."""
 
 
 def find() -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 CROSS = 32
 """Width of the text or image context of the tiny UNets."""
@@ -76,3 +78,33 @@ def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> No
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
+
+
+def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **scheduler: object) -> Path:
+    """A tiny Stable Diffusion folder that diffusers' SVD classes can hold: 32 norm groups, an image encoder at 224 pixels."""
+    unet = tiny_unet(linear=linear, norm_num_groups=32, cross_attention_dim=CROSS, transformer_layers_per_block=(2, 1))
+    vae = tiny_vae(
+        block_out_channels=(32, 32),
+        norm_num_groups=32,
+        layers_per_block=2,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+    torch.manual_seed(3)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=112,
+            projection_dim=CROSS,
+        )
+    )
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **scheduler}
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    parts = {"unet": unet, "vae": vae, "image_encoder": encoder, "scheduler": DDIMScheduler(**{**betas, **settings})}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder

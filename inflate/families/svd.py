@@ -171,7 +171,9 @@ class SVD:
         """
         if str(path).endswith(".safetensors"):
             if image_encoder is None:
-                raise CheckpointError(f"{path} holds no image encoder in a form that is read: give its folder as image_encoder")
+                raise CheckpointError(
+                    f"{path} holds no image encoder in a form that is read: give its folder as image_encoder"
+                )
             return cls.from_sgm(path, image_encoder)
         folder = svd_files.resolve(path)
         if svd_files.is_image_model(folder):

@@ -69,7 +69,7 @@ def is_image_model(folder: Path) -> bool:
 
 
 def resolve(path: str | Path) -> Path:
-    """The local folder of `path`, of the shipped model `pocket`, or of the downloaded parts of a model named owner/name.
+    """The local folder of `path`, of the shipped `pocket` model, or of the parts of a model owner/name on the Hub.
 
     CheckpointError where there is none.
     """

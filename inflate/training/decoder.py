@@ -228,7 +228,7 @@ class DecoderTask:
             "temporal": self.settings.temporal,
             "trainable": self.settings.trainable,
             "trained_parameters": sum(trained),
-            "perceptual_distance": type(self.perceptual).__name__,
+            "perceptual_distance": type(self.perceptual).__name__ if self.settings.perceptual else "none",
         }
 
     def check_encoder(self) -> None:

@@ -17,7 +17,7 @@ LEAST_HEIGHT = 192
 
 
 def compare_previews(before: Path, after: Path, target: Path) -> None:
-    """Write TARGET.mp4 and TARGET.png: the first videos of the folder `before` above those of the same names in `after`."""
+    """Write TARGET.mp4 and TARGET.png: the first videos of `before` above those of the same names in `after`."""
     names = sorted(path.name for path in after.glob("*.mp4") if (before / path.name).is_file())[:SHOWN]
     if not names:
         return

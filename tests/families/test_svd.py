@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from helpers import randomise, tiny_unet, tiny_vae
+from helpers import CROSS, randomise, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler, resize_antialiased
@@ -24,37 +23,8 @@ from inflate.objectives import EDM, schedule_sigmas
 from inflate.sampling.svd import Sampling, condition_of, initial_noise, sample_latents
 
 DIFFUSERS = TemporalSpec(cross_attention_resnet_eps=1e-6)
-WIDTH = 32
+WIDTH = CROSS
 Both = tuple[SVD, StableVideoDiffusionPipeline]
-
-
-def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **scheduler: object) -> Path:
-    unet = tiny_unet(linear=linear, norm_num_groups=32, cross_attention_dim=WIDTH, transformer_layers_per_block=(2, 1))
-    vae = tiny_vae(
-        block_out_channels=(32, 32),
-        norm_num_groups=32,
-        layers_per_block=2,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-    )
-    torch.manual_seed(3)
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=224,
-            patch_size=112,
-            projection_dim=WIDTH,
-        )
-    )
-    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **scheduler}
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    parts = {"unet": unet, "vae": vae, "image_encoder": encoder, "scheduler": DDIMScheduler(**{**betas, **settings})}
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")

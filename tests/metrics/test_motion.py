@@ -41,7 +41,7 @@ def test_the_motion_of_60_scenes_is_named(worsen):
     assert np.mean(named(worsen, FRAMES)) >= 0.95
 
 
-def test_repeated_pixelsare_still_under_noise_too():
+def test_repeated_frames_are_still_under_noise_too():
     for number, scene in enumerate(scenes(10)):
         frames = clip(scene)[:1].repeat(FRAMES, 1, 1, 1)
         assert direction(frames, object_mask(scene, SIZE)).name == "still"
@@ -64,13 +64,13 @@ def test_shift_and_growth_are_measured_per_frame():
             assert motion.log_scale == pytest.approx(scene.zoom / 8, abs=0.004)
 
 
-def test_pixelsof_noise_do_not_agree_with_captions():
+def test_frames_of_noise_do_not_agree_with_captions():
     noise = torch.rand(20, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     right = [direction(x, object_mask(s, SIZE)).name == s.motion for x, s in zip(noise, scenes(20), strict=True)]
     assert np.mean(right) < 0.6
 
 
-def test_two_pixelsand_oblong_pixelswill_do():
+def test_two_frames_and_oblong_frames_will_do():
     scene = replace(scenes(1)[0], shape="dart", heading="right", speed="fast", texture="plain", x=0.4, y=0.5)
     frames, mask = clip(scene)[..., 8:-8, :], object_mask(scene, SIZE)[8:-8]
     assert direction(frames, mask).name == "right"

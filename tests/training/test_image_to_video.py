@@ -1,0 +1,171 @@
+"""Image-to-video training on a tiny model: what a step computes, what is measured and what is shown."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import randomise, write_image_model
+from inflate.data import video
+from inflate.families.svd import SVD, MotionBuckets
+from inflate.sampling.svd import Sampling
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, choose_trainable, join, to_uint8
+from inflate.training.loop import fit
+from inflate.training.noise import Noise
+from inflate.training.settings import Training
+
+FRAMES, SIDE = 5, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_model(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def family(folder: Path) -> SVD:
+    made = SVD.load(folder, frames=FRAMES)
+    randomise(made.unet)
+    made.motion = MotionBuckets.fit([0.1, 0.2, 0.3])
+    return made
+
+
+def item(number: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(number)
+    start, end = torch.rand(2, 3, SIDE, SIDE, generator=generator)
+    ramp = torch.linspace(0, 1, FRAMES)[:, None, None, None]
+    return {
+        "pixels": 2 * (start * (1 - ramp) + end * ramp) - 1, "fps": torch.tensor(8.0), "motion": torch.tensor(0.2),
+        "caption": "", "number": torch.tensor(number), "name": str(number),
+    }  # fmt: skip
+
+
+def batch(*numbers: int) -> dict[str, Any]:
+    items = [item(number) for number in numbers]
+    tensors = {key: torch.stack([i[key] for i in items]) for key in ("pixels", "fps", "motion", "number")}
+    return {**tensors, "caption": [i["caption"] for i in items], "name": [i["name"] for i in items]}
+
+
+class Clips:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {key: value for key, value in item(number).items() if key not in ("caption", "name")}
+
+
+def make(family: SVD, **settings: Any) -> ImageToVideoTask:
+    small = ImageToVideo(held_out_clips=2, bands=2, preview_clips=1, **settings)
+    return ImageToVideoTask(family, small, [batch(100), batch(101)], Sampling(steps=2), lr=1e-3, seed=3)
+
+
+def test_the_loss_is_the_objective_on_the_drawn_levels(family: SVD) -> None:
+    task = make(family, drop_both=0.0, drop_embedding=0.0, drop_image=0.0, P_mean=-0.4, P_std=0.7)
+    data = batch(0, 1)
+    noise = Noise(3, data["number"])
+    loss, _ = task.loss(data, noise, 0)
+    sigma = torch.exp(-0.4 + 0.7 * noise.normal("sigma"))
+    clean = family.encode(data["pixels"])
+    condition = task.condition(data, noise)
+    noisy = clean + sigma[:, None, None, None, None] * noise.normal("noise", *clean.shape[1:])
+    denoised = family.objective.denoise(family.predict(condition), noisy, sigma)
+    weighted = ((denoised - clean).square().mean((1, 2, 3, 4)) * (1 + sigma**2) / sigma**2).detach()
+    torch.testing.assert_close(loss.detach(), weighted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sample_draws_the_same_alone_and_in_a_batch(family: SVD) -> None:
+    task = make(family)
+    both, _ = task.loss(batch(4, 7), Noise(3, torch.tensor([4, 7])), 0)
+    alone, _ = task.loss(batch(7), Noise(3, torch.tensor([7])), 0)
+    torch.testing.assert_close(both[1:], alone, atol=1e-6, rtol=1e-5)
+
+
+def test_the_condition_says_fps_minus_one_the_bucket_and_the_noise(family: SVD) -> None:
+    task, data = make(family), batch(0)
+    noise = Noise(3, data["number"])
+    aug = torch.exp(-3.0 + 0.5 * noise.normal("aug"))
+    expected = torch.tensor([[7.0, 128.0, float(aug)]])
+    torch.testing.assert_close(task.condition(data, noise).added_ids, expected)
+
+
+@pytest.mark.parametrize("rate", ["drop_both", "drop_embedding", "drop_image"])
+def test_dropping_everything_changes_the_loss(family: SVD, rate: str) -> None:
+    none = {"drop_both": 0.0, "drop_embedding": 0.0, "drop_image": 0.0}
+    losses = [
+        make(family, **{**none, rate: share}).loss(batch(0), Noise(3, torch.tensor([0])), 0)[0] for share in (0.0, 1.0)
+    ]
+    assert not torch.allclose(*losses)
+
+
+def test_what_is_trained(family: SVD) -> None:
+    def trained() -> set[str]:
+        return {name for name, parameter in family.unet.named_parameters() if parameter.requires_grad}
+
+    everything = {name for name, _ in family.unet.named_parameters()}
+    choose_trainable(family.unet, "all")
+    assert everything - trained() == set(family.unet.inert_parameters())
+    choose_trainable(family.unet, "temporal")
+    assert {name for name in trained() if ".temporal." not in name} == {
+        "conv_in.weight", "conv_in.bias", *(name for name in everything if name.startswith("class_embedding")),
+    }  # fmt: skip
+
+
+def test_held_out_losses_are_fixed_and_the_bypassed_ones_differ(family: SVD) -> None:
+    task = make(family)
+    first = task.evaluate()
+    torch.manual_seed(99)
+    assert task.evaluate() == first
+    bands = [value for name, value in first.items() if "at sigma" in name]
+    assert len(bands) == 2
+    assert first["held-out loss"] == pytest.approx(sum(bands) / 2)
+    assert first["held-out loss, temporal layers bypassed"] != pytest.approx(first["held-out loss"], rel=1e-3)
+
+
+def test_a_freshly_inflated_model_loses_nothing_by_the_bypass(folder: Path) -> None:
+    values = make(SVD.load(folder, frames=FRAMES)).evaluate()
+    assert values["held-out loss, temporal layers bypassed"] == pytest.approx(values["held-out loss"], abs=1e-6)
+
+
+def test_a_run_lowers_the_loss_shows_it_and_exports_what_it_trained(family: SVD, tmp_path: Path) -> None:
+    task = make(family)
+    settings = Training(
+        output=tmp_path / "run", steps=8, batch=2, lr=2e-3, workers=0, log_every=4, tracker="none", progress=False
+    )
+    result = fit(task, Clips(), settings)
+    assert result.held_out[-1]["held-out loss"] < result.held_out[0]["held-out loss"]
+    last = tmp_path / "run" / "samples" / "step-000008"
+    assert video.probe(last / "00.mp4").frames == FRAMES
+    assert (last / "sheet.png").stat().st_size > 0
+    scores = json.loads((last / "scores.json").read_text())
+    assert scores["frame 0, autoencoder"] > 0
+    again = SVD.from_pretrained(tmp_path / "run" / "export")
+    for name, value in family.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], value), name
+    assert again.motion == family.motion
+
+
+def test_scores_of_perfect_and_static_samples(family: SVD) -> None:
+    task, truth = make(family), join([batch(0), batch(1)])["pixels"]
+    perfect = task.score(truth, truth)
+    assert perfect["frame 0, sample"] == pytest.approx(100, abs=1)
+    assert perfect["flicker error, sample"] == pytest.approx(0, abs=1e-6)
+    static = task.score(truth, truth[:, :1].expand_as(truth))
+    assert static["frames 1-3, sample"] == pytest.approx(static["frames 1-3, static copy"])
+
+
+def test_join_and_uint8() -> None:
+    joined = join([batch(1), batch(2)])
+    assert joined["number"].tolist() == [1, 2]
+    assert joined["name"] == ["1", "2"]
+    assert to_uint8(torch.tensor([-2.0, 0.0, 2.0]).view(1, 3, 1, 1)).tolist() == [[[[0, 128, 255]]]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"drop_both": 0.9, "drop_image": 0.2}, {"drop_image": -0.1}, {"bands": 0}, {"preview_clips": 0}]
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be|shares"):
+        replace(ImageToVideo(), **wrong)
