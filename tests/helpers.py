@@ -81,7 +81,7 @@ def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> No
 
 
 def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **scheduler: object) -> Path:
-    """A tiny Stable Diffusion folder that diffusers' SVD classes can hold: 32 norm groups, an image encoder at 224 pixels."""
+    """A tiny Stable Diffusion folder that diffusers' SVD classes can hold: 32 norm groups, images at 224 pixels."""
     unet = tiny_unet(linear=linear, norm_num_groups=32, cross_attention_dim=CROSS, transformer_layers_per_block=(2, 1))
     vae = tiny_vae(
         block_out_channels=(32, 32),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from inflate.errors import InflateError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import Condition, euler_scheduler, predictor
+from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator, load_published
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import EDM, hinge_discriminator_loss, hinge_generator_loss, vanilla_discriminator_loss
@@ -301,17 +302,38 @@ def _table_lengths(recorded: dict[str, Tensor]) -> list[int]:
 
 
 def discriminator_cases(folder: Path, stem: str) -> Iterator[Case]:
-    """The adversarial losses of recorded logits: our own discriminator is none of the recorded ones."""
+    """The losses of recorded logits; and the logits themselves, of the two architectures that ours can be."""
     recorded = load_file(folder / f"{stem}{RECORDED}")
-    for variant in _json(folder / f"{stem}.json")["variants"]:
-        real, fake = recorded[f"{variant}.logits_real_eval"], recorded[f"{variant}.logits_fake_eval"]
+    for variant, settings in _json(folder / f"{stem}.json")["variants"].items():
+        own = {
+            key.removeprefix(f"{variant}."): value for key, value in recorded.items() if key.startswith(f"{variant}.")
+        }
+        real, fake = own["logits_real_eval"], own["logits_fake_eval"]
         losses = {
             "hinge_d": hinge_discriminator_loss(real, fake),
             "vanilla_d": vanilla_discriminator_loss(real, fake),
             "g_loss": hinge_generator_loss(fake),
         }
         for name, loss in losses.items():
-            yield Case(f"{stem}.{variant}.{name}", _difference(loss, recorded[f"{variant}.{name}"]), LOSS)
+            yield Case(f"{stem}.{variant}.{name}", _difference(loss, own[name]), LOSS)
+        yield from _logit_cases(f"{stem}.{variant}", own, settings)
+
+
+def _logit_cases(name: str, recorded: dict[str, Tensor], settings: dict[str, Any]) -> Iterator[Case]:
+    tensors = {key.removeprefix("sd."): value for key, value in recorded.items() if key.startswith("sd.")}
+    kernels = {value.shape[2:] for value in tensors.values() if value.ndim > 1}
+    sizes = (settings["ndf"], settings["n_layers"], "batch")
+    if kernels == {(4, 4)}:
+        network, clip, logits = ImageDiscriminator(*sizes), (lambda x: x[:, None]), (lambda x: x)
+    elif kernels == {(3, 3, 3)}:
+        network, clip, logits = VideoDiscriminator(*sizes, 4), (lambda x: x.transpose(1, 2)), (lambda x: x[:, 0])
+    else:
+        return  # 4x4x4 convolutions: an architecture that is not ours
+    load_published(network, tensors)
+    for kind in ("real", "fake"):
+        with torch.no_grad():
+            output = network.eval()(clip(recorded[kind]))
+        yield Case(f"{name}.logits_{kind}_eval", _difference(output, logits(recorded[f"logits_{kind}_eval"])), SINGLE)
 
 
 # ---- key maps, on models of the real size without memory

@@ -255,7 +255,7 @@ class SVD:
         """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]."""
         frames = pixels.flatten(0, 1).to(self.vae.dtype)  # (B F, 3, H, W)
         modes = [self.vae.encode(chunk).latent_dist.mode() for chunk in frames.split(self.decode_chunk)]
-        latents = self.vae.config.scaling_factor * torch.cat(modes)  # (B F, C, h, w)
+        latents = self.vae.config.scaling_factor * torch.cat(modes).contiguous()  # (B F, C, h, w)
         return latents.unflatten(0, pixels.shape[:2])  # (B, F, C, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:

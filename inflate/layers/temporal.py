@@ -106,7 +106,9 @@ class TemporalResnet(nn.Module):
     def forward(self, spatial: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
         """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C,H,W)."""
         spatial = spatial.unflatten(0, (-1, state.frames))  # (B, F, C, H, W)
-        hidden = self.conv1(functional.silu(self.norm1(spatial.transpose(1, 2))))  # (B, C, F, H, W)
+        # The norm copies to this layout anyway; on a CPU its backward pass crashes on channels-last input (torch 2.13).
+        video = spatial.transpose(1, 2).contiguous()  # (B, C, F, H, W)
+        hidden = self.conv1(functional.silu(self.norm1(video)))
         if self.time_emb_proj is not None and time is not None:
             shift = self.time_emb_proj(functional.silu(time))  # (B*F, C)
             hidden = hidden + shift.unflatten(0, (-1, state.frames)).transpose(1, 2)[..., None, None]

@@ -180,3 +180,17 @@ def test_time_sees_the_context_of_each_clips_first_frame():
 def test_mix_is_one_dimensional():
     assert TransformerTime(8).mix.shape == (1,)
     assert TemporalResnet(8, 4, 1e-5, None, False).mix.shape == (1,)
+
+
+def test_resnet_takes_channels_last_input_without_gradient():
+    layer = TemporalResnet(8, 4, 1e-5, None, False)
+    randomise(layer)
+    plain = torch.randn(4, 8, 4, 4)
+    state = ClipState(2, None)
+    gradients = []
+    for spatial in (plain, plain.contiguous(memory_format=torch.channels_last)):
+        layer.zero_grad()
+        layer(spatial, None, state).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
