@@ -45,8 +45,8 @@ class Model:
     image_encoder: str | None = None
     """folder of the CLIP image encoder, where `path` holds none"""
     norm_epsilon: float = 1e-6
-    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: 1e-6 is diffusers', whose pipeline then
-    samples it exactly; 1e-5 is the original's"""
+    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-6, diffusers', its pipeline samples
+    the export exactly; with 1e-5, the original's, the inflated model equals its parent exactly"""
 
 
 @dataclass

@@ -162,12 +162,13 @@ class SVD:
 
     @classmethod
     def load(
-        cls, path: str | Path, image_encoder: str | Path | None = None, epsilon: float = 1e-6, frames: int = 14
+        cls, path: str | Path, image_encoder: str | Path | None = None, epsilon: float = 1e-5, frames: int = 14
     ) -> Self:
         """Loads what `path` is: an image model, which is inflated, a video model, or the original's .safetensors file.
 
-        `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks (1e-5: the
-        original's; 1e-6: diffusers', whose pipeline then samples it exactly), `frames` its clip length.
+        `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
+        parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
+        export exactly. `frames` is its clip length.
         """
         if str(path).endswith(".safetensors"):
             if image_encoder is None:

@@ -77,9 +77,9 @@ def direction(frames: Tensor, mask: Tensor, search: Search | None = None) -> Mot
     return Motion(_name(dx, dy, log_scale, matcher.radius, search.still / (len(frames) - 1)), dx, dy, log_scale)
 
 
-def object_mask(scene: Scene, size: int) -> Tensor:
-    """Where the scene's shape lies at time 0: bool (size, size), by rendering it in two colours and comparing."""
-    red, cyan = (render(replace(scene, colour=colour), [0.0], size)[0].astype(np.int16) for colour in ("red", "cyan"))
+def object_mask(scene: Scene, size: int, time: float = 0.0) -> Tensor:
+    """Where the scene's shape lies at `time` (seconds): bool (size, size), by comparing it rendered in two colours."""
+    red, cyan = (render(replace(scene, colour=colour), [time], size)[0].astype(np.int16) for colour in ("red", "cyan"))
     return torch.from_numpy(np.abs(red - cyan).max(-1) > 64)  # (size, size)
 
 
