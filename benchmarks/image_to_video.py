@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -26,8 +26,7 @@ from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.metrics.motion import direction, object_mask
-from inflate.sampling.svd import Sampling
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, to_uint8, unit
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, to_uint8, unit
 from inflate.training.loop import fit
 from inflate.training.settings import Training
 
@@ -51,7 +50,7 @@ def make(start: str, clips: Path, arguments: argparse.Namespace) -> tuple[ImageT
     if start == "scratch":
         reset(family.unet)
     settings = ImageToVideo(P_mean=arguments.P_mean, P_std=arguments.P_std, preview_clips=8)
-    sampling = Sampling(steps=25, guidance_max=arguments.guidance)
+    sampling = Preview(steps=25, guidance_max=arguments.guidance)
     batches = [collate([item]) for item in held_out]
     return ImageToVideoTask(family, settings, batches, sampling, arguments.lr, seed=0), dataset, held_out
 
@@ -64,7 +63,9 @@ def train(start: str, clips: Path, arguments: argparse.Namespace) -> tuple[Image
         schedule="cosine", ema=0.998, precision="bf16", workers=0, log_every=50, tracker="none", resume="latest",
         evaluate_every=arguments.steps // 12, preview_every=arguments.steps // 3, checkpoint_every=250,
     )  # fmt: skip
-    fit(task, dataset, training, collate)
+    result = fit(task, dataset, training, collate)
+    task.family = SVD.from_pretrained(result.export)  # the averaged weights, which the curves are of too
+    task.players[0].network = task.family.unet
     return task, held_out
 
 
@@ -97,6 +98,17 @@ def examine(task: ImageToVideoTask, held_out: ClipDataset, output: Path) -> dict
     }  # fmt: skip
 
 
+def first_crossing(steps: Sequence[float], losses: Sequence[float], level: float) -> float | None:
+    """The step at which a curve first falls to a level, linearly between its points; None if it never does."""
+    for place, loss in enumerate(losses):
+        if loss <= level:
+            if place == 0:
+                return float(steps[0])
+            share = (losses[place - 1] - level) / (losses[place - 1] - loss)
+            return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))
+    return None
+
+
 def report(output: Path, result: dict[str, Any]) -> None:
     """Write the numbers and the curves."""
     curves = {
@@ -107,9 +119,9 @@ def report(output: Path, result: dict[str, Any]) -> None:
     if len(curves) == 2:
         last = curves["scratch"][-1]
         steps, losses = zip(*[(row["step"], row["held-out loss"]) for row in curves["inflated"]], strict=True)
-        reached = np.interp(last["held-out loss"], losses[::-1], steps[::-1])
-        result["steps of inflated to scratch's final loss"] = float(reached)
-        result["ratio of steps to equal loss"] = last["step"] / max(float(reached), 1.0)
+        reached = first_crossing(steps, losses, last["held-out loss"])
+        result["steps of inflated to scratch's final loss"] = reached
+        result["ratio of steps to equal loss"] = None if reached is None else last["step"] / max(reached, 1.0)
     (output / "image_to_video.json").write_text(json.dumps(result, indent=1) + "\n")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -136,12 +148,15 @@ def main() -> None:
     parser.add_argument("--only", choices=STARTS, help="train only this one; run twice, side by side, for both")
     arguments = parser.parse_args()
     clips = build(arguments.output / "clips", clips=arguments.clips, held_out=32)
+    examined = arguments.output / "examined.json"
     result: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(arguments).items() if k != "output"}}
     for start in STARTS:
         if arguments.only in (None, start):
             task, held_out = train(start, clips, arguments)
             if start == "inflated":
-                result |= examine(task, held_out, arguments.output)
+                examined.write_text(json.dumps(examine(task, held_out, arguments.output)) + "\n")
+    if examined.is_file():
+        result |= json.loads(examined.read_text())
     report(arguments.output, result)
 
 

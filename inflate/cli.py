@@ -152,9 +152,13 @@ def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:
     """Return (height, width) with the image's shape and about the area that the model was made for, in whole blocks."""
     factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
     block = factor * 2 ** (len(family.unet.config.block_out_channels) - 1)
-    latent = family.unet.config.sample_size
-    sides = (latent, latent) if isinstance(latent, int) else latent
-    scale = factor * (sides[0] * sides[1] / (height * width)) ** 0.5
+    if family.height and family.width:
+        area = family.height * family.width
+    else:
+        latent = family.unet.config.sample_size
+        sides = (latent, latent) if isinstance(latent, int) else latent
+        area = factor**2 * sides[0] * sides[1]
+    scale = (area / (height * width)) ** 0.5
     return max(1, round(height * scale / block)) * block, max(1, round(width * scale / block)) * block
 
 

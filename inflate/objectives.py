@@ -56,11 +56,17 @@ def _zero_terminal(signal: Tensor) -> Tensor:
 
 def sigma_to_timestep(sigma: Tensor, zero_terminal_snr: bool = False) -> Tensor:
     """The fractional timestep in [0, 999] whose noise level is `sigma`, by interpolation in log sigma; same shape."""
-    levels = schedule_sigmas(zero_terminal_snr).to(sigma.device).log().double()
-    log_sigma = sigma.double().clamp(min=1e-10).log()
+    place = _place_of_float64(sigma.device)
+    levels = schedule_sigmas(zero_terminal_snr).to(place).log().double()
+    log_sigma = sigma.to(place).double().clamp(min=1e-10).log()
     low = (torch.searchsorted(levels, log_sigma.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
     share = ((log_sigma - levels[low]) / (levels[low + 1] - levels[low])).clamp(0.0, 1.0)
-    return (low + share).to(sigma.dtype)
+    return (low + share).to(sigma.dtype).to(sigma.device)
+
+
+def _place_of_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU in place of one without float64; only there, as a copy makes the device wait."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class EDM:
         return math.inf if self.noise_condition == "edm" else float(schedule_sigmas(self.zero_terminal_snr)[-1])
 
     def sigma(self, normal: Tensor) -> Tensor:
-        """Noise levels (B,) from standard normal draws (B,)."""
-        return (self.P_mean + self.P_std * normal).exp()
+        """Noise levels (B,) from standard normal draws (B,), none above `sigma_limit`."""
+        return (self.P_mean + self.P_std * normal).exp().clamp(max=self.sigma_limit)
 
     def noise_input(self, sigma: Tensor) -> Tensor:
         """What the network is told of `sigma`; same shape."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -345,6 +346,7 @@ def draw_grid(images: Tensor, columns: int, path: Path) -> None:
 
 
 def main(config: Config) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # the frames and latents stay where they are rendered
     data, held_out = Frames(1, config.frames), Frames(2, config.held_out)
     if config.stage == "vae":
         task: AutoencoderTask | ImageTask = AutoencoderTask(data, held_out)

@@ -15,19 +15,20 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from accelerate import PartialState
 
 from inflate import config as configuration
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
-from inflate.errors import report_errors
+from inflate.errors import ConfigError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
-from inflate.sampling.svd import Sampling
 from inflate.training.card import write_card
 from inflate.training.decoder import Decoder, DecoderTask
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, join
-from inflate.training.loop import Result, fit
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
+from inflate.training.loop import Result, check_output, fit
 from inflate.training.previews import compare_previews
 from inflate.training.settings import Training
 
@@ -44,9 +45,10 @@ class Model:
     the original's .safetensors file"""
     image_encoder: str | None = None
     """folder of the CLIP image encoder, where `path` holds none"""
-    norm_epsilon: float = 1e-6
-    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-6, diffusers', its pipeline samples
-    the export exactly; with 1e-5, the original's, the inflated model equals its parent exactly"""
+    norm_epsilon: float = 1e-5
+    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-5, its parent's and the original's,
+    it equals its parent exactly; with 1e-6, diffusers', the export is sampled exactly by diffusers' pipeline. The card
+    states the difference"""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Config:
     training: Training = field(default_factory=Training)
     decoder: Decoder = field(default_factory=Decoder)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Preview = field(default_factory=Preview)
 
 
 def main(config: Config, arguments: list[str]) -> None:
@@ -74,10 +76,20 @@ def main(config: Config, arguments: list[str]) -> None:
 
 def demo(config: Config, arguments: list[str]) -> None:
     """Both stages on rendered clips: the second starts from what the first exported."""
+    if (config.data.path, config.data.source) != (Data().path, Data().source):
+        raise ConfigError(
+            f"data.path={config.data.path}: the demo renders its own clips; to train on yours, add "
+            "recipes/svd_image_to_video.yaml or recipes/svd_decoder.yaml, or set stage"
+        )
     output = config.training.output
-    clips = build(output / "clips", clips=config.demo_clips, held_out=32)
+    with PartialState().main_process_first():
+        clips = build(output / "clips", clips=config.demo_clips, held_out=32)
     start = config.model.path
     for stage, settings in DEMO.items():
+        finished = output / stage / "export"
+        if config.training.resume == "latest" and finished.is_dir() and stage != list(DEMO)[-1]:
+            start = str(finished)
+            continue
         fixed = [f"stage={stage}", f"data.path={clips}", f"training.output={output / stage}", f"model.path={start}"]
         config = configuration.load(Config, [str(settings), *arguments, *fixed])
         say(train(config), config)
@@ -86,38 +98,45 @@ def demo(config: Config, arguments: list[str]) -> None:
 
 def train(config: Config) -> Result:
     """One stage: load, inflate where needed, fit, write the card."""
+    with PartialState().main_process_first():
+        check_output(config.training)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
-    held_out = [collate([item]) for item in ClipDataset(config.data.evaluation(), shuffle=False)]
+    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     model = config.model
     family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.frames)
-    family.frames, family.fps = config.data.frames, round(float(held_out[0]["fps"][0]))
-    if config.stage == "image_to_video":
-        family.motion = MotionBuckets.fit(dataset.motion_scores())
-    task = make_task(config, family, held_out)
+    task = make_task(config, family.to(PartialState().device), dataset, held_out)
     result = fit(task, dataset, config.training, collate, configuration.dump(config))
-    if result.export:
-        finish(config, family, result)
+    if result.export and PartialState().is_main_process:
+        finish(config, result)
     return result
 
 
-def make_task(config: Config, family: SVD, held_out: list[Any]) -> DecoderTask | ImageToVideoTask:
-    """The task of the stage."""
-    training = config.training
+def make_task(
+    config: Config, family: SVD, dataset: ClipDataset, held_out: ClipDataset
+) -> DecoderTask | ImageToVideoTask:
+    """The task of the stage; it says what the export has to remember of the clips."""
+    data, training = config.data, config.training
+    count = config.decoder.held_out_clips if config.stage == "decoder" else config.image_to_video.held_out_clips
+    batches = [collate([held_out[number]]) for number in range(min(count, len(held_out)))]
+    fps = float(batches[0]["fps"][0])
     if config.stage == "decoder":
-        family.decode_chunk = config.data.frames  # the chunk of training is the chunk of decoding
-        pixels = join(held_out)["pixels"]
-        return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, family.fps)
-    return ImageToVideoTask(family, config.image_to_video, held_out, config.sampling, training.lr, training.seed)
+        family.decode_chunk = data.frames  # the chunk of training is the chunk of decoding
+        pixels = join(batches)["pixels"]
+        return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
+    family.frames, family.fps, family.height, family.width = data.frames, round(fps), data.height, data.width
+    family.motion = MotionBuckets.fit(dataset.motion_scores())
+    return ImageToVideoTask(family, config.image_to_video, batches, config.sampling, training.lr, training.seed)
 
 
-def finish(config: Config, family: SVD, result: Result) -> None:
+def finish(config: Config, result: Result) -> None:
     """The before/after video and the card."""
     output = config.training.output
     last = output / "samples" / f"step-{result.step:06}"
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
     scores = last / "scores.json"
-    gap = json.loads((output / "export" / "inflate.json").read_text())["export_gap"]
+    exported = json.loads((output / "export" / "inflate.json").read_text())
+    gap = exported["export_gap"]
     facts = {
         "stage": config.stage,
         "starts from": config.model.path,
@@ -128,11 +147,14 @@ def finish(config: Config, family: SVD, result: Result) -> None:
     write_card(
         output, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", facts, result.held_out,
         json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config),
+        exported["decode_chunk"],
     )  # fmt: skip
 
 
 def say(result: Result, config: Config) -> None:
     """Name the results on standard output."""
+    if not PartialState().is_main_process:
+        return
     output = config.training.output
     if result.export is None:
         print(f"stopped by {result.stopped} at step {result.step}; go on with training.resume=latest")
@@ -147,7 +169,8 @@ def say(result: Result, config: Config) -> None:
         ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),
         ("model", result.export),
     ):  # fmt: skip
-        print(f"  {name}: {path}")
+        if path.exists():
+            print(f"  {name}: {path}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from inflate.objectives import (
     BETA_END,
     BETA_START,
     EDM,
+    _place_of_float64,
     hinge_discriminator_loss,
     hinge_generator_loss,
     schedule_sigmas,
@@ -67,6 +68,19 @@ def test_network_is_told_a_quarter_of_log_sigma() -> None:
 def test_sigmas_follow_the_log_normal_law() -> None:
     sigma = EDM(P_mean=1.0, P_std=0.5).sigma(torch.tensor([-2.0, 0.0, 2.0]))
     torch.testing.assert_close(sigma, torch.tensor([0.0, 1.0, 2.0]).exp())
+
+
+def test_no_sigma_is_above_what_the_network_can_be_told() -> None:
+    draws = torch.tensor([0.0, 5.0])
+    objective = EDM(noise_condition="discrete")
+    torch.testing.assert_close(objective.sigma(draws), torch.tensor([math.exp(0.7), objective.sigma_limit]))
+    assert objective.noise_input(objective.sigma(draws))[1] == 999
+    torch.testing.assert_close(EDM().sigma(draws), (0.7 + 1.6 * draws).exp())
+
+
+def test_timesteps_are_computed_where_there_is_float64() -> None:
+    assert _place_of_float64(torch.device("mps", 0)) == torch.device("cpu")
+    assert _place_of_float64(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])

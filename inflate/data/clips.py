@@ -27,6 +27,8 @@ Pixels = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 """Called with (clips checked, clips in all)."""
 log = logging.getLogger(__name__)
+_IN_FLIGHT = 8
+"""Clips decoded together: more would pile up, each as large as the whole cache, behind a slow one."""
 _ORDER, _START = 0, 1
 """Purposes that keep the random streams of one seed apart."""
 
@@ -117,14 +119,16 @@ class Preflight:
 def preflight(clips: Sequence[Clip], settings: Data, progress: Progress | None = None) -> tuple[Preflight, _Cache]:
     """Decode every clip once: the table of what is used, and the decoded clips that fit in memory."""
     cache = _Cache(settings.cache_megabytes * 2**20)
-    rows = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for number, (row, frames) in enumerate(pool.map(lambda clip: _check(clip, settings, cache.left), clips)):
-            rows.append(row)
-            if frames is not None and not row.reason:
-                cache.add(row.clip.name, frames)
-            if progress is not None:
-                progress(number + 1, len(clips))
+    rows: list[Checked] = []
+    with ThreadPoolExecutor(min(_IN_FLIGHT, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(clips), _IN_FLIGHT):
+            together = clips[first : first + _IN_FLIGHT]
+            for row, frames in pool.map(lambda clip: _check(clip, settings, cache.left), together):
+                rows.append(row)
+                if frames is not None and not row.reason:
+                    cache.add(row.clip.name, frames)
+                if progress is not None:
+                    progress(len(rows), len(clips))
     return Preflight(settings, tuple(rows)), cache
 
 

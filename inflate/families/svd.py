@@ -108,11 +108,11 @@ class MotionBuckets:
         """The bucket, 0..255 in whole numbers and in float32, of each score (B,)."""
         if len(self.quantiles) < 2 or self.quantiles[0] == self.quantiles[-1]:
             return torch.full_like(score, 127.0, dtype=torch.float32)
-        edges = torch.tensor(self.quantiles, dtype=torch.float64, device=score.device)
-        low = (torch.searchsorted(edges, score.double().contiguous(), right=True) - 1).clamp(0, len(edges) - 2)
+        edges, scores = torch.tensor(self.quantiles, dtype=torch.float64), score.cpu().double().contiguous()
+        low = (torch.searchsorted(edges, scores, right=True) - 1).clamp(0, len(edges) - 2)
         step = (edges[low + 1] - edges[low]).clamp(min=torch.finfo(torch.float64).tiny)
-        share = ((score.double() - edges[low]) / step).clamp(0.0, 1.0)
-        return (255.0 * (low + share) / (len(edges) - 1)).round().float()
+        share = ((scores - edges[low]) / step).clamp(0.0, 1.0)
+        return (255.0 * (low + share) / (len(edges) - 1)).round().float().to(score.device)
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,10 @@ class SVD:
     """frames decoded together: the norms of the decoder couple them, so it is the chunk of the decoder's training"""
     fps: int = 7
     """frames per second of the clips"""
+    height: int | None = None
+    """of the clips of training, pixels; none: the size that the UNet's configuration names"""
+    width: int | None = None
+    """of the clips of training, pixels"""
     sigma_min: float = SIGMA_MIN
     """lowest noise level of sampling"""
     sigma_max: float = SIGMA_MAX
@@ -204,8 +208,9 @@ class SVD:
         image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
         image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
         channels = 2 * image_vae.config.latent_channels
-        unet, _ = inflate_unet(image_unet, spec or TemporalSpec(), in_channels=channels)
-        vae, _ = inflate_vae(image_vae)
+        unet, unet_report = inflate_unet(image_unet, spec or TemporalSpec(), in_channels=channels)
+        vae, vae_report = inflate_vae(image_vae)
+        log.info("inflated the UNet\n%s\nand the VAE\n%s", unet_report.table(), vae_report.table())
         statistics = image_statistics(encoder_folder, folder / "feature_extractor")
         return cls(unet, vae, encoder, inherited, frames=frames, decode_chunk=frames, **statistics)
 
@@ -365,7 +370,7 @@ class SVD:
         }
 
 
-_PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "sigma_min", "sigma_max")
+_PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "height", "width", "sigma_min", "sigma_max")
 
 
 def predictor(unet: nn.Module, condition: Condition) -> Predict:

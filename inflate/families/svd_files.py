@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
@@ -64,8 +69,21 @@ _VAE_FIXED: dict[str, Any] = {
 
 
 def is_image_model(folder: Path) -> bool:
-    """Whether a folder in diffusers' layout holds a 2D UNet, which is to be inflated."""
-    return read_json(folder / "unet" / "config.json").get("_class_name") == "UNet2DConditionModel"
+    """Whether a folder in diffusers' layout holds a 2D UNet, which is to be inflated, and not a video UNet.
+
+    CheckpointError where it holds another class's UNet.
+    """
+    return unet_kind(folder / "unet", UNet2DConditionModel, UNetSpatioTemporalConditionModel) is UNet2DConditionModel
+
+
+def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
+    """The one of these classes that a UNet's folder names; CheckpointError, naming its class, where it is none."""
+    name = read_json(folder / "config.json").get("_class_name")
+    for kind in kinds:
+        if kind.__name__ == name:
+            return kind
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
 
 
 def resolve(path: str | Path) -> Path:
@@ -274,9 +292,12 @@ def exact_vae_tensors(vae: VideoVAE) -> dict[str, Tensor]:
 def load_diffusers_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoUNet:
     """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
     if exact is None:
-        config, spec = image_unet_config(_with_defaults(UNetSpatioTemporalConditionModel, folder))
-    else:
+        kind = unet_kind(folder, UNetSpatioTemporalConditionModel)
+        config, spec = image_unet_config(_with_defaults(kind, folder))
+    elif isinstance(exact.get("temporal"), dict):
         config, spec = dict(exact), TemporalSpec.from_dict(exact["temporal"])
+    else:
+        raise CheckpointError(f"{folder.parent / 'inflate.json'} lacks unet.temporal; copy or export the model again")
     unet = build_unet(config, spec)
     wanted = shapes(unet)
     names = svd_keys.inverse(svd_keys.unet_to_diffusers(wanted))
@@ -349,6 +370,8 @@ def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # first, so that a failure here keeps it, too
         shutil.rmtree(old, ignore_errors=True)
 
 

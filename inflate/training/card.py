@@ -14,7 +14,13 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def write_card(
-    folder: Path, title: str, facts: Mapping[str, str], held_out: Rows, scores: Mapping[str, float], config: str
+    folder: Path,
+    title: str,
+    facts: Mapping[str, str],
+    held_out: Rows,
+    scores: Mapping[str, float],
+    config: str,
+    decode_chunk: int,
 ) -> Path:
     """Write FOLDER/README.md; every number in it is one that the run measured."""
     sections = [
@@ -24,7 +30,8 @@ def write_card(
         _scored(scores),
         "## Use\n\n```bash\ninflate sample export image.png -o out.mp4\n```\n\n"
         "```python\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
-        'pipeline = StableVideoDiffusionPipeline.from_pretrained("export")\n```',
+        'pipeline = StableVideoDiffusionPipeline.from_pretrained("export")\n'
+        f"frames = pipeline(image, decode_chunk_size={decode_chunk}).frames[0]  # the decoder's training chunk\n```",
         f"## Settings\n\n```yaml\n{config.strip()}\n```",
     ]
     path = folder / "README.md"

@@ -49,7 +49,10 @@ class State:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `folder` to write into; on success it is flushed and renamed to `folder`."""
+    """Yield a hidden path beside `folder` to write into; on success it is flushed and renamed to `folder`.
+
+    What stood there comes back where that fails.
+    """
     aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     discard(aside)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
     discard(old)
     if folder.exists():
         folder.rename(old)
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
     flush(folder.parent)
     discard(old)
 
@@ -94,8 +101,9 @@ def sha256(path: Path) -> str:
 
 
 def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0) -> Path:
-    """Write `checkpoint-<step>` into the output folder, then remove all but the newest `keep` (0 = keep all).
+    """Write `checkpoint-<step>` into the output folder, then remove all but it and the newest, `keep` in all (0 = all).
 
+    Those of later steps go first: a run passes over them only where they are damaged.
     Raises CheckpointError if the folder cannot be written; an older checkpoint is then untouched.
     """
     folder = output / f"checkpoint-{state.step}"
@@ -107,7 +115,7 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
             (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
             manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for stale in numbered(output)[:-keep] if keep else []:
+        for stale in superseded(folder, keep) if keep else []:
             old = stale.rename(stale.with_name(f".{stale.name}.old"))  # not a checkpoint, however far its removal gets
             discard(old)
     except OSError as error:
@@ -115,6 +123,13 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
             f"{folder} cannot be written: {error}; free space or name another training.output"
         ) from error
     return folder
+
+
+def superseded(folder: Path, keep: int) -> list[Path]:
+    """The checkpoints beside the one just written that make them more than `keep`: of later steps, then the oldest."""
+    every = numbered(folder.parent)
+    now = every.index(folder)
+    return [*every[now + 1 :], *every[:now]][: max(0, len(every) - keep)]
 
 
 def _write_trainee(folder: Path, one: Trainee) -> None:

@@ -55,6 +55,8 @@ class Decoder:
     """Share of clips decoded from clean latents."""
     held_out_noise: float = 0.15
     """Standard deviation of the fixed noise on the held-out clips' noisy latents."""
+    held_out_clips: int = 32
+    """Held-out clips that the decoder is measured on."""
     previews: int = 4
     """Held-out clips shown in previews."""
 
@@ -66,6 +68,8 @@ def check(settings: Decoder) -> None:
     for name in ("l1", "l2", "perceptual", "adversarial", "held_out_noise", "discriminator_lead", "adversarial_start"):
         if not getattr(settings, name) >= 0:
             raise ConfigError(f"decoder.{name}={getattr(settings, name)}: must be 0 or more")
+    if settings.held_out_clips < 1:
+        raise ConfigError(f"decoder.held_out_clips={settings.held_out_clips}: must be 1 or more")
     if settings.l1 + settings.l2 + settings.perceptual <= 0:
         raise ConfigError("decoder.l1, decoder.l2 and decoder.perceptual are all 0: nothing asks for the true frames")
     if not 0 <= settings.clean_share <= 1:

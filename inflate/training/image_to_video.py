@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
@@ -61,6 +61,20 @@ class ImageToVideo:
             raise ValueError("held_out_clips, bands and preview_clips must be at least 1")
 
 
+@dataclass
+class Preview:
+    """How previews are sampled; length, frame rate, motion bucket and seed are each held-out clip's own."""
+
+    steps: int = 25
+    """denoising steps"""
+    guidance_min: float = 1.0
+    """guidance scale of the first frame"""
+    guidance_max: float = 3.0
+    """guidance scale of the last frame; up to 1 there is no guidance, at half the cost"""
+    noise_aug: float = 0.02
+    """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
+
+
 class ImageToVideoTask:
     """Trains `family.unet` to animate a clip's first frame; measures and shows it on held-out clips.
 
@@ -68,7 +82,7 @@ class ImageToVideoTask:
     """
 
     def __init__(
-        self, family: SVD, settings: ImageToVideo, held_out: list[Batch], sampling: Sampling, lr: float, seed: int
+        self, family: SVD, settings: ImageToVideo, held_out: list[Batch], sampling: Preview, lr: float, seed: int
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
         if settings.gradient_checkpointing:
@@ -96,17 +110,18 @@ class ImageToVideoTask:
         """The condition of each clip's first frame, noise-augmented by a draw of its own."""
         first = batch["pixels"][:, 0].to(noise.device)  # (B, 3, H, W)
         aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
-        bucket = self.family.motion.bucket(batch["motion"])
-        return self.family.condition(first, batch["fps"], bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
+        fps, bucket = batch["fps"].to(noise.device), self.family.motion.bucket(batch["motion"].to(noise.device))
+        return self.family.condition(first, fps, bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The held-out loss on fixed noise: its mean, per noise level, and with the temporal layers bypassed."""
         levels = self.levels()
-        losses = {f"held-out loss at sigma {sigma:.3g}": self.held_out_loss(sigma) for sigma in levels}
-        bypassed = sum(self.held_out_loss(sigma, bypass=True) for sigma in levels) / len(levels)
-        mean = sum(losses.values()) / len(levels)
-        return {"held-out loss": mean, **losses, "held-out loss, temporal layers bypassed": bypassed}
+        network = self.players[0].network
+        losses, bypassed = self.held_out_losses(levels, network), self.held_out_losses(levels, WithoutTemporal(network))
+        named = {f"held-out loss at sigma {sigma:.3g}": loss for sigma, loss in zip(levels, losses, strict=True)}
+        mean, without = sum(losses) / len(levels), sum(bypassed) / len(levels)
+        return {"held-out loss": mean, **named, "held-out loss, temporal layers bypassed": without}
 
     def levels(self) -> list[float]:
         """The noise levels of the held-out loss: equally likely ones under the training distribution."""
@@ -114,18 +129,19 @@ class ImageToVideoTask:
         quantiles = [NormalDist().inv_cdf((k + 0.5) / bands) for k in range(bands)]
         return [float(objective.sigma(torch.tensor([q]))) for q in quantiles]
 
-    def held_out_loss(self, sigma: float, bypass: bool = False, together: int = 4) -> float:
-        """The mean loss of the held-out clips at one noise level, on noise fixed by (seed, clip)."""
-        total, network, device = 0.0, self.players[0].network, self._device()
+    def held_out_losses(self, levels: list[float], network: nn.Module, together: int = 4) -> list[float]:
+        """The mean loss of the held-out clips at each noise level, on noise fixed by (seed, clip)."""
+        totals, device = [0.0] * len(levels), self._device()
         for start in range(0, len(self.held_out), together):
             batch = join(self.held_out[start : start + together])
             noise = Noise(self.seed, batch["number"], device)
             clean = self.family.encode(batch["pixels"].to(device))
-            predict = self.family.predict(self.condition(batch, noise), WithoutTemporal(network) if bypass else network)
-            level = torch.full((len(clean),), sigma, device=device)
-            loss = self.family.objective.loss(predict, clean, level, noise.normal("held-out", *clean.shape[1:]))
-            total += float(loss.sum())
-        return total / len(self.held_out)
+            predict = self.family.predict(self.condition(batch, noise), network)
+            fixed = noise.normal("held-out", *clean.shape[1:])
+            for place, sigma in enumerate(levels):
+                level = torch.full((len(clean),), sigma, device=device)
+                totals[place] += float(self.family.objective.loss(predict, clean, level, fixed).sum())
+        return [total / len(self.held_out) for total in totals]
 
     def preview(self, folder: Path) -> None:
         """Animate the first held-out clips' first frames: an mp4 each, and one contact sheet (truth above sample)."""
@@ -147,20 +163,18 @@ class ImageToVideoTask:
         generated = []
         for index, batch in enumerate(batches):
             bucket = int(self.family.motion.bucket(batch["motion"])[0])
-            settings = replace(
-                self.sampling,
-                fps=float(batch["fps"][0]),
-                motion_bucket=bucket,
-                frames=truth.shape[1],
+            settings = Sampling(
+                **asdict(self.sampling), fps=float(batch["fps"][0]), motion_bucket=bucket, frames=truth.shape[1],
                 seed=self.seed + index,
-            )
+            )  # fmt: skip
             generated.append(sample(self.family, batch["pixels"][:, 0].to(self._device()), settings).cpu())
         return truth, torch.cat(generated)
 
     @torch.no_grad()
     def score(self, truth: Tensor, generated: Tensor) -> dict[str, float]:
         """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
-        given = self.family.decode(self.family.encode(truth.to(self._device()))).cpu()
+        each = truth.split(1)  # one clip at a time: decoding holds whole feature maps at full resolution
+        given = torch.cat([self.family.decode(self.family.encode(clip.to(self._device()))).cpu() for clip in each])
         static = truth[:, :1].expand_as(truth)
         truth, generated, given, static = unit(truth), unit(generated), unit(given), unit(static)
         first, near = slice(0, 1), slice(1, 4)

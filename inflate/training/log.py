@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from inflate.errors import InflateError
 from inflate.training.checkpoint import State, write_text
 from inflate.training.player import Batch
 from inflate.training.settings import Training
@@ -41,11 +42,13 @@ class Report:
         for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group as well
             tracker.finish()
 
-    def draw(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time spent waiting for it is counted."""
+    def draw(self, batches: Iterator[Batch | InflateError]) -> Batch:
+        """The next batch; the time spent waiting for it is counted. An InflateError in its place is raised."""
         begun = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - begun
+        if isinstance(batch, InflateError):
+            raise batch
         return batch
 
     def add(self, terms: Mapping[str, Sequence[Tensor]]) -> None:

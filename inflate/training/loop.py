@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, send_to_de
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from inflate.errors import TrainingError
+from inflate.errors import InflateError, TrainingError
 from inflate.training import checkpoint
 from inflate.training.checkpoint import State, write_text, written_aside
 from inflate.training.log import Report
@@ -289,17 +290,41 @@ class Numbers:
 
 def loader(
     dataset: Dataset, settings: Training, accelerator: Any, step: int, collate: Callable[[list[Any]], Any]
-) -> DataLoader[Batch]:
-    """Batches of this process from a step on, the same for any number of workers."""
+) -> DataLoader[Batch | InflateError]:
+    """Batches of this process from a step on, the same for any number of workers; a user error comes in its place."""
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch asks for its own base class, and uses only these two methods
+        Readable(dataset),  # type: ignore[arg-type]  # torch asks for its own base class, and uses only these two methods
         batch_sampler=Numbers(settings, accelerator.num_processes, accelerator.process_index, step),
-        collate_fn=collate,
+        collate_fn=partial(collate_or_error, collate),
         num_workers=settings.workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator().manual_seed(settings.seed),  # or it would draw from the global one
     )
+
+
+@dataclass(frozen=True)
+class Readable:
+    """A dataset that returns a user error as a value: torch would put a reader process's traceback into its text."""
+
+    dataset: Dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except InflateError as error:
+            return error
+
+
+def collate_or_error(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """A batch of samples, or the first user error among them or of `collate` itself."""
+    try:
+        return next((item for item in items if isinstance(item, InflateError)), None) or collate(items)
+    except InflateError as error:
+        return error
 
 
 def ignore_interrupt(_: int) -> None:

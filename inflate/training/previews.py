@@ -21,15 +21,21 @@ def compare_previews(before: Path, after: Path, target: Path) -> None:
     names = sorted(path.name for path in after.glob("*.mp4") if (before / path.name).is_file())[:SHOWN]
     if not names:
         return
-    probes = [video.probe(after / name) for name in names]
-    rows = [_side_by_side([folder / name for name in names]) for folder in (before, after)]
-    video.write(target.with_suffix(".mp4"), np.concatenate(rows, axis=1), probes[0].fps)
-    video.contact_sheet(target.with_suffix(".png"), rows, ["before", "after"])
+    fps = video.probe(after / names[0]).fps
+    clips = {folder: [_read(folder / name) for name in names] for folder in (before, after)}
+    rows = [_side_by_side(clips[folder]) for folder in (before, after)]
+    video.write(target.with_suffix(".mp4"), np.concatenate(rows, axis=1), fps)
+    pairs = [clip for pair in zip(clips[before], clips[after], strict=True) for clip in pair]
+    labels = [f"{Path(name).stem} {which}" for name in names for which in ("before", "after")]
+    video.contact_sheet(target.with_suffix(".png"), pairs, labels)
 
 
-def _side_by_side(paths: list[Path]) -> Pixels:
-    """The videos' common frames next to each other, (F, H, W, 3)."""
-    clips = [video.read(path, range(video.probe(path).frames)) for path in paths]
+def _read(path: Path) -> Pixels:
+    return video.read(path, range(video.probe(path).frames))
+
+
+def _side_by_side(clips: list[Pixels]) -> Pixels:
+    """The clips' common frames next to each other, (F, H, W, 3)."""
     length = min(len(clip) for clip in clips)
     joined = np.concatenate([clip[:length] for clip in clips], axis=2)
     factor = max(1, -(-LEAST_HEIGHT // joined.shape[1]))

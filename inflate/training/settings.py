@@ -63,6 +63,9 @@ class Training:
     progress: bool = True
     """Show a progress bar."""
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 AT_LEAST = {
     "steps": 1, "batch": 1, "accumulate": 1, "log_every": 1, "warmup": 0, "workers": 0, "checkpoint_every": 0,

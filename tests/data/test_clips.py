@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from inflate.data import clips, video
 from inflate.data.clips import ClipDataset, Data, Sampler, collate, preflight
-from inflate.data.sources import find_clips
+from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError, DataError
 
 
@@ -138,6 +139,24 @@ def test_the_cache_stops_at_its_limit(folder, monkeypatch):
     dataset = ClipDataset(settings)
     assert 0 < sum(frames.nbytes for frames in dataset._cache.frames.values()) <= 70_000
     assert shown(dataset[0])  # the others are read from their files
+
+
+def test_few_decoded_clips_wait_behind_a_slow_one(monkeypatch):
+    begun, behind = [], []
+
+    def check(clip, settings, room):
+        begun.append(clip)
+        if clip.name == "0":
+            time.sleep(0.3)
+            behind.extend(begun)
+        return clips.Checked(clip, None, 0.0, 0, "not decoded"), None
+
+    monkeypatch.setattr(clips, "_check", check)
+    monkeypatch.setattr(clips.os, "cpu_count", lambda: 4)
+    found = [Clip(Path("x.mp4"), "", str(number)) for number in range(40)]
+    checked, _ = preflight(found, small("anywhere"))
+    assert [row.clip.name for row in checked.rows] == [str(number) for number in range(40)]
+    assert 1 < len(behind) <= 8
 
 
 def test_scores_are_of_the_centre_windows(make_clip, tmp_path):

@@ -385,6 +385,40 @@ def test_failed_export_leaves_the_old_one(family: SVD, exported: Path, monkeypat
     assert (exported / "inflate.json").is_file()
 
 
+def test_interrupted_replacement_brings_the_old_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "export"
+    svd_files.write_atomically(folder, lambda aside: (aside / "model_index.json").touch())
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if ".partial" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        svd_files.write_atomically(folder, lambda aside: (aside / "other").touch())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+    assert [entry.name for entry in folder.iterdir()] == ["model_index.json"]
+
+
+def test_unet_of_another_class_is_named(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
+    for load in (svd_files.is_image_model, SVD.load, SVD.from_pretrained):
+        with pytest.raises(CheckpointError, match="UNet3DConditionModel"):
+            load(tmp_path)
+
+
+def test_own_settings_without_the_temporal_specification_are_refused(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "unet").symlink_to(exported / "unet")
+    settings = json.loads((exported / "inflate.json").read_text())
+    del settings["unet"]["temporal"]
+    (tmp_path / "inflate.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"inflate\.json lacks unet\.temporal"):
+        SVD.from_pretrained(tmp_path)
+
+
 def test_models_that_diffusers_cannot_hold_are_refused(family: SVD, tmp_path: Path) -> None:
     narrow = copy.deepcopy(family)
     narrow.vae.register_to_config(layers_per_block=1)

@@ -128,6 +128,33 @@ def test_written_aside_replaces_whole_folders_only(tmp_path: Path) -> None:
     assert [p.name for p in target.iterdir()] == ["new"]
 
 
+def test_what_stood_there_comes_back_if_the_new_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "a") as aside:
+        aside.mkdir()
+    assert (tmp_path / "a" / "old").exists()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, ["checkpoint-3"]), (2, ["checkpoint-2", "checkpoint-3"])])
+def test_later_checkpoints_go_first_and_the_one_just_written_stays(tmp_path: Path, keep: int, left: list[str]) -> None:
+    for step in (1, 2, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    folder = save(tmp_path, State(step=3), trainees(Regression()), keep)
+    verify(folder)
+    assert [path.name for path in numbered(tmp_path)] == left
+
+
 def reseal(folder: Path) -> None:
     files = {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(files))

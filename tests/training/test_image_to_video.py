@@ -11,8 +11,7 @@ import torch
 from helpers import randomise, write_image_model
 from inflate.data import video
 from inflate.families.svd import SVD, MotionBuckets
-from inflate.sampling.svd import Sampling
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, choose_trainable, join, to_uint8
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable, join, to_uint8
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
 from inflate.training.settings import Training
@@ -59,7 +58,7 @@ class Clips:
 
 def make(family: SVD, **settings: Any) -> ImageToVideoTask:
     small = ImageToVideo(held_out_clips=2, bands=2, preview_clips=1, **settings)
-    return ImageToVideoTask(family, small, [batch(100), batch(101)], Sampling(steps=2), lr=1e-3, seed=3)
+    return ImageToVideoTask(family, small, [batch(100), batch(101)], Preview(steps=2), lr=1e-3, seed=3)
 
 
 def test_the_loss_is_the_objective_on_the_drawn_levels(family: SVD) -> None:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from torch import nn
 
-from inflate.errors import CheckpointError, ConfigError, TrainingError
+from inflate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from inflate.training import log, loop
 from inflate.training.checkpoint import numbered
 from inflate.training.loop import Numbers, Result, fit
@@ -484,6 +484,22 @@ def test_settings_are_a_structured_config_with_a_docstring_each_and_need_no_torc
     code = "import sys, inflate.training.settings; sys.exit('torch' in sys.modules)"
     root = Path(loop.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+class Vanishing(Points):
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number == 3:
+            raise DataError("b.mp4 is gone; put it back")
+        return super().__getitem__(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_cannot_be_read_is_told_plainly(tmp_path: Path, workers: int) -> None:
+    task = Regression()
+    with pytest.raises(DataError) as caught:
+        fit(task, Vanishing(), settings(tmp_path / "run", steps=6, batch=1, workers=workers))
+    assert str(caught.value) == "b.mp4 is gone; put it back"
+    assert task.seen == [0, 1, 2]
 
 
 def test_the_toy_epochs_hold_every_clip_once() -> None:

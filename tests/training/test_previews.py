@@ -35,10 +35,11 @@ def test_nothing_is_written_without_a_common_video(tmp_path: Path) -> None:
 
 def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     held_out = [{"step": 0, "loss": 0.5}, {"step": 8, "loss": 0.25, "new": 1.0}]
-    path = write_card(tmp_path, "A title", {"clips": "mine"}, held_out, {"frame 0": 31.5}, "stage: decoder\n")
+    path = write_card(tmp_path, "A title", {"clips": "mine"}, held_out, {"frame 0": 31.5}, "stage: decoder\n", 8)
     text = path.read_text()
     assert "| loss | 0.5 | 0.25 |" in text
     assert "| frame 0 | 31.5 |" in text
     assert "- clips: mine" in text
     assert "new" not in text
+    assert "decode_chunk_size=8" in text
     assert "stage: decoder" in text
