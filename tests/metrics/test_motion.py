@@ -59,7 +59,7 @@ def test_shift_and_growth_are_measured_per_frame():
     for scene in scenes(12, seed=4):
         motion = direction(clip(scene), object_mask(scene, SIZE))
         true_shift = [(v - p) / 8 for v, p in zip(scene.velocity, scene.pan, strict=True)]
-        assert [motion.dx, motion.dy] == pytest.approx(true_shift, abs=0.001)
+        assert [motion.dx, motion.dy] == pytest.approx(true_shift, abs=0.0015)  # a tenth of a pixel
         if scene.zoom:  # the size of a dart, long and plain, is known less well
             assert motion.log_scale == pytest.approx(scene.zoom / 8, abs=0.004)
 

@@ -202,7 +202,7 @@ def test_checkpointing_covers_the_temporal_layers(benchmark_script: ModuleType, 
 def test_without_checkpointing_ours_costs_no_more(benchmark_script: ModuleType) -> None:
     theirs, ours = estimates(benchmark_script, "all", "none")
     assert ours.flops <= theirs.flops
-    assert ours.held <= theirs.held * 1.03
+    assert ours.held <= theirs.held * 1.005
 
 
 def test_the_benchmark_needs_neither_codecs_nor_the_settings_reader() -> None:
