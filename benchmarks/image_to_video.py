@@ -23,10 +23,11 @@ from torch import nn
 from inflate.data import demo, video
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.demo_clips import build
+from inflate.data.pixels import to_uint8, unit
 from inflate.data.settings import Data
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.metrics.motion import direction, object_mask
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, to_uint8, unit
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.loop import fit
 from inflate.training.settings import Training
 
@@ -87,7 +88,7 @@ def examine(task: ImageToVideoTask, held_out: ClipDataset, output: Path) -> dict
     pairs = directions(held_out, generated)
     agree = sum(a == b for a, b in pairs)
     real = directions(held_out, truth)
-    rows = [to_uint8(clip) for pair in zip(truth, generated, strict=True) for clip in pair]
+    rows = [to_uint8(unit(clip)) for pair in zip(truth, generated, strict=True) for clip in pair]
     labels = [f"{n:02d} {kind}" for n in range(len(truth)) for kind in ("truth", "sample")]
     for part in range(0, len(rows), 16):
         video.contact_sheet(output / f"samples-{part // 16}.png", rows[part : part + 16], labels[part : part + 16])

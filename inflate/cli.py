@@ -167,12 +167,12 @@ def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling"
     import torch
     from tqdm import tqdm
 
+    from inflate.data.pixels import to_uint8, unit
     from inflate.sampling.svd import sample as draw
 
     image = torch.tensor(first).permute(2, 0, 1)[None].to(family.device) / 127.5 - 1  # (1, 3, H, W)
     clip = draw(family, image, settings, progress=lambda steps: tqdm(steps, desc="sampling", unit="step"))[0]
-    pixels = ((clip.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # (F, 3, H, W)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()  # (F, H, W, 3)
+    return to_uint8(unit(clip))  # (F, H, W, 3)
 
 
 def _write(output: Path, frames: "npt.NDArray[np.uint8]", fps: float) -> None:

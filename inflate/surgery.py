@@ -103,7 +103,7 @@ def verify_identity(video: VideoUNet | VideoVAE, parent: UNet2DConditionModel | 
     weights are zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    with _evaluating(video), _evaluating(parent):
+    with evaluating(video, parent):
         pair = _vae_pair if isinstance(video, VideoVAE) else _unet_pair
         ours, theirs = pair(video, parent, generator)
     return (ours - theirs).abs().max().item()
@@ -130,10 +130,11 @@ def _notes(unet: UNet2DConditionModel, spec: TemporalSpec) -> tuple[str, ...]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode, and afterwards each of their modules in its own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

@@ -57,6 +57,8 @@ class Config:
     """vae: the autoencoder; image: the UNet with its text and image encoders"""
     vae: Path | None = None
     """the first stage's export, for the second"""
+    start: Path | None = None
+    """an export of the second stage to go on from, with a new optimiser and schedule"""
     frames: int = 30000
     """frames rendered to train on"""
     held_out: int = 256
@@ -235,6 +237,12 @@ class ImageModel(nn.Module):
             attention_head_dim=(2, 3, 3), use_linear_projection=True,
         )  # fmt: skip
 
+    def go_on_from(self, folder: Path) -> None:
+        """Take the weights of an earlier export."""
+        for name in ("text_encoder", "image_encoder", "unet"):
+            part = getattr(self, name)
+            part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())
+
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, images: Tensor, shown: Tensor) -> Tensor:
         """v (B, 4, h, w); where `shown` (B,) is set, the next of `images` (M, 3, H, W) replaces the words."""
         context = self.text_encoder(tokens).last_hidden_state  # (B, L, D)
@@ -354,6 +362,8 @@ def main(config: Config) -> None:
         raise ConfigError("vae is not set: give the folder that stage=vae exported, vae=OUT/vae/export")
     else:
         task = ImageTask(AutoencoderKL.from_pretrained(config.vae), data, held_out, config)
+        if config.start:
+            task.model.go_on_from(config.start)
     result = fit(task, data, config.training, config=configuration.dump(config))
     if result.export is None:
         sys.exit(130)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -108,3 +111,15 @@ def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     return folder
+
+
+def load_recipe(path: Path) -> ModuleType:
+    """A recipe's script as a module, loaded once."""
+    name = f"recipe_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -10,10 +10,10 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from helpers import load_recipe
 from inflate import shelves
 from inflate.config import check, help_text, load
 
@@ -69,17 +69,6 @@ def family(name: str) -> str:
     words = name.split("_")
     stems = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
     return next(stem for stem in stems if (families / f"{stem}.py").is_file())
-
-
-def load_recipe(path: Path) -> ModuleType:
-    name = f"recipe_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def run(script: str) -> str:

@@ -21,7 +21,7 @@ from inflate.errors import DataError
 if TYPE_CHECKING:  # torch takes seconds to import, and a clip check needs none of it
     from torch import Tensor
 
-__all__ = ["Batch", "Checked", "ClipDataset", "Data", "Item", "Preflight", "Sampler", "collate", "preflight"]
+__all__ = ["Batch", "Checked", "ClipDataset", "Data", "Item", "Preflight", "collate", "preflight"]
 
 Pixels = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -133,7 +133,7 @@ def preflight(clips: Sequence[Clip], settings: Data, progress: Progress | None =
 
 
 class ClipDataset:
-    """Samples by number, for a torch DataLoader with `Sampler` and `collate`.
+    """Samples by number, for a torch DataLoader with `collate`.
 
     `dataset[n]` depends on the settings, the seed and n alone: each epoch of `len(dataset)` numbers visits every
     usable clip once, in an order drawn from (seed, epoch), and a random window is drawn from (seed, n). So a run that
@@ -220,19 +220,6 @@ class ClipDataset:
         if (index, start) not in self._scores:
             self._scores[index, start] = motion_score(frames, self.rows[index].fps)
         return self._scores[index, start]
-
-
-class Sampler:
-    """Sample numbers from `start` up to `stop`: the order itself is the dataset's, so resuming is starting later."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -41,7 +41,7 @@ HEADINGS: dict[str, tuple[float, float]] = {
     "up": (0.0, -1.0),
     "down": (0.0, 1.0),
 }
-SPEEDS: dict[str, float] = {"slow": 0.10, "medium": 0.175, "fast": 0.25}
+SPEEDS: dict[str, float] = {"slow": 0.08, "medium": 0.14, "fast": 0.20}
 """Frame sides per second for a dart; a zoom changes log-scale by 1.2 times this per second."""
 FOLLOW = 0.4
 """Share of a followed dart's velocity that the camera takes."""
@@ -98,7 +98,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        size = "large" if self.radius >= 0.215 else "small"
+        size = "large" if self.radius >= 0.245 else "small"
         subject = f"a {size} {self.colour} {self.shape}"
         ground = f"{self.ground} {self.texture}" if self.texture != "plain" else f"plain {self.ground}"
         if self.shape == "dart":
@@ -118,7 +118,7 @@ def draw_scene(rng: np.random.Generator, seconds: float = 2.0) -> Scene:
     texture = str(rng.choice(TEXTURES))
     heading = str(rng.choice(list(HEADINGS)))
     speed = str(rng.choice(list(SPEEDS)))
-    radius = float(rng.uniform(0.18, 0.25))
+    radius = float(rng.uniform(0.20, 0.29))
     share = 1 - FOLLOW if texture == "checks" else 1.0
     travel = SPEEDS[speed] * share * seconds if shape == "dart" else 0.0
     margin = radius + 0.02
@@ -186,8 +186,8 @@ def _shape(scene: Scene, x: Floats, y: Floats, pixel: Floats) -> tuple[Floats, F
     if scene.shape == "dart":
         dx, dy = HEADINGS[scene.heading]
         along, across = x * dx + y * dy, np.abs(-x * dy + y * dx)
-        front = (0.8 * (along - 1) + 1.8 * across) / math.hypot(0.8, 1.8)
-        back = -(0.8 * (along + 0.35) + 0.45 * across) / math.hypot(0.8, 0.45)
+        front = (0.95 * (along - 1) + 1.85 * across) / math.hypot(0.95, 1.85)
+        back = -(0.95 * (along + 0.55) + 0.3 * across) / math.hypot(0.95, 0.3)
         distance = np.maximum(front, back)
         tone = 0.8 + 0.2 * np.tanh(4 * along)  # the tip is the bright end
     elif scene.shape == "disc":

@@ -7,8 +7,7 @@ training and for sampling.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +31,7 @@ from inflate.families import svd_files
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
-from inflate.surgery import inflate_unet, inflate_vae
+from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +78,6 @@ class Condition:
             torch.cat([each.image_latent for each in conditions]),
             torch.cat([each.added_ids for each in conditions]),
         )
-
-    def to(self, device: torch.device | str) -> "Condition":
-        """The same on another device."""
-        return Condition(self.context.to(device), self.image_latent.to(device), self.added_ids.to(device))
 
 
 @dataclass(frozen=True)
@@ -383,19 +378,6 @@ def predictor(unet: nn.Module, condition: Condition) -> Predict:
         return output  # (B, F, C, h, w)
 
     return predict
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """The networks in evaluation mode, and afterwards as they were."""
-    modes = [network.training for network in networks]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for network, training in zip(networks, modes, strict=True):
-            network.train(training)
 
 
 def euler_scheduler(

@@ -12,8 +12,9 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from inflate.errors import ConfigError
-from inflate.families.svd import SVD, Condition, evaluating
+from inflate.families.svd import SVD, Condition
 from inflate.objectives import Predict
+from inflate.surgery import evaluating
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from inflate.data.pixels import to_uint8, unit
 from inflate.data.video import contact_sheet, write
 from inflate.errors import ConfigError, TrainingError
 from inflate.metrics.perceptual import perceptual_distance
@@ -263,7 +264,7 @@ class HeldOut:
     def decoded(self, vae: AutoencoderKL, temporal: bool, number: int, noisy: bool) -> Tensor:
         """One clip as the decoder gives it back: (1, F, 3, H, W) in [0, 1]."""
         latents = self.latents[number] + (self.noise[number] if noisy else 0.0)  # (F, C, h, w)
-        return _unit_range(decode(vae, latents[None].to(_device(vae)), temporal).float().cpu())
+        return unit(decode(vae, latents[None].to(_device(vae)), temporal).float().cpu())
 
     def measure(self, vae: AutoencoderKL, temporal: bool) -> dict[str, float]:
         """Means over clips, by `clean/...` and `noisy/...`."""
@@ -273,7 +274,7 @@ class HeldOut:
         sums: dict[str, float] = {}
         spectra = []
         for number, pixels in enumerate(self.pixels):
-            truth, output = _unit_range(pixels[None]), self.decoded(vae, temporal, number, noisy)
+            truth, output = unit(pixels[None]), self.decoded(vae, temporal, number, noisy)
             for name, metric in (("psnr", psnr), ("ssim", ssim), ("flicker", flicker_error)):
                 sums[name] = sums.get(name, 0.0) + float(metric(output, truth)) / len(self.pixels)
             spectra.append(torch.cat([power_spectrum(output), power_spectrum(truth)]))  # (2, rings)
@@ -285,8 +286,8 @@ class HeldOut:
     def shown(self, vae: AutoencoderKL, temporal: bool, number: int) -> dict[str, npt.NDArray[np.uint8]]:
         """Rows to look at, by label: uint8 (F, H, W, 3), the reconstructions from noisy latents."""
         now = self.decoded(vae, temporal, number, noisy=True)
-        clips = {"truth": _unit_range(self.pixels[number][None]), "frame-wise": self.parent_clips[number], "now": now}
-        return {label: _bytes(clip[0]) for label, clip in clips.items()}
+        clips = {"truth": unit(self.pixels[number][None]), "frame-wise": self.parent_clips[number], "now": now}
+        return {label: to_uint8(clip[0]) for label, clip in clips.items()}
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
@@ -342,12 +343,3 @@ def _per_clip(loss: Callable[..., Tensor], *logits: Tensor) -> Tensor:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _unit_range(pixels: Tensor) -> Tensor:
-    return (pixels / 2 + 0.5).clamp(0, 1)
-
-
-def _bytes(frames: Tensor) -> npt.NDArray[np.uint8]:
-    """Frames (F, 3, H, W) in [0, 1] to uint8 (F, H, W, 3)."""
-    return np.asarray((frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy())

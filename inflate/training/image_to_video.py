@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inflate.data import video
+from inflate.data.pixels import to_uint8, unit
 from inflate.families.svd import SVD, Condition
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
@@ -150,8 +151,8 @@ class ImageToVideoTask:
         rows, labels = [], []
         for index, batch in enumerate(batches):
             name = f"{index:02d}"
-            video.write(folder / f"{name}.mp4", to_uint8(generated[index]), float(batch["fps"][0]))
-            rows += [to_uint8(truth[index]), to_uint8(generated[index])]
+            video.write(folder / f"{name}.mp4", to_uint8(unit(generated[index])), float(batch["fps"][0]))
+            rows += [to_uint8(unit(truth[index])), to_uint8(unit(generated[index]))]
             labels += [f"{name} truth", f"{name} sample"]
         video.contact_sheet(folder / "sheet.png", rows, labels)
         (folder / "scores.json").write_text(json.dumps(self.score(truth, generated), indent=1) + "\n")
@@ -230,13 +231,3 @@ def join(batches: list[Batch]) -> Batch:
         else sum((b[key] for b in batches), [])
         for key in first
     }
-
-
-def unit(pixels: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], clipped as a file would be."""
-    return (pixels.clamp(-1, 1) + 1) / 2
-
-
-def to_uint8(pixels: Tensor) -> Any:
-    """A clip (F, 3, H, W) in [-1, 1] as uint8 (F, H, W, 3)."""
-    return (unit(pixels.float()) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,18 @@
+"""Between the networks' [-1, 1], the measures' [0, 1] and the files' 0 to 255."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """Pixels of [-1, 1] in [0, 1], float32, clipped as a file would be."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_uint8(frames: Tensor) -> npt.NDArray[np.uint8]:
+    """Frames (F, 3, H, W) in [0, 1] as uint8 (F, H, W, 3)."""
+    return np.asarray((frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
