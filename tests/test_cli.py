@@ -151,11 +151,11 @@ def test_the_clips_size_follows_the_image_at_the_models_area() -> None:
         height: int | None = None
         width: int | None = None
 
-    assert cli._fitting(1080, 1920, Family()) == (576, 1024)  # type: ignore[arg-type]
-    assert cli._fitting(500, 500, Family()) == (768, 768)  # type: ignore[arg-type]
+    assert cli._fitting(1080, 1920, Family()) == (576, 1024)  # type: ignore[arg-type]  # a stand-in
+    assert cli._fitting(500, 500, Family()) == (768, 768)  # type: ignore[arg-type]  # a stand-in
     trained = Family()
     trained.height, trained.width = 320, 576
-    assert cli._fitting(1080, 1920, trained) == (320, 576)  # type: ignore[arg-type]
+    assert cli._fitting(1080, 1920, trained) == (320, 576)  # type: ignore[arg-type]  # a stand-in
 
 
 def test_the_options_defaults_are_the_samplers() -> None:

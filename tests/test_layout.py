@@ -22,11 +22,12 @@ RECIPES = sorted(ROOT.glob("recipes/*_finetune.py"))
 CARDS = sorted([*ROOT.glob("adapters/*.yaml"), *ROOT.glob("datasets/*.yaml")])
 RECIPE_SETTINGS = sorted(ROOT.glob("recipes/*.yaml"))
 
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "files"}
 MIDDLE = {"models", "surgery", "objectives", "data", "metrics", "layers"} | BASE
 ARROWS = {
     "__init__": set(),
     "errors": set(),
+    "files": set(),
     "config": {"errors"},
     "shelves": {"errors"},
     "layers": {"layers"} | BASE,

@@ -71,7 +71,6 @@ class Regression:
 
     def export(self, folder: Path) -> None:
         self.looked.append("export")
-        folder.mkdir()
         torch.save(self.network.state_dict(), folder / "map.pt")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from inflate.data import demo, video
 from inflate.errors import DataError
+from inflate.files import new_folder
 
 MANIFEST = "demo.json"
 QUALITY = 12
@@ -32,16 +31,13 @@ def build(
         raise DataError(f"the demo clips cannot be built from {settings}")
     if _is_built(folder, settings):
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        for number, (split, count) in enumerate((("train", clips), ("held_out", held_out))):
-            _build_split(draft / split, count, [seed, number], size, frames)
-        (draft / MANIFEST).write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        draft.rename(folder)  # onto nothing, or onto an empty folder
+        with new_folder(folder) as draft:
+            for number, (split, count) in enumerate((("train", clips), ("held_out", held_out))):
+                _build_split(draft / split, count, [seed, number], size, frames)
+            (draft / MANIFEST).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: the demo clips cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

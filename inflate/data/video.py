@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from inflate.errors import DataError
+from inflate.files import new_file
 
 Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif"})
@@ -397,17 +397,12 @@ def _crop(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """Give a draft's path beside `path`, and move it into place only once it is whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Give a draft's path beside `path`, which takes its place once it is whole; DataError where that fails."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        os.replace(draft, path)
+        with new_file(path) as draft:
+            yield draft
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        if draft.parent.is_dir():
-            draft.unlink(missing_ok=True)
 
 
 def _check_writable(path: Path, frames: Pixels, fps: float) -> None:

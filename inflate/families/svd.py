@@ -29,7 +29,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.models.unet import TemporalSpec, VideoUNet
-from inflate.models.vae import VideoVAE
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
 from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
@@ -167,7 +167,7 @@ class SVD:
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
-        export exactly. `frames` is its clip length.
+        export exactly. `frames` is its clip length. A video model has both already.
         """
         if str(path).endswith(".safetensors"):
             if image_encoder is None:
@@ -179,6 +179,8 @@ class SVD:
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
+        if image_encoder is not None:
+            raise CheckpointError(f"{path} is a video model with an image encoder of its own; leave image_encoder out")
         return cls.from_pretrained(folder)
 
     @classmethod
@@ -251,19 +253,13 @@ class SVD:
             network.to(device)
         return self
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]."""
-        frames = pixels.flatten(0, 1).to(self.vae.dtype)  # (B F, 3, H, W)
-        modes = [self.vae.encode(chunk).latent_dist.mode() for chunk in frames.split(self.decode_chunk)]
-        latents = self.vae.config.scaling_factor * torch.cat(modes).contiguous()  # (B F, C, h, w)
-        return latents.unflatten(0, pixels.shape[:2])  # (B, F, C, h, w)
+        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
+        return encode_clips(self.vae, pixels, self.decode_chunk)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), chunk by chunk of frames."""
-        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        chunks = [self.vae.decode(chunk, return_dict=False)[0] for chunk in unscaled.split(self.decode_chunk, dim=1)]
-        return torch.cat(chunks, dim=1)  # (B, F, 3, H, W)
+        return decode_clips(self.vae, latents, self.decode_chunk)
 
     @torch.no_grad()
     def condition(self, first_frame: Tensor, fps: Tensor, bucket: Tensor, aug: Tensor, noise: Tensor) -> Condition:
@@ -310,7 +306,7 @@ class SVD:
         svd_files.refuse_what_diffusers_lacks(self.unet, self.vae, self.image_encoder.config.image_size)
         unet, vae = self._twins()
         gap = self._gap(unet, vae, seed=0)
-        svd_files.write_atomically(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
+        svd_files.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
         return gap
 
     def _twins(self) -> tuple[UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder]:

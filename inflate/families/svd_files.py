@@ -4,8 +4,6 @@ Everything is read and checked before a model exists: models are built without m
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
+from inflate.files import new_folder
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
@@ -351,28 +350,18 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     return vae
 
 
-def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder aside and renames it into place; what stood there stays until the new one is whole.
+def write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a folder anew; an export that stood there stays until the new one is whole.
 
-    CheckpointError where the folder holds anything but an earlier export.
+    CheckpointError where the folder holds anything but an earlier export, or cannot be written.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
-    aside, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        fill(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
+        with new_folder(folder) as aside:
+            fill(aside)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # first, so that a failure here keeps it, too
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
 from diffusers.models.resnet import ResnetBlock2D
@@ -137,6 +138,33 @@ class VideoVAE(AutoencoderKL):
         inflate_conv_out(self.decoder.conv_out, self.clip)
         self.decoder.__class__ = VideoDecoder
         self.decoder.clip = self.clip
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKL, pixels: Tensor, chunk: int | None = None) -> Tensor:
+    """Scaled latents (B, F, C, h, w), the posterior's modes, of clips (B, F, 3, H, W) in [-1, 1]; without gradient.
+
+    `chunk` frames at a time, by default those of one clip.
+    """
+    frames = pixels.flatten(0, 1).to(vae.dtype)  # (B F, 3, H, W)
+    modes = [vae.encode(part).latent_dist.mode() for part in frames.split(chunk or pixels.shape[1])]
+    latents: Tensor = vae.config.scaling_factor * torch.cat(modes)  # (B F, C, h, w)
+    # The encoder leaves channels last, and PyTorch 2.13 on a CPU crashes in the backward pass of a group norm over such
+    # an input that needs no gradient: that of the first temporal layer, when the 2D layers before it are frozen.
+    return latents.contiguous().unflatten(0, pixels.shape[:2])
+
+
+def decode_clips(vae: AutoencoderKL, latents: Tensor, chunk: int | None = None, temporal: bool = True) -> Tensor:
+    """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w).
+
+    With temporal layers `chunk` frames see each other, by default all; without, each frame stands alone.
+    """
+    unscaled = latents.to(vae.dtype) / vae.config.scaling_factor  # (B, F, C, h, w)
+    if not temporal:
+        frames: Tensor = vae.decode(unscaled.flatten(0, 1), return_dict=False)[0]  # (B F, 3, H, W)
+        return frames.unflatten(0, latents.shape[:2])
+    parts = unscaled.split(chunk or latents.shape[1], dim=1)
+    return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts], dim=1)
 
 
 def check_vae(vae: nn.Module) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from inflate.training.checkpoint import write_text
+from inflate.files import write_text
 
 Rows = Sequence[Mapping[str, float]]
 

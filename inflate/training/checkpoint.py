@@ -7,20 +7,16 @@
         state.json                   step, fingerprint of the settings that fix the data order, history
         manifest.json                SHA-256 of every other file; written last
 
-A checkpoint is written aside, flushed to the disk and renamed: a process killed at any time leaves the last one whole.
+`inflate.files` writes them aside: a process killed at any time leaves the last one whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import pickle
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inflate.errors import CheckpointError
+from inflate.files import discard, new_folder, sha256
 from inflate.training.player import Trainee
 
 logger = logging.getLogger(__name__)
@@ -47,59 +44,6 @@ class State:
     scaler: dict[str, float] = field(default_factory=dict)
 
 
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `folder` to write into; on success it is flushed and renamed to `folder`.
-
-    What stood there comes back where that fails.
-    """
-    aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    discard(aside)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
-    for path in [*aside.rglob("*"), aside]:
-        flush(path)
-    discard(old)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        aside.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-    flush(folder.parent)
-    discard(old)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def flush(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    flush(aside)
-    aside.replace(path)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0) -> Path:
     """Write `checkpoint-<step>` into the output folder, then remove all but it and the newest, `keep` in all (0 = all).
 
@@ -108,8 +52,7 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
     """
     folder = output / f"checkpoint-{state.step}"
     try:
-        with written_aside(folder) as aside:
-            aside.mkdir()
+        with new_folder(folder) as aside:
             for one in trainees:
                 _write_trainee(aside, one)
             (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")

@@ -29,13 +29,13 @@ from inflate.errors import ConfigError, TrainingError
 from inflate.metrics.perceptual import perceptual_distance
 from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, spectrum_distance, ssim
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator
-from inflate.models.vae import VideoVAE
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import hinge_discriminator_loss, hinge_generator_loss
 from inflate.training.decoder_settings import Decoder, check
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Player
 
-__all__ = ["Decoder", "DecoderTask", "adaptive_weight", "decode", "encode", "encoder_sha256"]
+__all__ = ["Decoder", "DecoderTask", "adaptive_weight", "encoder_sha256"]
 
 Logs = dict[str, Tensor]
 
@@ -48,27 +48,7 @@ class LatentDecoder(nn.Module):
         self.vae, self.temporal = vae, temporal
 
     def forward(self, latents: Tensor) -> Tensor:
-        return decode(self.vae, latents, self.temporal)
-
-
-def decode(vae: AutoencoderKL, latents: Tensor, temporal: bool) -> Tensor:
-    """Scaled latents (B, F, C, h, w) to pixels (B, F, 3, H, W), whole clips at once or frame by frame."""
-    latents = latents / vae.config.scaling_factor
-    if temporal:
-        pixels: Tensor = vae.decode(latents).sample
-        return pixels
-    frames: Tensor = vae.decode(latents.flatten(0, 1)).sample  # (B*F, 3, H, W)
-    return frames.unflatten(0, latents.shape[:2])  # (B, F, 3, H, W)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pixels (B, F, 3, H, W) to scaled latents (B, F, C, h, w): posterior modes, one clip at a time, no gradient."""
-    modes = [vae.encode(clip).latent_dist.mode() for clip in pixels]  # B of (F, C, h, w)
-    latents: Tensor = torch.stack(modes) * vae.config.scaling_factor  # (B, F, C, h, w)
-    # The encoder leaves channels last, and PyTorch 2.13 on a CPU crashes in the backward pass of a group norm over such
-    # an input that needs no gradient: that of the first temporal layer, when the 2D layers before it are frozen.
-    return latents.contiguous()
+        return decode_clips(self.vae, latents, temporal=self.temporal)
 
 
 def add_noise(latents: Tensor, noise: Noise, settings: Decoder) -> Tensor:
@@ -175,7 +155,7 @@ class DecoderTask:
     def _corrupt(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         """A batch's clips (B, F, 3, H, W) and their noisy scaled latents (B, F, C, h, w)."""
         real: Tensor = batch["pixels"]
-        return real, add_noise(encode(self.vae, real), noise, self.settings)
+        return real, add_noise(encode_clips(self.vae, real), noise, self.settings)
 
     def _reconstruction(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Logs]:
         """Pixel and perceptual loss per clip (B,)."""
@@ -193,7 +173,7 @@ class DecoderTask:
         if self._left is not None and self._left[0] is batch:
             return self._left[1]
         with torch.no_grad():
-            return decode(self.vae, self._corrupt(batch, noise)[1], self.settings.temporal).float()
+            return decode_clips(self.vae, self._corrupt(batch, noise)[1], temporal=self.settings.temporal).float()
 
     def evaluate(self) -> dict[str, float]:
         """Held-out measures of the present decoder and of its parent (`parent/...`), on clean and on noisy latents.
@@ -254,7 +234,9 @@ class HeldOut:
     def __init__(self, vae: AutoencoderKL, pixels: Tensor, noise: float, seed: int) -> None:
         self.pixels = pixels.detach().float().cpu()
         device = _device(vae)
-        self.latents = torch.cat([encode(vae, clip[None].to(device)).cpu() for clip in self.pixels])  # (N, F, C, h, w)
+        self.latents = torch.cat(
+            [encode_clips(vae, clip[None].to(device)).cpu() for clip in self.pixels]
+        )  # (N, F, C, h, w)
         draws = Noise(seed, torch.arange(len(pixels))).normal("held-out noise", *self.latents.shape[1:])
         self.noise = noise * draws  # (N, F, C, h, w)
         self.parent = self.measure(vae, False)
@@ -264,7 +246,7 @@ class HeldOut:
     def decoded(self, vae: AutoencoderKL, temporal: bool, number: int, noisy: bool) -> Tensor:
         """One clip as the decoder gives it back: (1, F, 3, H, W) in [0, 1]."""
         latents = self.latents[number] + (self.noise[number] if noisy else 0.0)  # (F, C, h, w)
-        return unit(decode(vae, latents[None].to(_device(vae)), temporal).float().cpu())
+        return unit(decode_clips(vae, latents[None].to(_device(vae)), temporal=temporal).float().cpu())
 
     def measure(self, vae: AutoencoderKL, temporal: bool) -> dict[str, float]:
         """Means over clips, by `clean/...` and `noisy/...`."""

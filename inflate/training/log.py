@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inflate.errors import InflateError
-from inflate.training.checkpoint import State, write_text
+from inflate.files import new_file, write_text
+from inflate.training.checkpoint import State
 from inflate.training.player import Batch
 from inflate.training.settings import Training
 
@@ -113,9 +114,8 @@ def plot(path: Path, history: Rows, held_out: Rows) -> None:
         axes.set_title(name if rows is history else f"held-out {name}", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=100)
-    aside.replace(path)
+    with new_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=100)
 
 
 def _names(rows: Sequence[Mapping[str, float]]) -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from inflate.errors import InflateError, TrainingError
+from inflate.files import new_folder, write_text
 from inflate.training import checkpoint
-from inflate.training.checkpoint import State, write_text, written_aside
+from inflate.training.checkpoint import State
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import Batch, Player, Task, Trainee, at_rest, check_players, in_full_precision, turn
@@ -143,8 +144,7 @@ class Run:
                 if evaluate:
                     self.report.held_out(self.state.step, self.task.evaluate())
                 if preview:
-                    with written_aside(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
-                        folder.mkdir()
+                    with new_folder(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
                         self.task.preview(folder)
         self.accelerator.wait_for_everyone()
 
@@ -162,7 +162,7 @@ class Run:
         self.look(evaluate=False)
         folder = self.settings.output / "export"
         if self.accelerator.is_main_process:
-            with at_rest(self.trainees), in_full_precision(self.trainees), written_aside(folder) as aside:
+            with at_rest(self.trainees), in_full_precision(self.trainees), new_folder(folder) as aside:
                 self.task.export(aside)
         self.accelerator.wait_for_everyone()
         return folder

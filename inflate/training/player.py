@@ -62,7 +62,7 @@ class Task(Protocol):
         """Write what a person should look at, from fixed seeds and inputs, into an existing empty folder."""
 
     def export(self, folder: Path) -> None:
-        """Write the result into a folder that does not exist yet."""
+        """Write the result into an existing empty folder."""
 
 
 class Trainee:

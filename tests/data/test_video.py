@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -278,7 +279,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video.os, "replace", fails)
+    monkeypatch.setattr(Path, "replace", fails)
     with pytest.raises(DataError, match=r"a\.mp4: cannot be written \(No space left on device\)"):
         video.write(path, numbered(5), 8)
     assert path.read_bytes() == before

@@ -385,23 +385,6 @@ def test_failed_export_leaves_the_old_one(family: SVD, exported: Path, monkeypat
     assert (exported / "inflate.json").is_file()
 
 
-def test_interrupted_replacement_brings_the_old_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "export"
-    svd_files.write_atomically(folder, lambda aside: (aside / "model_index.json").touch())
-    rename = Path.rename
-
-    def interrupted(path: Path, target: Path) -> Path:
-        if ".partial" in path.name:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        svd_files.write_atomically(folder, lambda aside: (aside / "other").touch())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
-    assert [entry.name for entry in folder.iterdir()] == ["model_index.json"]
-
-
 def test_unet_of_another_class_is_named(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
@@ -469,3 +452,8 @@ def test_scheduler_refuses_an_empty_range() -> None:
 def test_meta_models_take_over_without_a_copy(family: SVD) -> None:
     twin = svd_files.diffusers_unet(family.unet, 4)
     assert twin.conv_in.weight.data_ptr() == family.unet.conv_in.weight.data_ptr()
+
+
+def test_an_image_encoder_that_would_not_be_used_is_refused(exported: Path) -> None:
+    with pytest.raises(CheckpointError, match="leave image_encoder out"):
+        SVD.load(exported, image_encoder=exported / "image_encoder")

@@ -28,7 +28,7 @@ def keep(function, *tensors):
 
 def test_a_state_outside_a_forward_pass_is_an_error():
     with pytest.raises(InflateError, match="call the whole model"):
-        Clip().state  # noqa: B018
+        Clip().state  # noqa: B018 -- reading it is the test
 
 
 def test_during_nests_and_puts_back_also_after_an_error():
@@ -38,7 +38,7 @@ def test_during_nests_and_puts_back_also_after_an_error():
             raise KeyError
         assert clip.state.frames == 3
     with pytest.raises(InflateError):
-        clip.state  # noqa: B018
+        clip.state  # noqa: B018 -- reading it is the test
 
 
 def test_recomputation_sees_the_state_of_its_own_forward_pass():

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from inflate.errors import CheckpointError
+from inflate.files import sha256
 from inflate.training import checkpoint, log
-from inflate.training.checkpoint import MANIFEST, State, latest, load, numbered, save, verify, written_aside
+from inflate.training.checkpoint import MANIFEST, State, latest, load, numbered, save, verify
 from inflate.training.loop import fit
 from inflate.training.player import Trainee
 from inflate.training.settings import Training
@@ -113,39 +114,6 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_written_aside_replaces_whole_folders_only(tmp_path: Path) -> None:
-    target = tmp_path / "a"
-    with written_aside(target) as aside:
-        aside.mkdir()
-        (aside / "old").touch()
-    with pytest.raises(FileNotFoundError), written_aside(target) as aside:
-        (aside / "file").touch()
-    assert (target / "old").exists()
-    with written_aside(target) as aside:
-        aside.mkdir()
-        (aside / "new").touch()
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert [p.name for p in target.iterdir()] == ["new"]
-
-
-def test_what_stood_there_comes_back_if_the_new_cannot_be_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old").touch()
-    rename = Path.rename
-
-    def interrupted(path: Path, target: Path) -> Path:
-        if path.name.endswith(".partial"):
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "a") as aside:
-        aside.mkdir()
-    assert (tmp_path / "a" / "old").exists()
-
-
 @pytest.mark.parametrize(("keep", "left"), [(1, ["checkpoint-3"]), (2, ["checkpoint-2", "checkpoint-3"])])
 def test_later_checkpoints_go_first_and_the_one_just_written_stays(tmp_path: Path, keep: int, left: list[str]) -> None:
     for step in (1, 2, 9, 10):
@@ -156,7 +124,7 @@ def test_later_checkpoints_go_first_and_the_one_just_written_stays(tmp_path: Pat
 
 
 def reseal(folder: Path) -> None:
-    files = {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+    files = {path.name: sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(files))
     verify(folder)
 
