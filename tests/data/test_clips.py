@@ -15,8 +15,9 @@ from clip_files import busy, cut, numbered
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from inflate.data import clips, video
-from inflate.data.clips import ClipDataset, Data, collate, preflight
+from inflate.data import clips, isolation, preflight, video
+from inflate.data.clips import ClipDataset, Data, collate
+from inflate.data.preflight import Cache
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError, DataError
 
@@ -30,11 +31,13 @@ def folder(make_clip, tmp_path):
     return tmp_path / "clips"
 
 
-real = clips._Cache
+real = Cache
 
 
 def small(path, **changes):
-    return Data(**({"path": str(path), "frames": 4, "height": 32, "width": 32, "captions": "optional"} | changes))
+    """Windows of 4 frames, checked in this process: a helper process takes seconds to start on a busy machine."""
+    size = {"frames": 4, "height": 32, "width": 32}
+    return Data(**({"path": str(path), "captions": "optional", "seconds_per_clip": None} | size | changes))
 
 
 def shown(item):
@@ -45,7 +48,7 @@ def shown(item):
 
 def rows_of(path, **changes):
     settings = small(path, **changes)
-    return preflight(find_clips(settings), settings)[0]
+    return preflight.preflight(find_clips(settings), settings)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- samples
@@ -135,7 +138,7 @@ def test_each_clip_is_decoded_once_and_then_read_from_memory(folder, monkeypatch
 
 def test_the_cache_stops_at_its_limit(folder, monkeypatch):
     settings = small(folder)
-    monkeypatch.setattr(clips, "_Cache", lambda limit: real(min(limit, 70_000)) if limit else real(0))
+    monkeypatch.setattr(preflight, "Cache", lambda limit: real(min(limit, 70_000)))
     dataset = ClipDataset(settings)
     assert 0 < sum(frames.nbytes for frames in dataset._cache.frames.values()) <= 70_000
     assert shown(dataset[0])  # the others are read from their files
@@ -144,17 +147,17 @@ def test_the_cache_stops_at_its_limit(folder, monkeypatch):
 def test_few_decoded_clips_wait_behind_a_slow_one(monkeypatch):
     begun, behind = [], []
 
-    def check(clip, settings, room):
+    def check(clip, settings, room, helpers):
         begun.append(clip)
         if clip.name == "0":
             time.sleep(0.3)
             behind.extend(begun)
-        return clips.Checked(clip, None, 0.0, 0, "not decoded"), None
+        return preflight.Checked(clip, None, (), "not decoded"), None
 
-    monkeypatch.setattr(clips, "_check", check)
-    monkeypatch.setattr(clips.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(preflight, "_checked", check)
+    monkeypatch.setattr(isolation.os, "cpu_count", lambda: 4)
     found = [Clip(Path("x.mp4"), "", str(number)) for number in range(40)]
-    checked, _ = preflight(found, small("anywhere"))
+    checked, _ = preflight.preflight(found, small("anywhere"))
     assert [row.clip.name for row in checked.rows] == [str(number) for number in range(40)]
     assert 1 < len(behind) <= 8
 
@@ -243,9 +246,9 @@ def test_variable_rate_windows_are_even_in_time(make_clip, tmp_path):
 
 def test_a_clip_of_exactly_the_window_is_used(folder):
     table = rows_of(folder, frames=8)
-    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+    assert [len(row.windows[0].starts) for row in table.rows] == [1, 2, 3, 4, 5, 6]
     table = rows_of(folder, frames=8, fps=8.0)
-    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+    assert [len(row.windows[0].starts) for row in table.rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_nearly_equal_rates_are_taken_as_equal(make_clip, tmp_path):
@@ -287,15 +290,15 @@ def test_every_clip_is_listed_with_its_windows_or_the_reason(mixed):
     assert "holds only audio" in reasons["song.mp4"]
     assert "no frame decodes" in reasons["void.mkv"]
     lines = table.table().splitlines()
-    assert len(lines) == 1 + 10 + 1
-    assert lines[2].split() == ["good.mp4", "10", "8", "32x48", "1", "used:", "frames", "3-6", "at", "8", "fps"]
+    assert len(lines) == 1 + 10 + 2
+    assert lines[2].split() == "good.mp4 10 8 32x48 4x32x32 used: frames 3-6 at 8 fps".split()
     assert any("phone.mp4" in line and "32x48 rotated 90" in line for line in lines)
-    assert lines[-1] == "10 clips: 2 used with 14 windows, 8 dropped"
+    assert lines[-2:] == ["10 clips: 2 used with 2 windows, 8 dropped", "bucket 4x32x32: 2 windows of 2 clips"]
 
 
 def test_random_windows_are_listed_as_a_range(folder):
     line = rows_of(folder).table().splitlines()[1]
-    assert line.endswith("used: frames 0-3 to 4-7 at 8 fps")
+    assert line.endswith("4x32x32  used: frames 0-3 to 4-7, one of 5 at 8 fps")
 
 
 def test_too_many_drops_are_refused_with_their_reasons(mixed):
@@ -327,11 +330,11 @@ def test_frame_counts_are_decoded_not_believed(make_clip, tmp_path):
     row = rows_of(tmp_path / "clips").rows[0]
     assert row.probe is not None
     assert row.probe.frames == 20
-    assert row.starts == 17
+    assert row.windows[0].starts == range(17)
 
 
 def test_enlarged_clips_are_counted(folder):
-    assert rows_of(folder, height=64, width=64).summary().endswith("6 enlarged to 64x64")
+    assert rows_of(folder, height=64, width=64).summary().endswith("6 windows of 6 clips, 6 enlarged to 64x64")
 
 
 def test_progress_is_reported(folder):
@@ -354,6 +357,9 @@ def test_progress_is_reported(folder):
         ("fps", float("inf")),
         ("max_dropped", 1.5),
         ("cache_megabytes", -1),
+        ("hop", 0),
+        ("tokens", 0),
+        ("seconds_per_clip", 0.0),
     ],
 )
 def test_impossible_settings_are_named(name, value):

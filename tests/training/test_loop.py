@@ -207,8 +207,8 @@ def test_two_batches_of_one_equal_one_batch_of_two(tmp_path: Path) -> None:
 
 def test_numbers_of_all_processes_partition_the_samples_of_a_step() -> None:
     shape = Training(batch=2, accumulate=3, steps=4)
-    batches = [list(Numbers(shape, 2, process, step=1)) for process in (0, 1)]
-    assert len(batches[0]) == len(Numbers(shape, 2, 0, 1)) == 9
+    batches = [list(Numbers(Points(), shape, 2, process, step=1)) for process in (0, 1)]
+    assert len(batches[0]) == len(Numbers(Points(), shape, 2, 0, 1)) == 9
     assert batches[0][0] == [12, 13]
     assert batches[1][0] == [14, 15]
     assert sorted(n for part in batches for batch in part for n in batch) == list(range(12, 48))
