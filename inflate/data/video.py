@@ -256,6 +256,8 @@ def _video_stream(container: InputContainer, media: Media) -> VideoStream:
     """The first video stream that is not a cover picture."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise DataError(f"{media}: its codec is unknown: corrupt, or a kind of video that is not supported")
             return stream
     kinds = sorted({stream.type for stream in container.streams})
     held = f"only {' and '.join(kinds)}" if kinds else "nothing"

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from clip_files import busy, cut, numbered
 from omegaconf import OmegaConf
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from inflate.data import clips, isolation, preflight, video
@@ -255,6 +257,125 @@ def test_nearly_equal_rates_are_taken_as_equal(make_clip, tmp_path):
     make_clip("clips/a.mp4", numbered(12, 32, 32), fps=24_000 / 1001)
     table = rows_of(tmp_path / "clips", fps=24.0, frames=12)
     assert table.rows[0].reason == ""
+
+
+# ---------------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.fixture
+def several(make_clip, tmp_path):
+    """Five wide clips, three tall ones, two images; in the order of their names the kinds alternate."""
+    for number in range(5):
+        make_clip(f"clips/{number}-wide.mp4", numbered(8 + number, 32, 64))
+    for number in range(3):
+        make_clip(f"clips/{number}-tall.mp4", numbered(8, 64, 32))
+    for number in range(2):
+        Image.fromarray(numbered(1, 32, 64)[0]).save(tmp_path / "clips" / f"{number}-still.png")
+    return tmp_path / "clips"
+
+
+BUCKETS = ["6x32x64", "4x64x32", "1x32x64"]
+
+
+def in_buckets(path, seed=0, **changes):
+    return ClipDataset(small(path, **({"buckets": BUCKETS} | changes)), seed=seed)
+
+
+def test_every_clip_has_its_bucket_and_the_summary_counts_them(several):
+    dataset = in_buckets(several, tokens=6 * 32)
+    assert dataset.preflight.summary().splitlines() == [
+        "10 clips: 10 used with 10 windows, 0 dropped",
+        "bucket 6x32x64: 5 windows of 5 clips, 1 in a batch",
+        "bucket 4x64x32: 3 windows of 3 clips, 1 in a batch",
+        "bucket 1x32x64: 2 windows of 2 clips, 6 in a batch",
+    ]
+    sizes = {item["name"].split("-")[1]: tuple(item["pixels"].shape) for item in dataset}
+    assert sizes == {"wide.mp4": (6, 3, 32, 64), "tall.mp4": (4, 3, 64, 32), "still.png": (1, 3, 32, 64)}
+
+
+def test_a_step_takes_one_bucket_and_an_epoch_every_window(several):
+    dataset = in_buckets(several, seed=4)
+    seen = Counter()
+    for step in range(10):  # 5 + 3 + 2 steps of one sample
+        [number] = dataset.numbers(step, 1, 1)
+        seen[dataset[number]["name"]] += 1
+    assert sorted(seen.values()) == [1] * 10
+    for step in range(40):
+        batch = collate([dataset[number] for number in dataset.numbers(step, 2, 2)])
+        assert batch["pixels"].shape[0] == 4
+        assert len({name.split("-")[1] for name in batch["name"]}) == 1
+
+
+def test_each_pass_over_a_bucket_is_in_an_order_of_its_own(several):
+    dataset = in_buckets(several, seed=1)
+    wide = [n for step in range(60) for n in dataset.numbers(step, 2, 1) if "wide" in dataset[n]["name"]]
+    passes = [[dataset[n]["name"] for n in wide[first : first + 5]] for first in range(0, 50, 5)]
+    assert all(len(set(names)) == 5 for names in passes)
+    assert len({tuple(names) for names in passes}) > 5
+    assert len(set(wide)) == len(wide)  # and so no noise is drawn twice
+
+
+def test_lanes_and_batches_are_interchangeable(several):
+    dataset = in_buckets(several)
+    for step in range(30):
+        assert dataset.numbers(step, 4, 1) == dataset.numbers(step, 2, 2) == dataset.numbers(step, 1, 4)
+
+
+def test_tokens_decide_the_batch_of_each_bucket(several):
+    dataset = in_buckets(several, tokens=2 * 6 * 32)
+    sizes = {len(dataset.numbers(step, 3, 7)) for step in range(30)}
+    assert sizes == {3 * 2, 3 * 3, 3 * 12}
+
+
+def test_one_bucket_is_taken_in_turn(folder):
+    dataset = ClipDataset(small(folder))
+    assert [dataset.numbers(step, 2, 2) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_chunks_are_samples_of_their_own(folder):
+    dataset = ClipDataset(small(folder, window="chunk"), shuffle=False)
+    assert len(dataset) == 2 + 2 + 2 + 2 + 3 + 3
+    assert [shown(dataset[n]) for n in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    table = dataset.preflight.table().splitlines()
+    assert table[3].endswith("used: frames 0-3 at 8 fps")
+    assert table[4].endswith("used: frames 4-7 at 8 fps; 1 left over")
+
+
+def test_motion_scores_leave_images_out(several):
+    dataset = in_buckets(several)
+    assert dataset.motion_scores().shape == (8,)
+    [still] = [item for item in dataset if item["name"] == "0-still.png"]
+    assert (float(still["motion"]), float(still["fps"])) == (0.0, 1.0)
+
+
+def test_an_image_without_a_bucket_is_dropped_with_the_reason(several):
+    table = rows_of(several, buckets=BUCKETS[:2])
+    assert [row.clip.name for row in table.dropped] == ["0-still.png", "1-still.png"]
+    assert "no bucket has one frame: add one such as 1x32x64" in table.dropped[0].reason
+    assert table.table().splitlines()[-1] == "bucket 4x64x32: 3 windows of 3 clips"
+    with pytest.raises(DataError, match=r"2 of 10 clips are unusable.*\n0-still\.png: an image"):
+        in_buckets(several, buckets=BUCKETS[:2])
+
+
+def test_what_is_dropped_or_left_empty_is_logged(several, caplog):
+    caplog.set_level("INFO")
+    in_buckets(several, buckets=[*BUCKETS[:2], "40x32x32"], max_dropped=0.2)
+    assert "bucket 40x32x32: no clip" in caplog.text
+    assert "dropped: 1-still.png: an image" in caplog.text
+
+
+def test_a_fingerprint_tells_other_buckets_and_budgets(several):
+    first = in_buckets(several).fingerprint()
+    assert first == in_buckets(several, seed=9).fingerprint()
+    for change in ({"buckets": BUCKETS[::-1]}, {"tokens": 999}, {"window": "head"}):
+        assert in_buckets(several, **change).fingerprint() != first
+
+
+def test_a_cached_clip_of_another_size_than_its_bucket_is_read_again(make_clip, tmp_path):
+    make_clip("clips/a.mp4", numbered(8, 32, 64))
+    dataset = in_buckets(tmp_path / "clips", buckets=["12x32x64", "4x16x32"])  # decoded for the longer, larger one
+    assert dataset._cache.frames == {}
+    assert dataset[0]["pixels"].shape == (4, 3, 16, 32)
 
 
 # ---------------------------------------------------------------------------------------------------- preflight

@@ -171,6 +171,13 @@ def test_a_text_called_mp4_is_named(tmp_path):
         video.probe(tmp_path / "notes.mp4")
 
 
+def test_an_unknown_codec_is_named(make_clip):
+    path = make_clip("odd.mp4", numbered(5))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(DataError, match=r"odd\.mp4: its codec is unknown"):
+        video.probe(path)
+
+
 def test_a_wrong_extension_is_no_obstacle(make_clip):
     path = make_clip("really_matroska.mp4", numbered(5), kind="matroska")
     assert levels(video.read(path)) == [0, 1, 2, 3, 4]
