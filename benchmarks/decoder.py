@@ -8,8 +8,8 @@ c  temporal layers, without discriminator
 d  temporal layers, against a video discriminator
 e  as d, with an image discriminator too
 
-`--noise` is the deviation of the held-out noise; measure it with benchmarks/sampler_noise.py. Writes OUT/decoder.json,
-.md and .png, and a contact sheet of one clip.
+`--noise` is the deviation of the held-out noise: the independent noise of samples that benchmarks/sampler_noise.py
+measures. Writes OUT/decoder.json, .md and .png; each variant's folder has contact sheets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from inflate.data.clips import ClipDataset, collate
@@ -30,6 +29,7 @@ from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.image_to_video import join
 from inflate.training.loop import fit
 from inflate.training.settings import Training
+from record import command, record, write
 
 VARIANTS = {
     "b": {"temporal": False, "trainable": "decoder", "adversarial": 0.0},
@@ -48,8 +48,8 @@ def settings_of(variant: str, noise: float, steps: int) -> Decoder:
     return replace(common, **VARIANTS[variant])  # type: ignore[arg-type]  # the values are of many types
 
 
-def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Train one variant; its held-out measures over the steps."""
+def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) -> None:
+    """Train one variant; its held-out measures over the steps are in its metrics.json."""
     data = Data(str(clips), split="train", held_out="held_out", frames=8, height=64, width=64)
     held_out = join([collate([item]) for item in ClipDataset(data.evaluation(), shuffle=False)])["pixels"]
     family = SVD.load("pocket", frames=data.frames)
@@ -65,7 +65,9 @@ def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) 
         precision=arguments.precision, workers=0, evaluate_every=arguments.steps // 5, preview_every=0,
         checkpoint_every=500, tracker="none", resume="latest",
     )  # fmt: skip
-    return fit(task, ClipDataset(data, seed=0), training, collate).held_out
+    result = fit(task, ClipDataset(data, seed=0), training, collate)
+    if result.export is None:
+        raise SystemExit(f"stopped by {result.stopped} at step {result.step}; the same command goes on")
 
 
 def main() -> None:
@@ -79,9 +81,9 @@ def main() -> None:
     clips = build(arguments.output / "clips", clips=600, held_out=32)
     for variant in arguments.only:
         run(variant, arguments.output, clips, arguments)
-    done = {v: json.loads((arguments.output / v / "metrics.json").read_text())["held_out"] for v in VARIANTS
-            if (arguments.output / v / "metrics.json").is_file()}  # fmt: skip
-    report(done, arguments)
+    read = {v: arguments.output / v / "metrics.json" for v in VARIANTS}
+    found = {v: json.loads(path.read_text())["held_out"] for v, path in read.items() if path.is_file()}
+    report({v: rows for v, rows in found.items() if rows[-1]["step"] == arguments.steps}, arguments)
 
 
 def report(done: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
@@ -95,9 +97,9 @@ def report(done: dict[str, list[dict[str, float]]], arguments: argparse.Namespac
         [head, *("| " + " | ".join([v, *(f"{row[n]:.4g}" for n in names)]) + " |" for v, row in rows.items())]
     )
     settings = {v: asdict(settings_of(v, arguments.noise, arguments.steps)) for v in done}
-    result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "torch": torch.__version__,
-              "final": rows, "history": done, "settings": settings}  # fmt: skip
-    (arguments.output / "decoder.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "final": rows, "history": done,
+              "settings": settings}  # fmt: skip
+    write(arguments.output / "decoder.json", record(command("OUT"), result))
     (arguments.output / "decoder.md").write_text(table + "\n")
     print(table)
     figure = Figure(figsize=(14, 3.5), layout="constrained")
