@@ -105,7 +105,7 @@ def train(config: Config) -> Result:
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     model = config.model
     family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.frames)
-    task = make_task(config, family.to(PartialState().device), dataset, held_out)
+    task = make_task(config, family, dataset, held_out)
     result = fit(task, dataset, config.training, collate, configuration.dump(config))
     if result.export and PartialState().is_main_process:
         finish(config, result)
@@ -119,14 +119,17 @@ def make_task(
     data, training = config.data, config.training
     count = config.decoder.held_out_clips if config.stage == "decoder" else config.image_to_video.held_out_clips
     batches = [collate([held_out[number]]) for number in range(min(count, len(held_out)))]
-    fps = float(batches[0]["fps"][0])
+    fps, device = float(batches[0]["fps"][0]), PartialState().device
     if config.stage == "decoder":
         family.decode_chunk = data.frames  # the chunk of training is the chunk of decoding
+        family.vae.to(device)  # the others stay where they take no memory of the GPU
         pixels = join(batches)["pixels"]
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
-    family.frames, family.fps, family.height, family.width = data.frames, round(fps), data.height, data.width
+    family.frames, family.fps, family.height, family.width = data.frames, fps, data.height, data.width
     family.motion = MotionBuckets.fit(dataset.motion_scores())
-    return ImageToVideoTask(family, config.image_to_video, batches, config.sampling, training.lr, training.seed)
+    return ImageToVideoTask(
+        family.to(device), config.image_to_video, batches, config.sampling, training.lr, training.seed
+    )
 
 
 def finish(config: Config, result: Result) -> None:
