@@ -8,14 +8,16 @@ c  temporal layers, without discriminator
 d  temporal layers, against a video discriminator
 e  as d, with an image discriminator too
 
-`--noise` is the deviation of the held-out noise: the independent noise of samples that benchmarks/sampler_noise.py
-measures. Writes OUT/decoder.json, .md and .png; each variant's folder has contact sheets.
+`--noise` is the deviation of the held-out noise, in scaled latents, as benchmarks/sampler_noise.py measures it; training
+draws from 0 to twice as much. The trained decoders are also measured at the `--levels` of noise. Writes
+OUT/decoder.json, .md and .png; each variant's folder has contact sheets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from inflate.data.clips import ClipDataset, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.families.svd import SVD
-from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.decoder import Decoder, DecoderTask, HeldOut
 from inflate.training.image_to_video import join
 from inflate.training.loop import fit
 from inflate.training.settings import Training
@@ -48,16 +50,21 @@ def settings_of(variant: str, noise: float, steps: int) -> Decoder:
     return replace(common, **VARIANTS[variant])  # type: ignore[arg-type]  # the values are of many types
 
 
+def data_of(clips: Path) -> Data:
+    """The settings of the clips."""
+    return Data(str(clips), split="train", held_out="held_out", frames=8, height=64, width=64)
+
+
 def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) -> None:
     """Train one variant; its held-out measures over the steps are in its metrics.json."""
-    data = Data(str(clips), split="train", held_out="held_out", frames=8, height=64, width=64)
+    data = data_of(clips)
     held_out = join([collate([item]) for item in ClipDataset(data.evaluation(), shuffle=False)])["pixels"]
     family = SVD.load("pocket", frames=data.frames)
     task = DecoderTask(
         family.vae,
         settings_of(variant, arguments.noise, arguments.steps),
         held_out,
-        lambda folder: None,
+        family.save_pretrained,
         fps=8.0,
     )
     training = Training(
@@ -70,16 +77,32 @@ def run(variant: str, output: Path, clips: Path, arguments: argparse.Namespace) 
         raise SystemExit(f"stopped by {result.stopped} at step {result.step}; the same command goes on")
 
 
+def measured(arguments: argparse.Namespace, variants: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """The measures on noisy latents by level of noise, then by variant: of the exported decoders and of the shipped."""
+    clips = ClipDataset(data_of(arguments.output / "clips").evaluation(), shuffle=False)
+    pixels = join([collate([item]) for item in clips])["pixels"]
+    found: dict[str, dict[str, dict[str, float]]] = {str(level): {} for level in arguments.levels}
+    for variant in ("a", *variants):
+        family = SVD.load("pocket" if variant == "a" else arguments.output / variant / "export")
+        temporal = VARIANTS.get(variant, {"temporal": False}).get("temporal", True)
+        for level in arguments.levels:
+            held_out = HeldOut(family.vae, pixels, level, seed=0)
+            values = held_out.measure(family.vae, True) if temporal else held_out.parent
+            found[str(level)][variant] = {name: value for name, value in values.items() if name.startswith("noisy/")}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--noise", type=float, required=True)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--only", default="bcde")
+    parser.add_argument("--only", default="bcde", help="train only these; - for none, only the report")
+    parser.add_argument("--levels", type=float, nargs="*", default=[])
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
     clips = build(arguments.output / "clips", clips=600, held_out=32)
-    for variant in arguments.only:
+    for variant in arguments.only.replace("-", ""):
         run(variant, arguments.output, clips, arguments)
     read = {v: arguments.output / v / "metrics.json" for v in VARIANTS}
     found = {v: json.loads(path.read_text())["held_out"] for v, path in read.items() if path.is_file()}
@@ -97,8 +120,8 @@ def report(done: dict[str, list[dict[str, float]]], arguments: argparse.Namespac
         [head, *("| " + " | ".join([v, *(f"{row[n]:.4g}" for n in names)]) + " |" for v, row in rows.items())]
     )
     settings = {v: asdict(settings_of(v, arguments.noise, arguments.steps)) for v in done}
-    result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "final": rows, "history": done,
-              "settings": settings}  # fmt: skip
+    result = {"noise": arguments.noise, "steps": arguments.steps, "held-out clips": 32, "final": rows,
+              "at other levels of noise": measured(arguments, done), "history": done, "settings": settings}  # fmt: skip
     write(arguments.output / "decoder.json", record(command("OUT"), result))
     (arguments.output / "decoder.md").write_text(table + "\n")
     print(table)
