@@ -8,8 +8,9 @@ c  temporal layers, without discriminator
 d  temporal layers, against a video discriminator
 e  as d, with an image discriminator too
 
-`--noise` is the deviation of the held-out noise, in scaled latents, as benchmarks/sampler_noise.py measures it; training
-draws from 0 to twice as much. The trained decoders are also measured at the `--levels` of noise. Writes
+The learning rate is 1e-3 for new layers, 2e-4 for b, whose layers are trained already: at 1e-3 it falls apart.
+`--noise` is the deviation of the held-out noise, in scaled latents, as benchmarks/sampler_noise.py measures it;
+training draws from 0 to twice as much. The trained decoders are also measured at the `--levels` of noise. Writes
 OUT/decoder.json, .md and .png; each variant's folder has contact sheets.
 """
 
@@ -34,7 +35,7 @@ from inflate.training.settings import Training
 from record import command, record, write
 
 VARIANTS = {
-    "b": {"temporal": False, "trainable": "decoder", "adversarial": 0.0},
+    "b": {"temporal": False, "trainable": "decoder", "adversarial": 0.0, "lr": 2e-4},
     "c": {"adversarial": 0.0},
     "d": {},
     "e": {"image_adversarial": True},
