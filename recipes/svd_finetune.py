@@ -115,7 +115,7 @@ def train(config: Config) -> Result:
     model = config.model
     family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.main.frames)
     check_sizes(config.data, family)
-    task = make_task(config, family.to(PartialState().device), dataset, held_out)
+    task = make_task(config, family, dataset, held_out)
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
     if result.export and PartialState().is_main_process:
@@ -135,17 +135,20 @@ def make_task(
     config: Config, family: SVD, dataset: ClipDataset, held_out: ClipDataset
 ) -> DecoderTask | ImageToVideoTask:
     """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
-    training, main = config.training, config.data.main
+    training, main, device = config.training, config.data.main, PartialState().device
     if config.stage == "decoder":
         batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
         fps = float(batches[0]["fps"][0])
         family.decode_chunk = main.frames  # the chunk of training is the chunk of decoding
+        family.vae.to(device)  # the others stay where they take no memory of the GPU
         pixels = join(batches)["pixels"]
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
-    task = ImageToVideoTask(family, config.image_to_video, batches, config.sampling, training.lr, training.seed)
+    task = ImageToVideoTask(
+        family.to(device), config.image_to_video, batches, config.sampling, training.lr, training.seed
+    )
     family.frames, family.height, family.width = main.frames, main.height, main.width
-    family.fps = round(float(task.shown[0]["fps"][0]))
+    family.fps = float(task.shown[0]["fps"][0])
     family.motion = MotionBuckets.fit(dataset.motion_scores())
     return task
 

@@ -137,7 +137,7 @@ class SVD:
     """clip length of training"""
     decode_chunk: int = 14
     """frames decoded together: the norms of the decoder couple them, so it is the chunk of the decoder's training"""
-    fps: int = 7
+    fps: float = 7.0
     """frames per second of the clips"""
     height: int | None = None
     """of the clips of training, pixels; none: the size that the UNet's configuration names"""
@@ -204,7 +204,7 @@ class SVD:
         folder = svd_files.resolve(path)
         scheduler = svd_files.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
-        encoder_folder = svd_files.resolve(image_encoder) if image_encoder else folder / "image_encoder"
+        encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
         encoder = svd_files.load_image_encoder(encoder_folder)
         image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
         image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
@@ -241,7 +241,7 @@ class SVD:
 
         CheckpointError, listing the tensors, where one is missing, left over or of another shape.
         """
-        folder = svd_files.resolve(image_encoder)
+        folder = svd_files.encoder_folder(image_encoder)
         unet, vae = svd_files.load_sgm(Path(file).expanduser(), head_channels)
         encoder = svd_files.load_image_encoder(folder)
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **image_statistics(folder))
@@ -297,7 +297,8 @@ class SVD:
 
     def scheduler(self, sigma_min: float | None = None, sigma_max: float | None = None) -> EulerDiscreteScheduler:
         """The sampler's schedule; ConfigError where its noise exceeds what the network can be told of."""
-        low, high = sigma_min or self.sigma_min, sigma_max or self.sigma_max
+        low = self.sigma_min if sigma_min is None else sigma_min
+        high = self.sigma_max if sigma_max is None else sigma_max
         return euler_scheduler(self.objective, low, high)
 
     def export_gap(self, seed: int = 0) -> ExportGap:

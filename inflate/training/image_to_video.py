@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inflate.data import video
 from inflate.data.pixels import to_uint8, unit
-from inflate.errors import DataError
+from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
@@ -57,11 +57,11 @@ class ImageToVideo:
     def __post_init__(self) -> None:
         rates = (self.drop_both, self.drop_embedding, self.drop_image)
         if min(rates) < 0 or sum(rates) > 1:
-            raise ValueError(
-                "drop_both, drop_embedding and drop_image are shares: not below 0, and not above 1 together"
+            raise ConfigError(
+                "image_to_video: drop_both, drop_embedding and drop_image are shares: not below 0, not above 1 together"
             )
         if min(self.held_out_clips, self.bands, self.preview_clips) < 1:
-            raise ValueError("held_out_clips, bands and preview_clips must be at least 1")
+            raise ConfigError("image_to_video: held_out_clips, bands and preview_clips must be at least 1")
 
 
 @dataclass

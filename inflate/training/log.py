@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ class Report:
         speed = {"clips_per_second": clips / seconds, "data_wait": self.waited / seconds}
         self.waited, self.begun, self.clips = 0.0, now, 0
         return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the speed."""
+        begun = time.monotonic()
+        yield
+        self.begun += time.monotonic() - begun
 
     def held_out(self, step: int, values: Mapping[str, float]) -> None:
         """Record held-out measurements of a step, in place of earlier ones of the same step."""

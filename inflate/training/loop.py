@@ -99,7 +99,8 @@ def fit(
     with Stop(settings.max_seconds) as stop, Report(settings, accelerator, state) as report:
         run = Run(task, settings, accelerator, trainees, report, state)
         if state.step == 0:
-            run.look()
+            with report.paused():
+                run.look()
         while state.step < settings.steps and not (reason := stop.reason(accelerator)):
             acting = [one for one in trainees if state.step >= one.player.start]
             torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
@@ -150,9 +151,10 @@ class Run:
         step, settings = self.state.step, self.settings
         if step == settings.steps:
             return
-        self.look(due(step, settings.evaluate_every), due(step, settings.preview_every))
-        if due(step, settings.checkpoint_every):
-            self.save()
+        with self.report.paused():
+            self.look(due(step, settings.evaluate_every), due(step, settings.preview_every))
+            if due(step, settings.checkpoint_every):
+                self.save()
 
     def look(self, evaluate: bool = True, preview: bool = True) -> None:
         """Measure on held-out data and write a preview."""

@@ -10,7 +10,7 @@ import torch
 
 from helpers import randomise, write_image_model
 from inflate.data import video
-from inflate.errors import DataError
+from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable, join
 from inflate.training.loop import fit
@@ -219,5 +219,5 @@ def test_join() -> None:
     "wrong", [{"drop_both": 0.9, "drop_image": 0.2}, {"drop_image": -0.1}, {"bands": 0}, {"preview_clips": 0}]
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be|shares"):
+    with pytest.raises(ConfigError, match="must be|shares"):
         replace(ImageToVideo(), **wrong)

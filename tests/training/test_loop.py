@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ def exported(result: Result) -> dict[str, torch.Tensor]:
 
 def step_and_time_free(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in ("clips_per_second", "data_wait")} for row in rows]
+
+
+def test_measuring_and_saving_do_not_count_as_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_: Regression) -> dict[str, float]:
+        time.sleep(0.3)
+        return {"error": 0.0}
+
+    monkeypatch.setattr(Regression, "evaluate", slow)
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=4, log_every=1, evaluate_every=1))
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["history"]
+    assert min(row["clips_per_second"] for row in rows) > settings(tmp_path).batch / 0.3
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
