@@ -210,13 +210,14 @@ class ImageToVideoTask:
         """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
         each = truth.split(1)  # one clip at a time: decoding holds whole feature maps at full resolution
         given = torch.cat([self.family.decode(self.family.encode(clip.to(self._device()))).cpu() for clip in each])
-        static = truth[:, :1].expand_as(truth)
-        truth, generated, given, static = unit(truth), unit(generated), unit(given), unit(static)
+        truth, generated, given = unit(truth), unit(generated), unit(given)
+        static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
         first, near = slice(0, 1), slice(1, 4)
         scores = {
             "frame 0, sample": psnr(generated[:, first], truth[:, first]),
             "frame 0, autoencoder": psnr(given[:, first], truth[:, first]),
             "frames 1-3, sample": psnr(generated[:, near], truth[:, near]),
+            "frames 1-3, sample held still": psnr(held[:, near], truth[:, near]),
             "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
             "flicker error, sample": flicker_error(generated, truth),
         }
