@@ -12,8 +12,6 @@ weights, clips, noise, frozen encoders and threads; the first thing printed is t
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from record import record, write
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed will do
@@ -472,15 +472,6 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def versions() -> dict[str, str]:
-    import diffusers
-    import peft
-
-    found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return found | {"python": platform.python_version(), "device": device}
-
-
 def parse_shape(text: str) -> Shape:
     """FRAMESxHEIGHTxWIDTH."""
     numbers = text.split("x")
@@ -537,9 +528,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet()
     cases = list(simulated_cases(args) if args.simulate else measured_cases(args))
     command = " ".join(["python benchmarks/train_step.py", *arguments])
-    record = {"command": command, "versions": versions(), "threads": args.threads, "cases": cases}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write(args.output, record(command, {"threads": args.threads, "cases": cases}))
     print(f"written: {args.output}")
 
 

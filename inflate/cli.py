@@ -1,6 +1,7 @@
 """The command `inflate`. Each command imports what it needs when it runs, so that --help answers at once."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from inflate.data.preflight import Progress
+    from inflate.data.settings import Data
     from inflate.families.svd import SVD
     from inflate.sampling.svd import Sampling
 
@@ -23,11 +26,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
 IDENTITY = 1e-5
 """Largest difference between an inflated model and its parent that still counts as rounding."""
 
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
+]
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE.yaml|data.KEY=VALUE ...", help="Of a dataset or a recipe; later ones win."),
 ]
 
 
@@ -51,6 +62,53 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to pu
     for target in shelves.copy(folder):
         typer.echo(f"wrote {target}")
     typer.echo(f"next: cd {folder} && accelerate launch recipes/svd_finetune.py")
+
+
+@data.command()
+@report_errors()
+def check(settings: Settings) -> None:
+    """Decode every clip once and list which windows a run takes of it, in which bucket, or why it is dropped.
+
+    Ends with status 1 where a run would refuse to start. Of a recipe's files only the clips' settings are read.
+    """
+    from inflate.data.preflight import preflight
+    from inflate.data.sources import find_clips
+
+    wanted = _data_settings(settings)
+    checks = {wanted.split or "clips": wanted}
+    if wanted.held_out is not None:
+        checks[f"{wanted.held_out} (held out)"] = wanted.evaluation()
+    found = {name: preflight(find_clips(one), one, _progress(name))[0] for name, one in checks.items()}
+    typer.echo("\n\n".join(f"{name}\n{one.table()}" for name, one in found.items()))
+    for one in found.values():
+        one.refuse()
+
+
+def _data_settings(sources: list[str]) -> "Data":
+    """Read the group `data` of settings files and arguments."""
+    from inflate import config
+    from inflate.data.settings import Data
+
+    @dataclass
+    class Settings:
+        data: Data = field(default_factory=Data)
+
+    return config.load(Settings, sources, partial=True).data
+
+
+def _progress(name: str) -> "Progress":
+    """Show a bar on a terminal."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=name, unit="clip", leave=False, disable=None)
+
+    def show(done: int, whole: int) -> None:
+        bar.total = whole
+        bar.update(done - bar.n)
+        if done == whole:
+            bar.close()
+
+    return show
 
 
 @app.command()

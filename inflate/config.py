@@ -67,13 +67,14 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789"))
 
 
-def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None) -> T:
+def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None, partial: bool = False) -> T:
     """Return `schema` with `sources` laid over the file `defaults` over the schema's own defaults, later ones winning.
 
-    A source is a YAML file or `key=value`; `--config FILE` counts as FILE. Raises `ConfigError` naming the setting and
-    where it was written.
+    A source is a YAML file or `key=value`; `--config FILE` counts as FILE. With `partial`, what a file says of other
+    schemas is passed over: a part of a recipe's settings is read from the recipe's own files. Raises `ConfigError`
+    naming the setting and where it was written.
     """
-    values = _values(schema, None, _merge(schema, sources, defaults))
+    values = _values(schema, None, _merge(schema, sources, defaults, partial))
     missing = list(_missing(schema, values))
     if missing:
         raise ConfigError("; ".join(f"{key} is not set: give {key}=... ({kind})" for key, kind in missing))
@@ -124,13 +125,21 @@ class _Source:
         return f"{self.name}:{node.start_mark.line + 1}" if self.argument is None else f"argument {self.name}"
 
 
-def _merge(schema: Schema, sources: Sequence[str], defaults: Path | None) -> dict[str, Any]:
+def _merge(schema: Schema, sources: Sequence[str], defaults: Path | None, partial: bool = False) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     read = [] if defaults is None else [_file(str(defaults))]
     read += [_argument(text) if _ARGUMENT.match(text) else _file(text) for text in _without_flag(sources)]
     for source in read:
-        _lay(schema, tree, (), source.entries, source)
+        _lay(schema, tree, (), _own(schema, source) if partial else source.entries, source)
     return tree
+
+
+def _own(schema: Schema, source: _Source) -> yaml.MappingNode:
+    """The entries of a file whose first word is a setting of the schema; all of an argument's."""
+    if source.argument is not None:
+        return source.entries
+    own = [(key, node) for key, node in source.entries.value if str(key.value).split(".")[0] in _hints(schema)]
+    return yaml.MappingNode("", own)
 
 
 def _without_flag(sources: Sequence[str]) -> Iterator[str]:

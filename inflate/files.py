@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -14,18 +15,17 @@ from pathlib import Path
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty hidden folder beside `folder`; on success it takes its place, and what stood there goes.
 
-    Where the body or the renaming fails, what stood there is there again and the hidden folder is gone. A killed
-    process leaves the hidden one behind, which the next writer of the same folder removes. OSError as the disk has it.
+    Where the body or the renaming fails, what stood there is there again and the hidden folder is gone. What killed
+    processes left of this folder is removed. OSError as the disk has it.
     """
-    aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    discard(aside)
+    remove_leftovers(folder.parent, glob.escape(folder.name))
+    aside, old = _hidden(folder, "partial"), _hidden(folder, "old")
     aside.mkdir()
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             flush(path)
-        discard(old)
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
@@ -40,8 +40,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path` to write to; on success it takes its place. OSError as the disk has it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _hidden(path, "partial")
     try:
         yield aside
         flush(aside)
@@ -50,16 +50,47 @@ def new_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, which is never seen half-removed."""
+    doomed = folder.rename(_hidden(folder, "partial"))
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(parent: Path, pattern: str) -> None:
+    """Remove what killed processes of this machine left of files and folders that match a pattern, in `parent`.
+
+    An old folder whose successor was never put in its place is put back.
+    """
+    for path in [*parent.glob(f".{pattern}.*.partial"), *parent.glob(f".{pattern}.*.old")]:
+        name, process, kind = path.name[1:].rsplit(".", 2)
+        if not process.isdigit() or _is_running(int(process)):
+            continue
+        if kind == "old" and not (parent / name).exists():
+            path.rename(parent / name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     with new_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def flush(path: Path) -> None:

@@ -20,10 +20,11 @@ from typing import Literal
 from accelerate import PartialState
 
 from inflate import config as configuration
-from inflate.data.clips import ClipDataset, collate
+from inflate.data.buckets import Bucket
+from inflate.data.clips import Batch, ClipDataset, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
-from inflate.errors import ConfigError, report_errors
+from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.training.card import write_card
 from inflate.training.decoder import Decoder, DecoderTask
@@ -66,6 +67,14 @@ class Config:
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
     sampling: Preview = field(default_factory=Preview)
 
+    def __post_init__(self) -> None:
+        """A decoder's temporal layers and its video discriminator learn nothing from single frames."""
+        single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
+        if single and self.stage != "image_to_video":
+            raise ConfigError(f"data: bucket {single[0]} has one frame; stage={self.stage} needs two or more")
+        if len(single) == len(self.data.sizes):
+            raise ConfigError(f"data: no bucket has two frames or more, only {', '.join(map(str, single))}")
+
 
 def main(config: Config, arguments: list[str]) -> None:
     if config.stage == "demo":
@@ -104,29 +113,54 @@ def train(config: Config) -> Result:
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     model = config.model
-    family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.frames)
-    task = make_task(config, family.to(PartialState().device), dataset, held_out)
-    result = fit(task, dataset, config.training, collate, configuration.dump(config))
+    family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.main.frames)
+    check_sizes(config.data, family)
+    task = make_task(config, family, dataset, held_out)
+    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
+    result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
     if result.export and PartialState().is_main_process:
         finish(config, result)
     return result
 
 
+def check_sizes(data: Data, family: SVD) -> None:
+    """Raise ConfigError naming a bucket whose pixels do not make whole latents."""
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    for bucket in data.sizes:
+        if bucket.height % factor or bucket.width % factor:
+            raise ConfigError(f"data: bucket {bucket}: height and width must be multiples of {factor}")
+
+
 def make_task(
     config: Config, family: SVD, dataset: ClipDataset, held_out: ClipDataset
 ) -> DecoderTask | ImageToVideoTask:
-    """The task of the stage; it says what the export has to remember of the clips."""
-    data, training = config.data, config.training
-    count = config.decoder.held_out_clips if config.stage == "decoder" else config.image_to_video.held_out_clips
-    batches = [collate([held_out[number]]) for number in range(min(count, len(held_out)))]
-    fps = float(batches[0]["fps"][0])
+    """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
+    training, main, device = config.training, config.data.main, PartialState().device
     if config.stage == "decoder":
-        family.decode_chunk = data.frames  # the chunk of training is the chunk of decoding
+        batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
+        fps = float(batches[0]["fps"][0])
+        family.decode_chunk = main.frames  # the chunk of training is the chunk of decoding
+        family.vae.to(device)  # the others stay where they take no memory of the GPU
         pixels = join(batches)["pixels"]
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
-    family.frames, family.fps, family.height, family.width = data.frames, round(fps), data.height, data.width
+    batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
+    task = ImageToVideoTask(
+        family.to(device), config.image_to_video, batches, config.sampling, training.lr, training.seed
+    )
+    family.frames, family.height, family.width = main.frames, main.height, main.width
+    family.fps = float(task.shown[0]["fps"][0])
     family.motion = MotionBuckets.fit(dataset.motion_scores())
-    return ImageToVideoTask(family, config.image_to_video, batches, config.sampling, training.lr, training.seed)
+    return task
+
+
+def held_out_in_main(held_out: ClipDataset, main: Bucket, most: int) -> list[Batch]:
+    """The first held-out clips of the main bucket: a decoder is measured in one size, as its spectra are."""
+    numbers = [number for number, (_, window) in enumerate(held_out.windows) if window.bucket == main]
+    if not numbers:
+        raise DataError(f"no held-out clip is in bucket {main}: list first, in data.buckets, a bucket that has some")
+    if len(numbers) < len(held_out):
+        logging.info("the decoder is measured on the held-out clips of bucket %s: %d", main, len(numbers))
+    return [collate([held_out[number]]) for number in numbers[:most]]
 
 
 def finish(config: Config, result: Result) -> None:

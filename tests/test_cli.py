@@ -104,6 +104,46 @@ def test_shelves_that_were_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "were not installed" in refused("init", tmp_path / "project")
 
 
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """Two sound clips and a torn one to train on, a sound one held out, and an image."""
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
+    for name in ("train/a", "train/b", "train/torn", "test/c"):
+        video.write(tmp_path / "clips" / f"{name}.mp4", frames, 8)
+    torn = tmp_path / "clips" / "train" / "torn.mp4"
+    torn.write_bytes(torn.read_bytes()[:2000])
+    Image.fromarray(frames[0]).save(tmp_path / "clips" / "train" / "still.png")
+    return tmp_path / "clips"
+
+
+def test_data_check_lists_every_window_and_every_drop(clips: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("training: {steps: 3}\ndata: {split: train, held_out: test, captions: optional}\n")
+    buckets = ("data.buckets=[4x32x48,48x32@1]", "data.window=chunk", "data.seconds_per_clip=null")
+    common = (recipe, f"data.path={clips}", *buckets)
+    result = inflate("data", "check", *common, "data.max_dropped=0.3")
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "train"
+    assert lines[2:4] == [
+        "a.mp4 9 8 48x32 4x32x48 used: frames 0-3 at 8 fps",
+        "a.mp4 9 8 48x32 4x32x48 used: frames 4-7 at 8 fps; 1 left over",
+    ]
+    assert "still.png 1 image 48x32 1x32x48 used: the image" in lines
+    assert any(line.startswith("torn.mp4 - - - - dropped: ") for line in lines)
+    assert "bucket 4x32x48: 4 windows of 2 clips" in lines
+    assert lines[lines.index("test (held out)") + 2] == "c.mp4 9 8 48x32 4x32x48 used: frames 2-5 at 8 fps"
+    stopped = inflate("data", "check", *common, "data.max_dropped=0.2")
+    assert stopped.exit_code == 1
+    assert stopped.stdout == result.stdout
+    assert "1 of 4 clips are unusable" in stopped.stderr
+
+
+def test_data_check_names_a_wrong_setting(clips: Path) -> None:
+    assert "did you mean data.window" in refused("data", "check", f"data.path={clips}", "data.windw=head")
+    assert "entry 1 of 1, '4by4'" in refused("data", "check", "data.buckets=[4by4]")
+
+
 def test_verify_reports_and_finds_no_difference(image_model: Path) -> None:
     result = inflate("verify", image_model)
     assert result.exit_code == 0, result.output

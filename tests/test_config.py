@@ -332,6 +332,16 @@ def test_report_errors_ends_with_a_status(
     assert capsys.readouterr().err in ("error: a b\n", "interrupted\n")
 
 
+def test_a_part_of_the_settings_is_read_from_whole_files(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text("seed: 3\nstage: demo\nmodel: {path: x}\nstages.two: 1\n")
+    assert load(Base, [str(file), "seed=4"], partial=True) == Base(seed=4)
+    with pytest.raises(ConfigError, match="unknown setting stage"):
+        load(Base, [str(file)])
+    with pytest.raises(ConfigError, match="argument sed=4: unknown setting sed; did you mean seed"):
+        load(Base, ["sed=4"], partial=True)
+
+
 def test_report_errors_lets_bugs_through() -> None:
     with pytest.raises(ZeroDivisionError), report_errors():
         raise ZeroDivisionError

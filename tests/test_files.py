@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from inflate.files import new_file, new_folder, write_text
+from inflate.files import discard, new_file, new_folder, remove_leftovers, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -56,13 +57,42 @@ def test_what_stood_there_comes_back_if_the_new_cannot_be_renamed(
     assert names(tmp_path / "a") == ["old"]
 
 
-def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / ".a.partial").mkdir()
-    (tmp_path / ".a.partial" / "half").touch()
+def left_by_the_dead(folder: Path, kind: str) -> Path:
+    """What a killed process leaves; its number is above any that a system gives."""
+    path = folder.with_name(f".{folder.name}.99999999.{kind}")
+    path.mkdir()
+    (path / "file").touch()
+    return path
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left_by_the_dead(tmp_path / "a", "partial")
     with new_folder(tmp_path / "a") as aside:
         (aside / "new").touch()
+    left_by_the_dead(tmp_path / "a", "old")
+    remove_leftovers(tmp_path, "*")
     assert names(tmp_path) == ["a"]
     assert names(tmp_path / "a") == ["new"]
+
+
+def test_a_folder_killed_between_its_two_renamings_is_put_back(tmp_path: Path) -> None:
+    left_by_the_dead(tmp_path / "a", "old")
+    remove_leftovers(tmp_path, "*")
+    assert names(tmp_path / "a") == ["file"]
+
+
+def test_what_another_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".a.{os.getppid()}.partial"
+    other.mkdir()
+    with new_folder(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == [other.name, "a"]
+
+
+def test_a_discarded_folder_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    discard(tmp_path / "a")
+    assert names(tmp_path) == []
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,13 +1,23 @@
 """The recipe as a user starts it: in a process of its own, its files, its exit status."""
 
+import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
 
+from helpers import load_recipe
+from inflate.config import load
+from inflate.data import video
 from inflate.data.demo_clips import build
+from inflate.training import log
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,12 +53,80 @@ def test_a_stage_leaves_everything_and_resumes(clips: Path, tmp_path: Path) -> N
     assert "Traceback" not in again.stderr
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of two aspects, and images, three of each to train on and one of each held out."""
+    root = tmp_path_factory.mktemp("mixed")
+    for split, count in (("train", 3), ("held_out", 1)):
+        for number in range(count):
+            noise = np.random.default_rng(number).integers(0, 255, (8, 48, 64, 3), dtype=np.uint8)
+            video.write(root / split / f"{number}-wide.mp4", noise[:, :32], 8)
+            video.write(root / split / f"{number}-square.mp4", noise[:, :, :48], 8)
+            Image.fromarray(noise[0, :32]).save(root / split / f"{number}-still.png")
+    return root
+
+
+@pytest.fixture
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(log, "plot", lambda path, **_: path.touch())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def in_buckets(stage: str, clips: Path, output: Path, *arguments: str) -> dict[str, list[dict[str, float]]]:
+    """Three samples per step, so that an epoch has one step of each bucket; the metrics of such a run, in here."""
+    module = load_recipe(ROOT / "recipes" / "svd_finetune.py")
+    cards = [str(ROOT / "recipes" / name) for name in (f"svd_demo_{stage}.yaml", "svd_demo_short.yaml")]
+    quick = ("training.precision=no", "training.ema=0", "sampling.steps=1", "sampling.guidance_max=1")
+    quiet = ("training.tracker=none", "training.progress=false", "training.log_every=1", "data.seconds_per_clip=null")
+    common = (f"data.path={clips}", "data.captions=optional", f"training.output={output}", "training.batch=3")
+    module.train(load(module.Config, [*cards, *common, *quick, *quiet, *arguments]))
+    metrics: dict[str, list[dict[str, float]]] = json.loads((output / "metrics.json").read_text())
+    assert all(math.isfinite(value) for rows in metrics.values() for row in rows for value in row.values())
+    return metrics
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_clips_and_images_train_together_in_buckets(mixed: Path, tmp_path: Path) -> None:
+    buckets = "data.buckets=[4x32x64,32x32@6,1x32x64]"
+    metrics = in_buckets(
+        "image_to_video", mixed, tmp_path / "run", buckets, "training.steps=3", "image_to_video.bands=1"
+    )
+    assert len(metrics["history"]) == 3
+    assert {"held-out loss in 4x32x64", "held-out loss in 6x32x32", "held-out loss in 1x32x64"} <= set(
+        metrics["held_out"][-1]
+    )
+    table = (tmp_path / "run" / "clips.txt").read_text()
+    for bucket in ("4x32x64", "6x32x32", "1x32x64"):
+        assert f"bucket {bucket}: 3 windows of 3 clips" in table
+        assert f"bucket {bucket}: 1 window of 1 clip" in table.split("held out")[1]
+    exported = json.loads((tmp_path / "run" / "export" / "inflate.json").read_text())
+    assert [exported[name] for name in ("frames", "height", "width", "fps")] == [4, 32, 64, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_a_decoder_trains_in_buckets_and_is_measured_in_the_first(mixed: Path, tmp_path: Path) -> None:
+    buckets = ("data.buckets=[4x32x64,32x32@6]", "data.max_dropped=0.5", "decoder.discriminator_channels=8")
+    metrics = in_buckets("decoder", mixed, tmp_path / "run", *buckets, "training.steps=4")
+    assert [row["step"] for row in metrics["history"]] == [1, 2, 3, 4]
+    table = (tmp_path / "run" / "clips.txt").read_text()
+    assert "0-still.png 1 image 64x32 - dropped: an image, and no bucket has one frame" in " ".join(table.split())
+    exported = json.loads((tmp_path / "run" / "export" / "inflate.json").read_text())
+    assert exported["decode_chunk"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["trainng.lr=1"], "did you mean training.lr"),
         (["stage=decoder", "data.path=nowhere"], "nowhere"),
         (["stage=decoder", "data.path=nowhere", "training.lr=fast"], "training.lr"),
+        (["stage=decoder", "data.buckets=[4x32x64,1x32x64]"], "bucket 1x32x64 has one frame; stage=decoder needs two"),
+        (["stage=image_to_video", "data.buckets=[1x32x64]"], "no bucket has two frames or more, only 1x32x64"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(arguments: list[str], message: str) -> None:

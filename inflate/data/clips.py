@@ -1,21 +1,21 @@
-"""Windows of frames out of clips: checked before the first step, then a function of (seed, sample number)."""
+"""Samples by number: windows of frames out of checked clips, each a function of the seed and its number alone."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from inflate.data import video
+from inflate.data.buckets import Schedule
 from inflate.data.motion import motion_score
+from inflate.data.preflight import Cache, Checked, Preflight, Progress, preflight
 from inflate.data.settings import Data
-from inflate.data.sources import Clip, find_clips
+from inflate.data.sources import find_clips
+from inflate.data.windows import Window, frames_of
 from inflate.errors import DataError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a clip check needs none of it
@@ -24,13 +24,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a clip check needs none 
 __all__ = ["Batch", "Checked", "ClipDataset", "Data", "Item", "Preflight", "collate", "preflight"]
 
 Pixels = npt.NDArray[np.uint8]
-Progress = Callable[[int, int], None]
-"""Called with (clips checked, clips in all)."""
-log = logging.getLogger(__name__)
-_IN_FLIGHT = 8
-"""Clips decoded together: more would pile up, each as large as the whole cache, behind a slow one."""
 _ORDER, _START = 0, 1
-"""Purposes that keep the random streams of one seed apart."""
+"""Purposes that keep the random streams of one seed apart; `buckets.py` has another."""
+_ORDERS_KEPT = 8
+"""Orders of epochs that are remembered: the buckets of a run need not be in the same one."""
 
 
 class Item(TypedDict):
@@ -59,100 +56,37 @@ class Batch(TypedDict):
     name: list[str]
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What the preflight found out about one clip."""
-
-    clip: Clip
-    probe: video.Probe | None
-    """None if the clip does not decode"""
-    fps: float
-    """of the windows, frames per second; 0 if the clip is dropped"""
-    starts: int
-    """windows that fit, starting at frames 0 .. starts - 1"""
-    reason: str
-    """why the clip is dropped; empty if it is used"""
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """Every clip with its windows, or the reason it is dropped."""
-
-    settings: Data
-    rows: tuple[Checked, ...]
-
-    @property
-    def used(self) -> list[Checked]:
-        return [row for row in self.rows if not row.reason]
-
-    @property
-    def dropped(self) -> list[Checked]:
-        return [row for row in self.rows if row.reason]
-
-    def summary(self) -> str:
-        """One line: clips, windows, drops, enlargements."""
-        windows = sum(row.starts for row in self.used)
-        text = f"{len(self.rows)} clips: {len(self.used)} used with {windows} windows, {len(self.dropped)} dropped"
-        small = sum(_is_enlarged(row, self.settings) for row in self.used)
-        return text + (f", {small} enlarged to {self.settings.width}x{self.settings.height}" if small else "")
-
-    def table(self, rows: Sequence[Checked] | None = None) -> str:
-        """One aligned line per clip, then the summary."""
-        head = ("clip", "frames", "fps", "size", "windows", "")
-        cells = [head, *(_cells(row, self.settings) for row in (self.rows if rows is None else rows))]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head) - 1)] + [0]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join([*lines, self.summary()])
-
-    def refuse(self) -> None:
-        """Raise DataError, listing the dropped clips, if they are more than `max_dropped` of all, or all."""
-        share = len(self.dropped) / max(1, len(self.rows))
-        if self.used and share <= self.settings.max_dropped:
-            return
-        shown = self.table(self.dropped[:20])
-        raise DataError(
-            f"{self.settings.path}: {len(self.dropped)} of {len(self.rows)} clips are unusable, data.max_dropped "
-            f"allows {self.settings.max_dropped:.0%}\n{shown}\nmend or remove them, or raise data.max_dropped"
-        )
-
-
-def preflight(clips: Sequence[Clip], settings: Data, progress: Progress | None = None) -> tuple[Preflight, _Cache]:
-    """Decode every clip once: the table of what is used, and the decoded clips that fit in memory."""
-    cache = _Cache(settings.cache_megabytes * 2**20)
-    rows: list[Checked] = []
-    with ThreadPoolExecutor(min(_IN_FLIGHT, os.cpu_count() or 1)) as pool:
-        for first in range(0, len(clips), _IN_FLIGHT):
-            together = clips[first : first + _IN_FLIGHT]
-            for row, frames in pool.map(lambda clip: _check(clip, settings, cache.left), together):
-                rows.append(row)
-                if frames is not None and not row.reason:
-                    cache.add(row.clip.name, frames)
-                if progress is not None:
-                    progress(len(rows), len(clips))
-    return Preflight(settings, tuple(rows)), cache
-
-
 class ClipDataset:
-    """Samples by number, for a torch DataLoader with `collate`.
+    """Samples by number, for the training loop or a torch DataLoader, with `collate`.
 
-    `dataset[n]` depends on the settings, the seed and n alone: each epoch of `len(dataset)` numbers visits every
-    usable clip once, in an order drawn from (seed, epoch), and a random window is drawn from (seed, n). So a run that
-    resumes at sample n, on any number of processes, sees what it would have seen.
+    The windows of all usable clips are listed in the order of the clips: place p of the list is in some bucket. Sample
+    `n = e * len(dataset) + p` shows, in epoch e (from 0), a window of the bucket of place p: the one that an order of
+    the bucket's windows, drawn from (seed, e), puts there. So each run of `len(dataset)` numbers visits every window
+    once, and `dataset[n]` depends on the settings, the seed and n alone; the start of a random window is drawn from
+    (seed, n). Without `shuffle` each place shows its own window.
+
+    `numbers(step, ...)` says which samples form an optimiser step: all of one bucket, as `buckets.Schedule` has it.
+    With one bucket they are the numbers in turn. A run that resumes at a step, on any number of reading processes, sees
+    what it would have seen.
     """
 
     def __init__(self, settings: Data, seed: int = 0, shuffle: bool = True, progress: Progress | None = None) -> None:
         """Find and check the clips; raises DataError if they cannot be used (see `Preflight.refuse`)."""
         self.settings, self.seed, self.shuffle = settings, seed % 2**63, shuffle
         self.preflight, self._cache = preflight(find_clips(settings), settings, progress)
-        log.info("%s", self.preflight.summary())
         self.preflight.refuse()
+        self.preflight.tell()
         self.rows = self.preflight.used
-        self._order: tuple[int, npt.NDArray[np.int64]] = (-1, np.arange(len(self.rows)))
-        self._scores: dict[tuple[int, int], float] = {}
+        self.windows = [(row, window) for row in self.rows for window in row.windows]
+        buckets = [window.bucket for _, window in self.windows]
+        self.buckets = [bucket for bucket in settings.sizes if bucket in buckets]
+        self._places = [np.flatnonzero([one == bucket for one in buckets]) for bucket in self.buckets]
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._scores: dict[tuple[str, int], float] = {}
 
     def __len__(self) -> int:
-        """Usable clips: the samples of one epoch."""
-        return len(self.rows)
+        """Windows of the usable clips: the samples of one epoch."""
+        return len(self.windows)
 
     def __iter__(self) -> Iterator[Item]:
         """One epoch, from sample 0."""
@@ -162,64 +96,94 @@ class ClipDataset:
         """Sample `number` (0 or more, without end); raises DataError naming a clip that no longer reads."""
         import torch
 
-        index = self._clip_at(int(number))
-        row = self.rows[index]
-        start = self._start(int(number), row)
-        frames = self._window(index, start)  # (F, H, W, 3)
+        row, window = self.windows[self._place(int(number))]
+        start = self._start(int(number), window)
+        frames = self._frames(row, window, start)  # (F, H, W, 3)
         # In numpy: torch would start threads for so little work, and those get in the way of the model's.
         pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5)  # (F, 3, H, W)
         return {
             "pixels": torch.from_numpy(pixels - 1),
-            "fps": torch.tensor(row.fps, dtype=torch.float32),
-            "motion": torch.tensor(self._score(index, start, frames), dtype=torch.float32),
+            "fps": torch.tensor(window.fps, dtype=torch.float32),
+            "motion": torch.tensor(self._score(row, window, start, frames), dtype=torch.float32),
             "caption": row.clip.caption,
             "number": torch.tensor(int(number), dtype=torch.int64),
             "name": row.clip.name,
         }
 
+    def numbers(self, step: int, lanes: int, batch: int) -> list[int]:
+        """The samples of an optimiser step, for so many forward passes over all processes, each with its share in turn.
+
+        batch: clips per forward pass, where `data.tokens` does not say how many of each bucket.
+        """
+        samples = tuple(lanes * size for size in self._batches(batch))
+        bucket, turn = Schedule(self.seed, tuple(map(len, self._places)), samples).step(step)
+        places = self._places[bucket]
+        epochs, turns = np.divmod(np.arange(turn * samples[bucket], (turn + 1) * samples[bucket]), len(places))
+        return [int(number) for number in epochs * len(self) + places[turns]]
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the numbers of a step rest on beside the seed: a run that resumes must find it unchanged."""
+        counted = zip(self.buckets, self._places, strict=True)
+        windows = ", ".join(f"{len(places)} of {bucket}" for bucket, places in counted)
+        return {"windows": windows, "data.window": self.settings.window, "data.tokens": str(self.settings.tokens)}
+
     def motion_scores(self) -> npt.NDArray[np.float64]:
-        """The motion score of each usable clip's centre window (N,), for fitting motion buckets."""
-        scores = np.empty(len(self))
-        for index, row in enumerate(self.rows):
-            start = (row.starts - 1) // 2
-            known = self._scores.get((index, start))
-            scores[index] = self._score(index, start, self._window(index, start)) if known is None else known
-        return scores
+        """The motion score of each usable video's middle window (N,), for fitting motion buckets; images have none."""
+        middles = [(row, row.windows[(len(row.windows) - 1) // 2]) for row in self.rows]
+        scores = [self._middle_score(row, window) for row, window in middles if window.bucket.frames > 1]
+        return np.asarray(scores, np.float64)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded clips: a worker that is started afresh decodes its own."""
-        return self.__dict__ | {"_cache": _Cache(0)}
+        return self.__dict__ | {"_cache": Cache(0)}
 
-    def _clip_at(self, number: int) -> int:
+    def _batches(self, batch: int) -> list[int]:
+        tokens = self.settings.tokens
+        return [batch if tokens is None else bucket.batch(tokens) for bucket in self.buckets]
+
+    def _place(self, number: int) -> int:
+        """The place in the list of the window that a sample shows."""
         if number < 0:
             raise DataError(f"sample numbers start at 0, not {number}")
-        epoch, place = divmod(number, len(self.rows))
-        if not self.shuffle:
-            return place
-        if self._order[0] != epoch:
-            generator = np.random.default_rng([self.seed, _ORDER, epoch])
-            self._order = (epoch, generator.permutation(len(self.rows)))
-        return int(self._order[1][place])
+        epoch, place = divmod(number, len(self.windows))
+        return int(self._order(epoch)[place]) if self.shuffle else place
 
-    def _start(self, number: int, row: Checked) -> int:
-        if self.settings.window == "centre":
-            return (row.starts - 1) // 2
-        return int(np.random.default_rng([self.seed, _START, number]).integers(row.starts))
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The window that each place shows in an epoch: a permutation within each bucket."""
+        if epoch not in self._orders:
+            generator, order = np.random.default_rng([self.seed, _ORDER, epoch]), np.empty(len(self), np.int64)
+            for places in self._places:
+                order[places] = places[generator.permutation(len(places))]
+            for old in list(itertools.islice(self._orders, max(0, len(self._orders) - _ORDERS_KEPT + 1))):
+                del self._orders[old]
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
-    def _window(self, index: int, start: int) -> Pixels:
-        row, settings = self.rows[index], self.settings
+    def _start(self, number: int, window: Window) -> int:
+        if len(window.starts) == 1:
+            return window.starts[0]
+        return int(np.random.default_rng([self.seed, _START, number]).integers(len(window.starts)))
+
+    def _frames(self, row: Checked, window: Window, start: int) -> Pixels:
         if row.probe is None:
             raise DataError(f"{row.clip.name}: was not decoded")
-        indices = _indices(row.probe, settings, start)
+        indices = frames_of(window, start, row.probe, self.settings)
         cached = self._cache.frames.get(row.clip.name)
         if cached is not None:
             return np.asarray(cached[indices])
-        return video.read(row.clip.media, indices, row.probe, (settings.height, settings.width))
+        return video.read(row.clip.media, indices, row.probe, window.bucket.size)
 
-    def _score(self, index: int, start: int, frames: Pixels) -> float:
-        if (index, start) not in self._scores:
-            self._scores[index, start] = motion_score(frames, self.rows[index].fps)
-        return self._scores[index, start]
+    def _score(self, row: Checked, window: Window, start: int, frames: Pixels) -> float:
+        key = row.clip.name, start
+        if key not in self._scores:
+            self._scores[key] = motion_score(frames, window.fps)
+        return self._scores[key]
+
+    def _middle_score(self, row: Checked, window: Window) -> float:
+        known = self._scores.get((row.clip.name, window.middle))
+        if known is not None:
+            return known
+        return self._score(row, window, window.middle, self._frames(row, window, window.middle))
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -234,72 +198,3 @@ def collate(items: Sequence[Item]) -> Batch:
         "number": torch.stack([item["number"] for item in items]),  # (B,)
         "name": [item["name"] for item in items],
     }
-
-
-class _Cache:
-    """Decoded clips by name, up to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.left = limit
-        self.frames: dict[str, Pixels] = {}
-
-    def add(self, name: str, frames: Pixels) -> None:
-        if frames.nbytes <= self.left:
-            self.frames[name] = frames
-            self.left -= frames.nbytes
-
-
-def _check(clip: Clip, settings: Data, room: int) -> tuple[Checked, Pixels | None]:
-    try:
-        found, frames = video.scan(clip.media, (settings.height, settings.width), room)
-    except DataError as error:
-        reason = str(error).removeprefix(f"{clip.media}: ")
-        return Checked(clip, None, 0.0, 0, reason), None
-    reason, starts = _fit(found, settings)
-    return Checked(clip, found, 0.0 if reason else _rate(found, settings) / settings.stride, starts, reason), frames
-
-
-def _fit(found: video.Probe, settings: Data) -> tuple[str, int]:
-    """(why no window fits, or empty; number of first frames from which one does)."""
-    rate = _rate(found, settings)
-    if rate > 1.02 * found.typical_fps:
-        return f"{found.typical_fps:.4g} frames per second, data.fps asks for {rate:.4g}: frames would repeat", 0
-    span = (settings.frames - 1) * settings.stride / rate
-    last = found.times[-1] + 0.5 / found.typical_fps
-    starts = int(np.searchsorted(np.asarray(found.times) + span, last, side="right"))
-    if starts:
-        return "", starts
-    return f"too short: {found.duration:.4g} s, a window of {settings.frames} frames takes {span + 1 / rate:.4g} s", 0
-
-
-def _rate(found: video.Probe, settings: Data) -> float:
-    return found.fps if settings.fps is None else settings.fps
-
-
-def _indices(found: video.Probe, settings: Data, start: int) -> list[int]:
-    """The window's frame numbers; a steady clip at its own rate is counted, all others go by time stamps."""
-    steps = np.arange(settings.frames) * settings.stride
-    if settings.fps is None and not found.variable:
-        return [int(i) for i in np.minimum(start + steps, found.frames - 1)]
-    return found.shown_at(found.times[start] + steps / _rate(found, settings))
-
-
-def _is_enlarged(row: Checked, settings: Data) -> bool:
-    return row.probe is not None and (row.probe.height < settings.height or row.probe.width < settings.width)
-
-
-def _cells(row: Checked, settings: Data) -> tuple[str, ...]:
-    probe = row.probe
-    if probe is None:
-        return row.clip.name, "-", "-", "-", "0", f"dropped: {row.reason}"
-    rate = f"{probe.fps:.4g}{' variable' if probe.variable else ''}"
-    size = f"{probe.width}x{probe.height}{f' rotated {probe.rotation}' if probe.rotation else ''}"
-    if row.reason:
-        return row.clip.name, str(probe.frames), rate, size, "0", f"dropped: {row.reason}"
-    start = 0 if settings.window == "random" else (row.starts - 1) // 2
-    shown = _indices(probe, settings, start)
-    place = f"frames {shown[0]}-{shown[-1]}"
-    if settings.window == "random" and row.starts > 1:
-        place += f" to {row.starts - 1}-{_indices(probe, settings, row.starts - 1)[-1]}"
-    count = str(row.starts) if settings.window == "random" else "1"
-    return row.clip.name, str(probe.frames), rate, size, count, f"used: {place} at {row.fps:.4g} fps"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from inflate.data.buckets import Bucket, parse_buckets
 from inflate.errors import ConfigError
+
+WINDOWED = ("random", "chunk", "slide")
+"""Ways of sampling that take more than one window of a clip, in an epoch or over epochs."""
 
 
 @dataclass
@@ -29,6 +33,9 @@ class Data:
     """Metadata column with the caption; null finds caption, text, prompt or cap."""
     captions: Literal["required", "optional"] = "required"
     """Whether a clip without a caption is an error, or has the empty caption."""
+    buckets: list[str] = field(default_factory=list)
+    """Sizes to train in, as FxHxW (14x576x1024) or WxH@F (1024x576@14); they replace frames, height and width. A clip
+    goes to the nearest aspect, then to the most frames that it fills; images go to buckets of one frame."""
     frames: int = 14
     """Frames per window."""
     height: int = 576
@@ -39,17 +46,32 @@ class Data:
     """Frames per second that clips are resampled to, by time stamps; null keeps each clip's own rate."""
     stride: int = 1
     """Take every n-th frame (of the resampled clip): the model is told fps / stride."""
-    window: Literal["random", "centre"] = "random"
-    """Where in a clip the window lies; random is drawn anew for each sample."""
+    window: Literal["head", "centre", "chunk", "slide", "uniform", "full", "random"] = "random"
+    """Windows of a clip. head: the first; centre: the middle one; random: one drawn anew in each epoch; chunk: all, end
+    to end; slide: all, overlapping by data.hop; uniform: one whose frames are spread over the clip, so that the model
+    is told a lower rate; full: the whole clip, as far as a bucket is long."""
+    hop: int | None = None
+    """Frames from one window of slide to the next; null for half a window."""
+    tokens: int | None = None
+    """Budget of latent positions (frames * height * width / 64) per process and forward pass: the clips of a batch are
+    as many as fit, at least one, instead of training.batch; null for training.batch in every bucket."""
     max_dropped: float = 0.1
-    """Largest share of clips, 0 to 1, that may be unusable (unreadable, too short or slow) before a run is refused."""
+    """Largest share of clips, 0 to 1, that may be unusable (unreadable, too short or slow, an image without a bucket)
+    before a run is refused."""
+    seconds_per_clip: float | None = 120.0
+    """Longest time to check one clip, in a helper process that it may crash; null checks in the training process."""
     cache_megabytes: int = 1024
     """Memory for decoded clips at their final size, filled while they are checked; 0 decodes anew for each sample."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "stride"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}: must be 1 or more, not {getattr(self, name)}")
+        for name in ("frames", "height", "width", "stride", "hop", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}: must be 1 or more, not {value}")
+        if self.seconds_per_clip is not None and not self.seconds_per_clip > 0:
+            raise ConfigError(f"data.seconds_per_clip: must be positive, or null, not {self.seconds_per_clip}")
+        parse_buckets(self.buckets)
+        self._check_window()
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise ConfigError(f"data.fps: must be a positive number or null, not {self.fps}")
         if not 0 <= self.max_dropped <= 1:
@@ -57,8 +79,31 @@ class Data:
         if self.cache_megabytes < 0:
             raise ConfigError(f"data.cache_megabytes: must be 0 or more, not {self.cache_megabytes}")
 
+    def _check_window(self) -> None:
+        """Raise ConfigError for a setting that the way of sampling would ignore."""
+        if self.hop is not None and self.window != "slide":
+            raise ConfigError(f"data.hop: is for data.window=slide, not {self.window}; set it to null")
+        if self.window == "uniform" and (self.fps is not None or self.stride != 1):
+            raise ConfigError(
+                "data.window=uniform spreads the frames over each clip: data.fps must be null and data.stride 1"
+            )
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """The buckets; without `buckets` the one of frames, height and width."""
+        return parse_buckets(self.buckets) or (Bucket(self.frames, self.height, self.width),)
+
+    @property
+    def main(self) -> Bucket:
+        """The first bucket of two or more frames, else the first: the size that an export remembers."""
+        return next((bucket for bucket in self.sizes if bucket.frames > 1), self.sizes[0])
+
     def evaluation(self) -> Data:
-        """The same settings for the held-out clips: fixed windows from the centre. Raises ConfigError without any."""
+        """The same settings for the held-out clips, with one fixed window each: the centre's, where there are several.
+
+        Raises ConfigError without any held-out clips.
+        """
         if self.held_out is None:
             raise ConfigError("data.held_out: names no clips to evaluate on; give a sub-folder or split")
-        return replace(self, split=self.held_out, window="centre")
+        window = "centre" if self.window in WINDOWED else self.window
+        return replace(self, split=self.held_out, window=window, hop=None)

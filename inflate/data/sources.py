@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from inflate.data.settings import Data
-from inflate.data.video import EXTENSIONS, Embedded
+from inflate.data.video import EXTENSIONS, IMAGES, Embedded, is_image
 from inflate.errors import DataError
 
 VIDEO_COLUMNS = ("video", "video_path", "file_path", "file_name", "path", "media_path")
@@ -25,7 +25,7 @@ TABLES = (".jsonl", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Clip:
-    """One video with its caption."""
+    """One video, or one image, with its caption."""
 
     media: Path | Embedded
     caption: str
@@ -76,23 +76,24 @@ def _from_pairs(folder: Path, settings: Data) -> list[Clip]:
     nested = sorted({path.parent.relative_to(folder).as_posix() for path in files if _is_metadata(path)})
     if nested:
         raise DataError(f"{folder}: its clips are in sub-folders; set data.split to {' or '.join(nested)}")
-    videos = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    if not videos:
+    media = [path for path in files if path.suffix.lower() in EXTENSIONS | IMAGES]
+    if not media:
         others = f"; it has {_listed(path.name for path in files)}" if files else "; it is empty"
-        raise DataError(f"{folder}: no clips{others}. Clips end in {' '.join(sorted(EXTENSIONS))}")
-    _refuse_shared_captions(videos)
-    clips = [Clip(path, _caption_file(path), path.relative_to(folder).as_posix()) for path in videos]
-    return _with_captions(clips, settings, [f"{path}: no caption {path.stem}.txt" for path in videos])
+        raise DataError(f"{folder}: no clips{others}. Clips end in {' '.join(sorted(EXTENSIONS | IMAGES))}")
+    for kind in (True, False):  # a video and its still may share a caption
+        _refuse_shared_captions([path for path in media if is_image(path) is kind])
+    clips = [Clip(path, _caption_file(path), path.relative_to(folder).as_posix()) for path in media]
+    return _with_captions(clips, settings, [f"{path}: no caption {path.stem}.txt" for path in media])
 
 
-def _caption_file(video: Path) -> str:
-    path = video.with_suffix(".txt")
+def _caption_file(clip: Path) -> str:
+    path = clip.with_suffix(".txt")
     return _text(path).strip() if path.is_file() else ""
 
 
-def _refuse_shared_captions(videos: Sequence[Path]) -> None:
+def _refuse_shared_captions(files: Sequence[Path]) -> None:
     seen: dict[Path, Path] = {}
-    for path in videos:
+    for path in files:
         first = seen.setdefault(path.with_suffix(""), path)
         if first is not path:
             raise DataError(f"{path}: duplicate of {first.name}: both would take {path.stem}.txt; rename or remove one")

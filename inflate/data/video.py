@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +30,10 @@ from inflate.files import new_file
 
 Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif"})
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+"""Stills, which are clips of one frame."""
+MOST_PIXELS = 2**26
+"""Pixels of the largest frame that is decoded, 8192 x 8192: a damaged header may claim any size."""
 _BT709, _UNSPECIFIED, _BT2020 = 1, 2, (9, 10)
 
 
@@ -57,6 +61,10 @@ class Embedded:
 
 
 Media = Path | str | Embedded
+Size = tuple[int, int]
+"""(height, width) that frames are fitted to: scaled to cover with the aspect kept, then cropped about the centre."""
+SizeOf = Callable[[int, int], Size]
+"""Such a size by the upright width and height of the frames."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,11 @@ class Probe:
     """whether some interval differs from the median by more than a quarter"""
 
     @property
+    def is_image(self) -> bool:
+        """Whether it is a still; a video has two frames or more."""
+        return self.frames == 1
+
+    @property
     def duration(self) -> float:
         """Seconds, the last frame included."""
         return self.frames / self.fps
@@ -87,11 +100,12 @@ class Probe:
     @property
     def typical_fps(self) -> float:
         """One over the median interval: the rate of a clip while it moves, though some frames stay longer."""
-        return 1 / float(np.median(np.diff(self.times)))
+        return self.fps if self.is_image else 1 / float(np.median(np.diff(self.times)))
 
     def shown_at(self, times: npt.ArrayLike) -> list[int]:
         """The frames on screen at `times` (seconds); a quarter of a frame is forgiven for rounded time stamps."""
-        found = np.searchsorted(self.times, np.asarray(times, np.float64) + 0.25 / self.fps, side="right") - 1
+        forgiven = np.asarray(times, np.float64) + 0.25 / self.typical_fps
+        found = np.searchsorted(self.times, forgiven, side="right") - 1
         return [int(i) for i in np.clip(found, 0, self.frames - 1)]
 
 
@@ -100,22 +114,31 @@ def probe(media: Media) -> Probe:
     return scan(media)[0]
 
 
-def scan(media: Media, size: tuple[int, int] | None = None, limit: int = 0) -> tuple[Probe, Pixels | None]:
-    """Decode a whole video once: its probe, and its frames if they fit.
+def is_image(media: Media) -> bool:
+    """Whether the media is a still, by its extension."""
+    return not isinstance(media, Embedded) and Path(media).suffix.lower() in IMAGES
 
-    size: (height, width) the frames are fitted to (see `read`), None for their own; limit: bytes of frames worth
-    keeping, 0 for none. Returns (probe, uint8 (F, H, W, 3) or None). Raises DataError.
+
+def scan(media: Media, size: Size | SizeOf | None = None, limit: int = 0) -> tuple[Probe, Pixels | None]:
+    """Decode a whole video, or a still, once: its probe, and its frames if they fit.
+
+    size: what the frames are fitted to, None for their own; limit: bytes of frames worth keeping, 0 for none.
+    Returns (probe, uint8 (F, H, W, 3) or None). Raises DataError.
     """
+    if is_image(media):
+        return _scan_image(Path(str(media)), size, limit)
     kept: list[Pixels] | None = [] if limit else None
     stamps: list[int | None] = []
     first: VideoFrame | None = None
+    fitted: Size | None = None
     with _opened(media) as (container, stream):
         counts = [0]
         for frame in _decoded(container, stream, media, counts):
-            first = first or frame
+            if first is None:
+                first, fitted = frame, _size_for(size, *_upright(frame, stream))
             stamps.append(frame.pts)
             if kept is not None:
-                kept.append(_pixels(frame, stream, size))
+                kept.append(_pixels(frame, stream, fitted))
                 kept = kept if kept[0].nbytes * len(kept) <= limit else None
         if first is None:
             raise DataError(f"{media}: no frame decodes (declared: {stream.frames})")
@@ -128,15 +151,14 @@ def read(
     media: Media,
     indices: Sequence[int] | None = None,
     probe: Probe | None = None,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
 ) -> Pixels:
     """Read frames, seeking to the key frame before the first.
 
-    indices: non-decreasing frame numbers, None for all; probe: of this video, if known (else it is decoded whole);
-    size: (height, width) to fit to: scaled to cover with the aspect kept, then cropped about the centre.
-    Returns uint8 (F, H, W, 3). Raises DataError naming the file and the reason.
+    indices: non-decreasing frame numbers, None for all; probe: of this media, if known (else it is decoded whole);
+    size: what they are fitted to. Returns uint8 (F, H, W, 3). Raises DataError naming the file and the reason.
     """
-    if probe is None:
+    if probe is None or probe.is_image:
         found, frames = scan(media, size, limit=2**63)
         assert frames is not None
         return frames if indices is None else frames[_checked(media, indices, found)]
@@ -149,17 +171,10 @@ def read(
     return np.stack([got[i] for i in wanted])  # (F, H, W, 3)
 
 
-def read_image(path: Path | str, size: tuple[int, int] | None = None) -> Pixels:
+def read_image(path: Path | str, size: Size | None = None) -> Pixels:
     """Read a still upright, fitted like a video's frames: uint8 (H, W, 3); raises DataError."""
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
-    if size is None:
-        return np.asarray(image)
-    width, height = _cover(image.width, image.height, size)
-    return _crop(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), size)
+    image = _load_image(path)
+    return np.asarray(image) if size is None else _fitted_image(image, size)
 
 
 def write(path: Path | str, frames: Pixels, fps: float, quality: int = 18) -> Path:
@@ -216,7 +231,8 @@ def _opened(media: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(source, "r", metadata_errors="replace") as container:
             stream = _video_stream(container, media)
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "explode"}  # else the decoder paints over what is missing
+            # Without the first the decoder paints over what is missing.
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MOST_PIXELS)}
             yield container, stream
     except av.error.InvalidDataError as error:
         raise DataError(f"{media}: not a readable video: corrupt, cut short, or another kind of file") from error
@@ -240,6 +256,8 @@ def _video_stream(container: InputContainer, media: Media) -> VideoStream:
     """The first video stream that is not a cover picture."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise DataError(f"{media}: its codec is unknown: corrupt, or a kind of video that is not supported")
             return stream
     kinds = sorted({stream.type for stream in container.streams})
     held = f"only {' and '.join(kinds)}" if kinds else "nothing"
@@ -279,13 +297,13 @@ def _describe(media: Media, stream: VideoStream, first: VideoFrame, stamps: list
         times = np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or 25)
     steps = np.diff(times)
     median = float(np.median(steps))
-    turns, width, height = _turns(first), _square_width(first, stream), first.height
+    width, height = _upright(first, stream)
     return Probe(
         frames=len(stamps),
         fps=(len(stamps) - 1) / float(times[-1]),
-        width=height if turns % 2 else width,
-        height=width if turns % 2 else height,
-        rotation=90 * turns,
+        width=width,
+        height=height,
+        rotation=90 * _turns(first),
         times=tuple(float(t) for t in times),
         stamps=tuple(known) if usable else None,
         variable=bool(np.abs(steps - median).max() > 0.25 * median),
@@ -318,7 +336,7 @@ def _checked(media: Media, indices: Sequence[int], found: Probe) -> list[int]:
     return wanted
 
 
-def _sought(media: Media, wanted: list[int], found: Probe, size: tuple[int, int] | None) -> dict[int, Pixels]:
+def _sought(media: Media, wanted: list[int], found: Probe, size: Size | None) -> dict[int, Pixels]:
     """The wanted frames by seeking; some or all are missing where the container's index misleads."""
     assert found.stamps is not None
     numbers = {found.stamps[i]: i for i in wanted}
@@ -336,7 +354,7 @@ def _sought(media: Media, wanted: list[int], found: Probe, size: tuple[int, int]
     return got
 
 
-def _walked(media: Media, wanted: list[int], size: tuple[int, int] | None) -> dict[int, Pixels]:
+def _walked(media: Media, wanted: list[int], size: Size | None) -> dict[int, Pixels]:
     numbers = set(wanted)
     got: dict[int, Pixels] = {}
     with _opened(media) as (container, stream):
@@ -348,7 +366,45 @@ def _walked(media: Media, wanted: list[int], size: tuple[int, int] | None) -> di
     return got
 
 
+# ---------------------------------------------------------------------------------------------------- stills
+
+
+def _load_image(path: Path | str) -> Image.Image:
+    """A still, upright and in RGB."""
+    source = _checked_file(Path(path))
+    try:
+        with Image.open(source) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise DataError(f"{path}: claims {opened.width}x{opened.height} pixels, more than {MOST_PIXELS}")
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _fitted_image(image: Image.Image, size: Size) -> Pixels:
+    width, height = _cover(image.width, image.height, size)
+    return _crop(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), size)
+
+
+def _scan_image(path: Path, size: Size | SizeOf | None, limit: int) -> tuple[Probe, Pixels | None]:
+    image = _load_image(path)
+    found = Probe(1, 1.0, image.width, image.height, 0, (0.0,), None, False)
+    fitted = _size_for(size, image.width, image.height)
+    frame = np.asarray(image) if fitted is None else _fitted_image(image, fitted)
+    return found, frame[None] if frame.nbytes <= limit else None  # (1, H, W, 3)
+
+
 # ---------------------------------------------------------------------------------------------------- pixels
+
+
+def _size_for(size: Size | SizeOf | None, width: int, height: int) -> Size | None:
+    return size(width, height) if callable(size) else size
+
+
+def _upright(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """(width, height) of a frame once it is upright, with square pixels."""
+    width, height = _square_width(frame, stream), frame.height
+    return (height, width) if _turns(frame) % 2 else (width, height)
 
 
 def _turns(frame: VideoFrame) -> int:
@@ -361,11 +417,10 @@ def _square_width(frame: VideoFrame, stream: VideoStream) -> int:
     return max(1, round(frame.width * float(ratio))) if ratio else frame.width
 
 
-def _pixels(frame: VideoFrame, stream: VideoStream, size: tuple[int, int] | None) -> Pixels:
+def _pixels(frame: VideoFrame, stream: VideoStream, size: Size | None) -> Pixels:
     turns, width, height = _turns(frame), _square_width(frame, stream), frame.height
     if size is not None:
-        upright = (height, width) if turns % 2 else (width, height)
-        covered = _cover(*upright, size)
+        covered = _cover(*_upright(frame, stream), size)
         width, height = (covered[1], covered[0]) if turns % 2 else covered
     scaled = frame.reformat(
         width, height, format="rgb24", src_colorspace=_matrix(frame), interpolation=Interpolation.BICUBIC
@@ -381,13 +436,13 @@ def _matrix(frame: VideoFrame) -> Colorspace:
     return Colorspace.BT2020 if frame.colorspace in _BT2020 else Colorspace.ITU601
 
 
-def _cover(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+def _cover(width: int, height: int, size: Size) -> tuple[int, int]:
     """The (width, height) that just covers `size` (height, width) with the aspect kept."""
     scale = max(size[0] / height, size[1] / width)
     return max(size[1], round(width * scale)), max(size[0], round(height * scale))
 
 
-def _crop(image: Pixels, size: tuple[int, int]) -> Pixels:
+def _crop(image: Pixels, size: Size) -> Pixels:
     top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
     return image[top : top + size[0], left : left + size[1]]  # (height, width, 3)
 

@@ -8,7 +8,7 @@ training and for sampling.
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,6 +55,10 @@ class Condition:
     def null(self) -> "Condition":
         """The condition that guidance leads away from: no embedding and no latent, the same ids."""
         return Condition(torch.zeros_like(self.context), torch.zeros_like(self.image_latent), self.added_ids)
+
+    def without_image(self) -> "Condition":
+        """The condition of an image: its latent, which is all but the answer, is withheld; its embedding stays."""
+        return replace(self, image_latent=torch.zeros_like(self.image_latent))
 
     def drop(self, draw: Tensor, both: float, context_only: float = 0.0, image_only: float = 0.0) -> "Condition":
         """Zeroes parts of each clip's condition by its uniform draw (B,): both, the context, or the latent.
@@ -133,7 +137,7 @@ class SVD:
     """clip length of training"""
     decode_chunk: int = 14
     """frames decoded together: the norms of the decoder couple them, so it is the chunk of the decoder's training"""
-    fps: int = 7
+    fps: float = 7.0
     """frames per second of the clips"""
     height: int | None = None
     """of the clips of training, pixels; none: the size that the UNet's configuration names"""
@@ -200,7 +204,7 @@ class SVD:
         folder = svd_files.resolve(path)
         scheduler = svd_files.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
-        encoder_folder = svd_files.resolve(image_encoder) if image_encoder else folder / "image_encoder"
+        encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
         encoder = svd_files.load_image_encoder(encoder_folder)
         image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
         image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
@@ -237,7 +241,7 @@ class SVD:
 
         CheckpointError, listing the tensors, where one is missing, left over or of another shape.
         """
-        folder = svd_files.resolve(image_encoder)
+        folder = svd_files.encoder_folder(image_encoder)
         unet, vae = svd_files.load_sgm(Path(file).expanduser(), head_channels)
         encoder = svd_files.load_image_encoder(folder)
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **image_statistics(folder))
@@ -284,13 +288,17 @@ class SVD:
         embedding: Tensor = self.image_encoder(pixels).image_embeds
         return embedding.unsqueeze(1)  # (B, 1, D)
 
-    def predict(self, condition: Condition, unet: nn.Module | None = None) -> Predict:
-        """The network as objectives and samplers call it; `unet` is its wrapped form (DDP, EMA) where there is one."""
-        return predictor(self.unet if unet is None else unet, condition)
+    def predict(self, condition: Condition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it; `unet` is its wrapped form (DDP, EMA) where there is one.
+
+        `image_only` takes all frames for images: every temporal layer is bypassed.
+        """
+        return predictor(self.unet if unet is None else unet, condition, image_only)
 
     def scheduler(self, sigma_min: float | None = None, sigma_max: float | None = None) -> EulerDiscreteScheduler:
         """The sampler's schedule; ConfigError where its noise exceeds what the network can be told of."""
-        low, high = sigma_min or self.sigma_min, sigma_max or self.sigma_max
+        low = self.sigma_min if sigma_min is None else sigma_min
+        high = self.sigma_max if sigma_max is None else sigma_max
         return euler_scheduler(self.objective, low, high)
 
     def export_gap(self, seed: int = 0) -> ExportGap:
@@ -364,13 +372,16 @@ class SVD:
 _PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "height", "width", "sigma_min", "sigma_max")
 
 
-def predictor(unet: nn.Module, condition: Condition) -> Predict:
+def predictor(unet: nn.Module, condition: Condition, image_only: bool = False) -> Predict:
     """F(c_in x, c_noise) of a video UNet: the image latent joins every frame's channels."""
 
     def predict(scaled: Tensor, c_noise: Tensor) -> Tensor:
         latent = condition.image_latent.to(scaled)[:, None].expand(-1, scaled.shape[1], -1, -1, -1)  # (B, F, C, h, w)
         inputs = torch.cat([scaled, latent], dim=2)  # (B, F, 2C, h, w)
-        output: Tensor = unet(inputs, c_noise, condition.context, added_time_ids=condition.added_ids).sample
+        marks = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+        output: Tensor = unet(
+            inputs, c_noise, condition.context, added_time_ids=condition.added_ids, image_only=marks
+        ).sample
         return output  # (B, F, C, h, w)
 
     return predict

@@ -4,7 +4,7 @@ Everything is read and checked before a model exists: models are built without m
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
@@ -35,6 +35,11 @@ DIFFUSERS_EPS = 1e-6
 POCKET = Path(__file__).parents[1] / "pocket"
 """The pocket Stable Diffusion that comes with the package."""
 PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
+PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
+ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
+"""Files to download of a pipeline, and of a CLIP model of its own."""
+TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
+"""Tensors of a whole CLIP model that its image encoder does without."""
 UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
 
 # What diffusers' classes have built in: a model that differs cannot be told to them.
@@ -85,10 +90,10 @@ def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
     raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
 
 
-def resolve(path: str | Path) -> Path:
-    """The local folder of `path`, of the shipped `pocket` model, or of the parts of a model owner/name on the Hub.
+def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
+    """The local folder of `path`, of the shipped `pocket` model, or of a model owner/name on the Hub.
 
-    CheckpointError where there is none.
+    Of the last, `files` are downloaded. CheckpointError where there is none.
     """
     folder = POCKET if str(path) == "pocket" else Path(path).expanduser()
     if folder.is_dir():
@@ -97,10 +102,9 @@ def resolve(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
-    patterns = ["*.json", *(f"{part}/*" for part in PARTS)]
     unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=unwanted))
+        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
 
@@ -152,15 +156,32 @@ def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
     return load_strictly(kind.from_pretrained, folder, settings)
 
 
+def encoder_folder(path: str | Path) -> Path:
+    """The folder of the image encoder that `path` is or, being a pipeline, has; CheckpointError where there is none."""
+    folder = resolve(path, ENCODER_FILES)
+    inside = folder / "image_encoder"
+    return inside if inside.is_dir() else folder
+
+
 def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
-    """The CLIP image encoder of a folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
+    """The CLIP image encoder of a folder, also of a whole CLIP model's, in float32.
+
+    CheckpointError, listing the tensors, where it is not whole.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds no CLIP image encoder; give the folder of one as image_encoder "
-            "(Stable Video Diffusion uses laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
+            f"{folder} holds no CLIP image encoder; give the folder of one, or its name on the Hub, as image_encoder; "
+            "it must embed in as many dimensions as the UNet's context has (1024, Stable Diffusion 2 and Stable Video "
+            "Diffusion: laion/CLIP-ViT-H-14-laion2B-s32B-b79K; 768, Stable Diffusion 1: openai/clip-vit-large-patch14)"
         )
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    others: tuple[str, ...] = ()
+    if read_json(folder / "config.json").get("model_type") == "clip":
+        whole = CLIPConfig.from_pretrained(folder)
+        settings["config"], others = whole.vision_config, TEXT_TOWER
+        settings["config"].projection_dim = whole.projection_dim
     try:
-        return load_strictly(CLIPVisionModelWithProjection.from_pretrained, folder, {"dtype": torch.float32})
+        return load_strictly(CLIPVisionModelWithProjection.from_pretrained, folder, settings, others)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
 

@@ -300,17 +300,21 @@ def register(model: Any, **settings: Any) -> None:
     model.register_to_config(**settings, _use_default_values=defaults)
 
 
-def load_strictly(load: Any, path: str | Path, settings: dict[str, Any]) -> Any:
-    """Call a `from_pretrained`; raises `CheckpointError` if the folder and the model do not hold the same tensors."""
+def load_strictly(load: Any, path: str | Path, settings: dict[str, Any], others: tuple[str, ...] = ()) -> Any:
+    """Call a `from_pretrained`; raises `CheckpointError` if the folder and the model do not hold the same tensors.
+
+    Tensors whose names begin with one of `others` belong to another model of the same folder.
+    """
     wants_info = settings.pop("output_loading_info", False)
     try:
         model, info = load(path, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    surplus = sorted(name for name in info["unexpected_keys"] if not name.startswith(others))
     if missing or surplus:
         found = [f"{kind}: {', '.join(keys)}" for kind, keys in (("missing", missing), ("surplus", surplus)) if keys]
-        raise CheckpointError(f"{path} does not hold this model's tensors (a 2D one is inflated); {'; '.join(found)}")
+        raise CheckpointError(f"{path} does not hold this model's tensors; {'; '.join(found)}")
     return (model, info) if wants_info else model
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inflate.errors import CheckpointError
-from inflate.files import discard, new_folder, sha256
+from inflate.files import discard, new_folder, remove_leftovers, sha256
 from inflate.training.player import Trainee
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
     """
     folder = output / f"checkpoint-{state.step}"
     try:
+        remove_leftovers(output, "checkpoint-*")
         with new_folder(folder) as aside:
             for one in trainees:
                 _write_trainee(aside, one)
@@ -62,8 +63,7 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
             manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for stale in superseded(folder, keep) if keep else []:
-            old = stale.rename(stale.with_name(f".{stale.name}.old"))  # not a checkpoint, however far its removal gets
-            discard(old)
+            discard(stale)
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error}; free space or name another training.output"

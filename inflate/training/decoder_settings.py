@@ -70,6 +70,10 @@ def check(settings: Decoder) -> None:
             raise ConfigError(f"decoder.{name}={getattr(settings, name)}: must be 0 or more")
     if settings.held_out_clips < 1:
         raise ConfigError(f"decoder.held_out_clips={settings.held_out_clips}: must be 1 or more")
+    if settings.image_adversarial and not settings.adversarial:
+        raise ConfigError("decoder.image_adversarial=true has no effect while decoder.adversarial is 0: raise it")
+    if settings.vgg_weights and not settings.perceptual:
+        raise ConfigError("decoder.vgg_weights is given while decoder.perceptual is 0: raise it, or leave the file out")
     if settings.l1 + settings.l2 + settings.perceptual <= 0:
         raise ConfigError("decoder.l1, decoder.l2 and decoder.perceptual are all 0: nothing asks for the true frames")
     if not 0 <= settings.clean_share <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from inflate.data import video
 from inflate.data.pixels import to_uint8, unit
+from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
@@ -50,16 +52,16 @@ class ImageToVideo:
     bands: int = 4
     """noise levels that the held-out loss is measured at: middles of this many equally likely shares of training"""
     preview_clips: int = 4
-    """held-out clips that each preview animates"""
+    """held-out clips that each preview animates; images are passed over"""
 
     def __post_init__(self) -> None:
         rates = (self.drop_both, self.drop_embedding, self.drop_image)
         if min(rates) < 0 or sum(rates) > 1:
-            raise ValueError(
-                "drop_both, drop_embedding and drop_image are shares: not below 0, and not above 1 together"
+            raise ConfigError(
+                "image_to_video: drop_both, drop_embedding and drop_image are shares: not below 0, not above 1 together"
             )
         if min(self.held_out_clips, self.bands, self.preview_clips) < 1:
-            raise ValueError("held_out_clips, bands and preview_clips must be at least 1")
+            raise ConfigError("image_to_video: held_out_clips, bands and preview_clips must be at least 1")
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Preview:
 class ImageToVideoTask:
     """Trains `family.unet` to animate a clip's first frame; measures and shows it on held-out clips.
 
-    `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`).
+    `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`), of one or more sizes;
+    some must have two frames or more, else DataError. A clip of one frame is an image: the temporal layers are
+    bypassed, and the UNet is shown its embedding but not its latent, which would be the answer.
     """
 
     def __init__(
@@ -91,6 +95,9 @@ class ImageToVideoTask:
         self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
         self.frozen: list[nn.Module] = [family.vae, family.image_encoder]
         self.held_out = held_out[: settings.held_out_clips]
+        self.shown = [clip for clip in self.held_out if not is_image(clip)][: settings.preview_clips]
+        if not self.shown:
+            raise DataError("the held-out clips (data.held_out) are images: previews need clips of two frames or more")
         for module in self.frozen:
             module.requires_grad_(False).eval()
         choose_trainable(family.unet, settings.trainable)
@@ -104,25 +111,33 @@ class ImageToVideoTask:
             noise.uniform("drop"), self.settings.drop_both, self.settings.drop_embedding, self.settings.drop_image
         )
         sigma = objective.sigma(noise.normal("sigma"))  # (B,)
-        predict = family.predict(condition, self.players[0].network)
+        predict = family.predict(condition, self.players[0].network, is_image(batch))
         return objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:])), {}
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """The condition of each clip's first frame, noise-augmented by a draw of its own."""
+        """The condition of each clip's first frame, noise-augmented by a draw of its own; of an image, without it."""
         first = batch["pixels"][:, 0].to(noise.device)  # (B, 3, H, W)
         aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
         fps, bucket = batch["fps"].to(noise.device), self.family.motion.bucket(batch["motion"].to(noise.device))
-        return self.family.condition(first, fps, bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
+        condition = self.family.condition(first, fps, bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
+        return condition.without_image() if is_image(batch) else condition
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The held-out loss on fixed noise: its mean, per noise level, and with the temporal layers bypassed."""
+        """The held-out loss on fixed noise: its mean, per noise level, per size, and with temporal layers bypassed.
+
+        The means are over clips, whatever their size; sizes are told apart where there are several.
+        """
         levels = self.levels()
-        network = self.players[0].network
-        losses, bypassed = self.held_out_losses(levels, network), self.held_out_losses(levels, WithoutTemporal(network))
-        named = {f"held-out loss at sigma {sigma:.3g}": loss for sigma, loss in zip(levels, losses, strict=True)}
-        mean, without = sum(losses) / len(levels), sum(bypassed) / len(levels)
-        return {"held-out loss": mean, **named, "held-out loss, temporal layers bypassed": without}
+        losses, bypassed = self.held_out_losses(levels, False), self.held_out_losses(levels, True)  # (N, levels) each
+        named = {"held-out loss": float(losses.mean())}
+        for place, sigma in enumerate(levels):
+            named[f"held-out loss at sigma {sigma:.3g}"] = float(losses[:, place].mean())
+        sizes = [size_of(clip) for clip in self.held_out]
+        for size in dict.fromkeys(sizes) if len(set(sizes)) > 1 else ():
+            chosen = torch.tensor([one == size for one in sizes])
+            named[f"held-out loss in {'x'.join(map(str, size))}"] = float(losses[chosen].mean())
+        return {**named, "held-out loss, temporal layers bypassed": float(bypassed.mean())}
 
     def levels(self) -> list[float]:
         """The noise levels of the held-out loss: equally likely ones under the training distribution."""
@@ -130,43 +145,62 @@ class ImageToVideoTask:
         quantiles = [NormalDist().inv_cdf((k + 0.5) / bands) for k in range(bands)]
         return [float(objective.sigma(torch.tensor([q]))) for q in quantiles]
 
-    def held_out_losses(self, levels: list[float], network: nn.Module, together: int = 4) -> list[float]:
-        """The mean loss of the held-out clips at each noise level, on noise fixed by (seed, clip)."""
-        totals, device = [0.0] * len(levels), self._device()
-        for start in range(0, len(self.held_out), together):
-            batch = join(self.held_out[start : start + together])
+    def held_out_losses(self, levels: list[float], image_only: bool, together: int = 4) -> Tensor:
+        """The loss of each held-out clip at each noise level (N, levels), float64, on noise fixed by (seed, clip)."""
+        losses, device = torch.zeros(len(self.held_out), len(levels), dtype=torch.float64), self._device()
+        for places in same_size(self.held_out, together):
+            batch = join([self.held_out[place] for place in places])
             noise = Noise(self.seed, batch["number"], device)
             clean = self.family.encode(batch["pixels"].to(device))
-            predict = self.family.predict(self.condition(batch, noise), network)
+            predict = self.family.predict(
+                self.condition(batch, noise), self.players[0].network, image_only or is_image(batch)
+            )
             fixed = noise.normal("held-out", *clean.shape[1:])
-            for place, sigma in enumerate(levels):
-                level = torch.full((len(clean),), sigma, device=device)
-                totals[place] += float(self.family.objective.loss(predict, clean, level, fixed).sum())
-        return [total / len(self.held_out) for total in totals]
+            for level, sigma in enumerate(levels):
+                sigmas = torch.full((len(clean),), sigma, device=device)
+                losses[places, level] = self.family.objective.loss(predict, clean, sigmas, fixed).double().cpu()
+        return losses
 
     def preview(self, folder: Path) -> None:
-        """Animate the first held-out clips' first frames: an mp4 each, and one contact sheet (truth above sample)."""
-        batches = self.held_out[: self.settings.preview_clips]
-        truth, generated = self.animate(batches)
+        """Animate the first held-out clips' first frames: an mp4 each, a contact sheet per size (truth above sample).
+
+        `scores.json` holds the mean over all of them.
+        """
+        scores: dict[str, list[float]] = {}
+        for places in same_size(self.shown, len(self.shown)):
+            batches = [self.shown[place] for place in places]
+            truth, generated = self.animate(batches, places)
+            self._show(folder, places, truth, generated)
+            for name, value in self.score(truth, generated).items():
+                scores.setdefault(name, []).extend([value] * len(places))
+        means = {name: sum(values) / len(values) for name, values in scores.items()}
+        (folder / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
+
+    def _show(self, folder: Path, places: list[int], truth: Tensor, generated: Tensor) -> None:
+        """Write the videos and the contact sheet of clips of one size, named by their places."""
         rows, labels = [], []
-        for index, batch in enumerate(batches):
-            name = f"{index:02d}"
-            video.write(folder / f"{name}.mp4", to_uint8(unit(generated[index])), float(batch["fps"][0]))
-            rows += [to_uint8(unit(truth[index])), to_uint8(unit(generated[index]))]
+        for place, real, made in zip(places, truth, generated, strict=True):
+            name = f"{place:02d}"
+            video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(self.shown[place]["fps"][0]))
+            rows += [to_uint8(unit(real)), to_uint8(unit(made))]
             labels += [f"{name} truth", f"{name} sample"]
-        video.contact_sheet(folder / "sheet.png", rows, labels)
-        (folder / "scores.json").write_text(json.dumps(self.score(truth, generated), indent=1) + "\n")
+        alone = len(places) == len(self.shown)
+        size = "x".join(map(str, size_of(self.shown[places[0]])))
+        video.contact_sheet(folder / ("sheet.png" if alone else f"sheet-{size}.png"), rows, labels)
 
     @torch.no_grad()
-    def animate(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """The clips and their animations from the first frame with fixed seeds: both (N, F, 3, H, W) in [-1, 1]."""
+    def animate(self, batches: list[Batch], numbers: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Clips of one size and their animations from the first frame: both (N, F, 3, H, W) in [-1, 1].
+
+        The seeds are fixed, by the clips' `numbers`, which are their places if not given.
+        """
         truth = torch.cat([batch["pixels"] for batch in batches])
         generated = []
-        for index, batch in enumerate(batches):
+        for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
             bucket = int(self.family.motion.bucket(batch["motion"])[0])
             settings = Sampling(
                 **asdict(self.sampling), fps=float(batch["fps"][0]), motion_bucket=bucket, frames=truth.shape[1],
-                seed=self.seed + index,
+                seed=self.seed + number,
             )  # fmt: skip
             generated.append(sample(self.family, batch["pixels"][:, 0].to(self._device()), settings).cpu())
         return truth, torch.cat(generated)
@@ -176,13 +210,14 @@ class ImageToVideoTask:
         """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
         each = truth.split(1)  # one clip at a time: decoding holds whole feature maps at full resolution
         given = torch.cat([self.family.decode(self.family.encode(clip.to(self._device()))).cpu() for clip in each])
-        static = truth[:, :1].expand_as(truth)
-        truth, generated, given, static = unit(truth), unit(generated), unit(given), unit(static)
+        truth, generated, given = unit(truth), unit(generated), unit(given)
+        static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
         first, near = slice(0, 1), slice(1, 4)
         scores = {
             "frame 0, sample": psnr(generated[:, first], truth[:, first]),
             "frame 0, autoencoder": psnr(given[:, first], truth[:, first]),
             "frames 1-3, sample": psnr(generated[:, near], truth[:, near]),
+            "frames 1-3, sample held still": psnr(held[:, near], truth[:, near]),
             "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
             "flicker error, sample": flicker_error(generated, truth),
         }
@@ -209,21 +244,27 @@ def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> 
         parameter.requires_grad_(name not in inert and (trainable == "all" or name in chosen))
 
 
-class WithoutTemporal(nn.Module):
-    """The same network with every frame marked as an image, which bypasses all temporal layers."""
+def is_image(batch: Batch) -> bool:
+    """Whether a batch's clips have one frame."""
+    return int(batch["pixels"].shape[1]) == 1
 
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
 
-    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The UNet's output on clips (B, F, C, h, w)."""
-        marks = torch.ones(sample.shape[:2], dtype=torch.bool, device=sample.device)
-        return self.unet(sample, *args, image_only=marks, **kwargs)
+def size_of(batch: Batch) -> tuple[int, int, int]:
+    """Frames, height and width of a batch's clips."""
+    _, frames, _, height, width = batch["pixels"].shape
+    return frames, height, width
+
+
+def same_size(batches: list[Batch], most: int) -> Iterator[list[int]]:
+    """The places of batches whose clips have one size, at most so many together, the sizes in order of appearance."""
+    sizes = [size_of(batch) for batch in batches]
+    for size in dict.fromkeys(sizes):
+        places = [place for place, one in enumerate(sizes) if one == size]
+        yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
 def join(batches: list[Batch]) -> Batch:
-    """Several batches as one."""
+    """Several batches of one size as one."""
     first = batches[0]
     return {
         key: torch.cat([b[key] for b in batches])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Report:
         self.settings, self.accelerator, self.state = settings, accelerator, state
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.waited, self.begun, self.step = 0.0, time.monotonic(), state.step
+        self.waited, self.begun, self.clips = 0.0, time.monotonic(), 0
         self.written = ""
         hidden = not (settings.progress and accelerator.is_main_process)
         self.bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True)
@@ -50,6 +51,7 @@ class Report:
         self.waited += time.monotonic() - begun
         if isinstance(batch, InflateError):
             raise batch
+        self.clips += len(batch["number"])
         return batch
 
     def add(self, terms: Mapping[str, Sequence[Tensor]]) -> None:
@@ -63,7 +65,7 @@ class Report:
         """Count a step; write a log entry if one is due."""
         self.bar.update(step - self.bar.n)
         if step % self.settings.log_every == 0 or step == self.settings.steps:
-            entry = self._means() | {f"lr/{name}": value for name, value in rates.items()} | self._speed(step)
+            entry = self._means() | {f"lr/{name}": value for name, value in rates.items()} | self._speed()
             self.state.history.append({"step": step, **entry})
             self.accelerator.log(entry, step=step)
             shown = {name[5:]: f"{value:.4f}" for name, value in entry.items() if name.startswith("loss/")}
@@ -77,13 +79,20 @@ class Report:
         values = self.accelerator.reduce(means, reduction="mean").tolist()  # the one device sync of logging
         return dict(zip(names, values, strict=True))
 
-    def _speed(self, step: int) -> dict[str, float]:
-        now, settings = time.monotonic(), self.settings
+    def _speed(self) -> dict[str, float]:
+        now = time.monotonic()
         seconds = max(now - self.begun, 1e-9)
-        clips = (step - self.step) * settings.batch * settings.accumulate * self.accelerator.num_processes
+        clips = self.clips * self.accelerator.num_processes
         speed = {"clips_per_second": clips / seconds, "data_wait": self.waited / seconds}
-        self.waited, self.begun, self.step = 0.0, now, step
+        self.waited, self.begun, self.clips = 0.0, now, 0
         return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the speed."""
+        begun = time.monotonic()
+        yield
+        self.begun += time.monotonic() - begun
 
     def held_out(self, step: int, values: Mapping[str, float]) -> None:
         """Record held-out measurements of a step, in place of earlier ones of the same step."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import send_to_device
@@ -44,6 +44,21 @@ class Dataset(Protocol):
         """The sample of a number, the same at each call."""
 
 
+@runtime_checkable
+class Stepwise(Dataset, Protocol):
+    """A dataset that says which samples form each optimiser step; those of a plain one are the numbers in turn."""
+
+    def numbers(self, step: int, lanes: int, batch: int, /) -> Sequence[int]:
+        """The numbers of a step: of `lanes` batches, one per forward pass of any process, of equal size one by one.
+
+        `batch` is the size asked for; the dataset may give another. The numbers depend on the product of lanes and
+        size alone, so that accumulation and processes can stand for one another.
+        """
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What the numbers rest on beside the seed; a run that resumes must find it unchanged."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended: steps done, why it stopped (`finished`, `max_seconds`, `SIGINT`, `SIGTERM`), held-out
@@ -62,10 +77,12 @@ def fit(
     settings: Training,
     collate: Callable[[list[Any]], Any] = default_collate,
     config: str = "",
+    clips: str = "",
 ) -> Result:
     """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
 
-    `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml.
+    `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml,
+    `clips`, which says what became of each clip, as clips.txt.
     Every process of a run calls it. Raises ConfigError for a setting out of range, TrainingError for an output that
     cannot be used, processes that do not see each other, drift apart or end, and a value that is not finite,
     CheckpointError for a checkpoint that cannot be written or resumed.
@@ -73,7 +90,7 @@ def fit(
     check(settings)
     check_players(task.players, settings)
     accelerator = start_accelerator(settings)
-    state, found = claim_output(task, dataset, settings, accelerator, config)
+    state, found = claim_output(task, dataset, settings, accelerator, {"config.yaml": config, "clips.txt": clips})
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
     restore(found, state, trainees, accelerator)
@@ -83,7 +100,8 @@ def fit(
     with lost, stop, Report(settings, accelerator, state) as report:
         run = Run(task, settings, accelerator, trainees, report, state)
         if state.step == 0:
-            run.look()
+            with report.paused():
+                run.look()
         while state.step < settings.steps and not (reason := stop.reason(accelerator)):
             acting = [one for one in trainees if state.step >= one.player.start]
             torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
@@ -137,9 +155,10 @@ class Run:
         step, settings = self.state.step, self.settings
         if step == settings.steps:
             return
-        self.look(due(step, settings.evaluate_every), due(step, settings.preview_every))
-        if due(step, settings.checkpoint_every):
-            self.save()
+        with self.report.paused():
+            self.look(due(step, settings.evaluate_every), due(step, settings.preview_every))
+            if due(step, settings.checkpoint_every):
+                self.save()
 
     def look(self, evaluate: bool = True, preview: bool = True) -> None:
         """Measure on held-out data and write a preview."""
@@ -186,7 +205,7 @@ def due(step: int, every: int) -> bool:
 
 
 def claim_output(
-    task: Task, dataset: Dataset, settings: Training, accelerator: Any, config: str
+    task: Task, dataset: Dataset, settings: Training, accelerator: Any, texts: Mapping[str, str]
 ) -> tuple[State, Path | None]:
     """Make sure that the output is writable and holds no other run; the state to start from and its checkpoint."""
     if not len(dataset):
@@ -197,6 +216,7 @@ def claim_output(
         "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
         "averaged weights": "yes" if settings.ema else "no",
+        **(dataset.fingerprint() if isinstance(dataset, Stepwise) else {}),
     }  # fmt: skip
     with together():
         if accelerator.is_main_process:
@@ -207,8 +227,10 @@ def claim_output(
             state = checkpoint.read_state(found)
             checkpoint.check_fingerprint(found, state, fingerprint)
     agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
-    if config and accelerator.is_main_process:
-        write_text(settings.output / "config.yaml", config)
+    if accelerator.is_main_process:
+        for name, text in texts.items():
+            if text:
+                write_text(settings.output / name, text)
     accelerator.init_trackers("inflate")
     return state, found
 
@@ -262,19 +284,32 @@ def restore(found: Path | None, state: State, trainees: Sequence[Trainee], accel
 
 
 class Numbers:
-    """Sample numbers of one process, batch by batch from a step on; a pure function of the step, for exact resume."""
+    """Sample numbers of one process, batch by batch from a step on; a pure function of the step, for exact resume.
 
-    def __init__(self, settings: Training, processes: int, process: int, step: int) -> None:
-        self.settings, self.processes, self.process, self.step = settings, processes, process, step
+    The numbers of a step fall to its forward passes in turn, and within each to the processes in turn.
+    """
+
+    def __init__(self, dataset: Dataset, settings: Training, processes: int, process: int, step: int) -> None:
+        self.dataset, self.settings = dataset, settings
+        self.processes, self.process, self.step = processes, process, step
 
     def __len__(self) -> int:
         return (self.settings.steps - self.step) * self.settings.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch = self.settings.batch
-        for micro in range(self.step * self.settings.accumulate, self.settings.steps * self.settings.accumulate):
-            first = (micro * self.processes + self.process) * batch
-            yield list(range(first, first + batch))
+        lanes = self.processes * self.settings.accumulate
+        for step in range(self.step, self.settings.steps):
+            numbers = step_numbers(self.dataset, step, lanes, self.settings.batch)
+            size = len(numbers) // lanes
+            for lane in range(self.process, lanes, self.processes):
+                yield list(numbers[lane * size : (lane + 1) * size])
+
+
+def step_numbers(dataset: Dataset, step: int, lanes: int, batch: int) -> Sequence[int]:
+    """The sample numbers of an optimiser step: as the dataset says, or the next ones."""
+    if isinstance(dataset, Stepwise):
+        return dataset.numbers(step, lanes, batch)
+    return range(step * lanes * batch, (step + 1) * lanes * batch)
 
 
 def loader(
@@ -286,7 +321,7 @@ def loader(
     """
     return DataLoader(
         Readable(dataset),  # type: ignore[arg-type]  # torch asks for its own base class, and uses only these two methods
-        batch_sampler=Numbers(settings, accelerator.num_processes, accelerator.process_index, step),
+        batch_sampler=Numbers(dataset, settings, accelerator.num_processes, accelerator.process_index, step),
         collate_fn=partial(collate_or_error, collate),
         num_workers=settings.workers,
         pin_memory=accelerator.device.type == "cuda",

@@ -17,11 +17,18 @@ LEAST_HEIGHT = 192
 
 
 def compare_previews(before: Path, after: Path, target: Path) -> None:
-    """Write TARGET.mp4 and TARGET.png: the first videos of `before` above those of the same names in `after`."""
-    names = sorted(path.name for path in after.glob("*.mp4") if (before / path.name).is_file())[:SHOWN]
-    if not names:
+    """Write TARGET.mp4 and TARGET.png: the first videos of `before` above those of the same names in `after`.
+
+    Only videos as large as the first are shown: they stand side by side.
+    """
+    found = sorted(path.name for path in after.glob("*.mp4") if (before / path.name).is_file())
+    if not found:
         return
-    fps = video.probe(after / names[0]).fps
+    probes = {name: video.probe(after / name) for name in found}
+    first = probes[found[0]]
+    shape = (first.frames, first.height, first.width)
+    names = [name for name, one in probes.items() if (one.frames, one.height, one.width) == shape][:SHOWN]
+    fps = first.fps
     clips = {folder: [_read(folder / name) for name in names] for folder in (before, after)}
     rows = [_side_by_side(clips[folder]) for folder in (before, after)]
     video.write(target.with_suffix(".mp4"), np.concatenate(rows, axis=1), fps)

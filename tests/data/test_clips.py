@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 import torch
 from clip_files import busy, cut, numbered
 from omegaconf import OmegaConf
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from inflate.data import clips, video
-from inflate.data.clips import ClipDataset, Data, collate, preflight
+from inflate.data import clips, isolation, preflight, video
+from inflate.data.clips import ClipDataset, Data, collate
+from inflate.data.preflight import Cache
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError, DataError
 
@@ -30,11 +33,13 @@ def folder(make_clip, tmp_path):
     return tmp_path / "clips"
 
 
-real = clips._Cache
+real = Cache
 
 
 def small(path, **changes):
-    return Data(**({"path": str(path), "frames": 4, "height": 32, "width": 32, "captions": "optional"} | changes))
+    """Windows of 4 frames, checked in this process: a helper process takes seconds to start on a busy machine."""
+    size = {"frames": 4, "height": 32, "width": 32}
+    return Data(**({"path": str(path), "captions": "optional", "seconds_per_clip": None} | size | changes))
 
 
 def shown(item):
@@ -45,7 +50,7 @@ def shown(item):
 
 def rows_of(path, **changes):
     settings = small(path, **changes)
-    return preflight(find_clips(settings), settings)[0]
+    return preflight.preflight(find_clips(settings), settings)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- samples
@@ -135,7 +140,7 @@ def test_each_clip_is_decoded_once_and_then_read_from_memory(folder, monkeypatch
 
 def test_the_cache_stops_at_its_limit(folder, monkeypatch):
     settings = small(folder)
-    monkeypatch.setattr(clips, "_Cache", lambda limit: real(min(limit, 70_000)) if limit else real(0))
+    monkeypatch.setattr(preflight, "Cache", lambda limit: real(min(limit, 70_000)))
     dataset = ClipDataset(settings)
     assert 0 < sum(frames.nbytes for frames in dataset._cache.frames.values()) <= 70_000
     assert shown(dataset[0])  # the others are read from their files
@@ -144,17 +149,17 @@ def test_the_cache_stops_at_its_limit(folder, monkeypatch):
 def test_few_decoded_clips_wait_behind_a_slow_one(monkeypatch):
     begun, behind = [], []
 
-    def check(clip, settings, room):
+    def check(clip, settings, room, helpers):
         begun.append(clip)
         if clip.name == "0":
             time.sleep(0.3)
             behind.extend(begun)
-        return clips.Checked(clip, None, 0.0, 0, "not decoded"), None
+        return preflight.Checked(clip, None, (), "not decoded"), None
 
-    monkeypatch.setattr(clips, "_check", check)
-    monkeypatch.setattr(clips.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(preflight, "_checked", check)
+    monkeypatch.setattr(isolation.os, "cpu_count", lambda: 4)
     found = [Clip(Path("x.mp4"), "", str(number)) for number in range(40)]
-    checked, _ = preflight(found, small("anywhere"))
+    checked, _ = preflight.preflight(found, small("anywhere"))
     assert [row.clip.name for row in checked.rows] == [str(number) for number in range(40)]
     assert 1 < len(behind) <= 8
 
@@ -243,15 +248,134 @@ def test_variable_rate_windows_are_even_in_time(make_clip, tmp_path):
 
 def test_a_clip_of_exactly_the_window_is_used(folder):
     table = rows_of(folder, frames=8)
-    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+    assert [len(row.windows[0].starts) for row in table.rows] == [1, 2, 3, 4, 5, 6]
     table = rows_of(folder, frames=8, fps=8.0)
-    assert [row.starts for row in table.rows] == [1, 2, 3, 4, 5, 6]
+    assert [len(row.windows[0].starts) for row in table.rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_nearly_equal_rates_are_taken_as_equal(make_clip, tmp_path):
     make_clip("clips/a.mp4", numbered(12, 32, 32), fps=24_000 / 1001)
     table = rows_of(tmp_path / "clips", fps=24.0, frames=12)
     assert table.rows[0].reason == ""
+
+
+# ---------------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.fixture
+def several(make_clip, tmp_path):
+    """Five wide clips, three tall ones, two images; in the order of their names the kinds alternate."""
+    for number in range(5):
+        make_clip(f"clips/{number}-wide.mp4", numbered(8 + number, 32, 64))
+    for number in range(3):
+        make_clip(f"clips/{number}-tall.mp4", numbered(8, 64, 32))
+    for number in range(2):
+        Image.fromarray(numbered(1, 32, 64)[0]).save(tmp_path / "clips" / f"{number}-still.png")
+    return tmp_path / "clips"
+
+
+BUCKETS = ["6x32x64", "4x64x32", "1x32x64"]
+
+
+def in_buckets(path, seed=0, **changes):
+    return ClipDataset(small(path, **({"buckets": BUCKETS} | changes)), seed=seed)
+
+
+def test_every_clip_has_its_bucket_and_the_summary_counts_them(several):
+    dataset = in_buckets(several, tokens=6 * 32)
+    assert dataset.preflight.summary().splitlines() == [
+        "10 clips: 10 used with 10 windows, 0 dropped",
+        "bucket 6x32x64: 5 windows of 5 clips, 1 in a batch",
+        "bucket 4x64x32: 3 windows of 3 clips, 1 in a batch",
+        "bucket 1x32x64: 2 windows of 2 clips, 6 in a batch",
+    ]
+    sizes = {item["name"].split("-")[1]: tuple(item["pixels"].shape) for item in dataset}
+    assert sizes == {"wide.mp4": (6, 3, 32, 64), "tall.mp4": (4, 3, 64, 32), "still.png": (1, 3, 32, 64)}
+
+
+def test_a_step_takes_one_bucket_and_an_epoch_every_window(several):
+    dataset = in_buckets(several, seed=4)
+    seen = Counter()
+    for step in range(10):  # 5 + 3 + 2 steps of one sample
+        [number] = dataset.numbers(step, 1, 1)
+        seen[dataset[number]["name"]] += 1
+    assert sorted(seen.values()) == [1] * 10
+    for step in range(40):
+        batch = collate([dataset[number] for number in dataset.numbers(step, 2, 2)])
+        assert batch["pixels"].shape[0] == 4
+        assert len({name.split("-")[1] for name in batch["name"]}) == 1
+
+
+def test_each_pass_over_a_bucket_is_in_an_order_of_its_own(several):
+    dataset = in_buckets(several, seed=1)
+    wide = [n for step in range(60) for n in dataset.numbers(step, 2, 1) if "wide" in dataset[n]["name"]]
+    passes = [[dataset[n]["name"] for n in wide[first : first + 5]] for first in range(0, 50, 5)]
+    assert all(len(set(names)) == 5 for names in passes)
+    assert len({tuple(names) for names in passes}) > 5
+    assert len(set(wide)) == len(wide)  # and so no noise is drawn twice
+
+
+def test_lanes_and_batches_are_interchangeable(several):
+    dataset = in_buckets(several)
+    for step in range(30):
+        assert dataset.numbers(step, 4, 1) == dataset.numbers(step, 2, 2) == dataset.numbers(step, 1, 4)
+
+
+def test_tokens_decide_the_batch_of_each_bucket(several):
+    dataset = in_buckets(several, tokens=2 * 6 * 32)
+    sizes = {len(dataset.numbers(step, 3, 7)) for step in range(30)}
+    assert sizes == {3 * 2, 3 * 3, 3 * 12}
+
+
+def test_one_bucket_is_taken_in_turn(folder):
+    dataset = ClipDataset(small(folder))
+    assert [dataset.numbers(step, 2, 2) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_chunks_are_samples_of_their_own(folder):
+    dataset = ClipDataset(small(folder, window="chunk"), shuffle=False)
+    assert len(dataset) == 2 + 2 + 2 + 2 + 3 + 3
+    assert [shown(dataset[n]) for n in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    table = dataset.preflight.table().splitlines()
+    assert table[3].endswith("used: frames 0-3 at 8 fps")
+    assert table[4].endswith("used: frames 4-7 at 8 fps; 1 left over")
+
+
+def test_motion_scores_leave_images_out(several):
+    dataset = in_buckets(several)
+    assert dataset.motion_scores().shape == (8,)
+    [still] = [item for item in dataset if item["name"] == "0-still.png"]
+    assert (float(still["motion"]), float(still["fps"])) == (0.0, 1.0)
+
+
+def test_an_image_without_a_bucket_is_dropped_with_the_reason(several):
+    table = rows_of(several, buckets=BUCKETS[:2])
+    assert [row.clip.name for row in table.dropped] == ["0-still.png", "1-still.png"]
+    assert "no bucket has one frame: add one such as 1x32x64" in table.dropped[0].reason
+    assert table.table().splitlines()[-1] == "bucket 4x64x32: 3 windows of 3 clips"
+    with pytest.raises(DataError, match=r"2 of 10 clips are unusable.*\n0-still\.png: an image"):
+        in_buckets(several, buckets=BUCKETS[:2])
+
+
+def test_what_is_dropped_or_left_empty_is_logged(several, caplog):
+    caplog.set_level("INFO")
+    in_buckets(several, buckets=[*BUCKETS[:2], "40x32x32"], max_dropped=0.2)
+    assert "bucket 40x32x32: no clip" in caplog.text
+    assert "dropped: 1-still.png: an image" in caplog.text
+
+
+def test_a_fingerprint_tells_other_buckets_and_budgets(several):
+    first = in_buckets(several).fingerprint()
+    assert first == in_buckets(several, seed=9).fingerprint()
+    for change in ({"buckets": BUCKETS[::-1]}, {"tokens": 999}, {"window": "head"}):
+        assert in_buckets(several, **change).fingerprint() != first
+
+
+def test_a_cached_clip_of_another_size_than_its_bucket_is_read_again(make_clip, tmp_path):
+    make_clip("clips/a.mp4", numbered(8, 32, 64))
+    dataset = in_buckets(tmp_path / "clips", buckets=["12x32x64", "4x16x32"])  # decoded for the longer, larger one
+    assert dataset._cache.frames == {}
+    assert dataset[0]["pixels"].shape == (4, 3, 16, 32)
 
 
 # ---------------------------------------------------------------------------------------------------- preflight
@@ -287,15 +411,15 @@ def test_every_clip_is_listed_with_its_windows_or_the_reason(mixed):
     assert "holds only audio" in reasons["song.mp4"]
     assert "no frame decodes" in reasons["void.mkv"]
     lines = table.table().splitlines()
-    assert len(lines) == 1 + 10 + 1
-    assert lines[2].split() == ["good.mp4", "10", "8", "32x48", "1", "used:", "frames", "3-6", "at", "8", "fps"]
+    assert len(lines) == 1 + 10 + 2
+    assert lines[2].split() == "good.mp4 10 8 32x48 4x32x32 used: frames 3-6 at 8 fps".split()
     assert any("phone.mp4" in line and "32x48 rotated 90" in line for line in lines)
-    assert lines[-1] == "10 clips: 2 used with 14 windows, 8 dropped"
+    assert lines[-2:] == ["10 clips: 2 used with 2 windows, 8 dropped", "bucket 4x32x32: 2 windows of 2 clips"]
 
 
 def test_random_windows_are_listed_as_a_range(folder):
     line = rows_of(folder).table().splitlines()[1]
-    assert line.endswith("used: frames 0-3 to 4-7 at 8 fps")
+    assert line.endswith("4x32x32  used: frames 0-3 to 4-7, one of 5 at 8 fps")
 
 
 def test_too_many_drops_are_refused_with_their_reasons(mixed):
@@ -327,11 +451,11 @@ def test_frame_counts_are_decoded_not_believed(make_clip, tmp_path):
     row = rows_of(tmp_path / "clips").rows[0]
     assert row.probe is not None
     assert row.probe.frames == 20
-    assert row.starts == 17
+    assert row.windows[0].starts == range(17)
 
 
 def test_enlarged_clips_are_counted(folder):
-    assert rows_of(folder, height=64, width=64).summary().endswith("6 enlarged to 64x64")
+    assert rows_of(folder, height=64, width=64).summary().endswith("6 windows of 6 clips, 6 enlarged to 64x64")
 
 
 def test_progress_is_reported(folder):
@@ -354,6 +478,9 @@ def test_progress_is_reported(folder):
         ("fps", float("inf")),
         ("max_dropped", 1.5),
         ("cache_megabytes", -1),
+        ("hop", 0),
+        ("tokens", 0),
+        ("seconds_per_clip", 0.0),
     ],
 )
 def test_impossible_settings_are_named(name, value):

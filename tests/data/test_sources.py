@@ -289,3 +289,13 @@ def test_hugging_face_splits_are_listed(saved, split, reason):
 def test_a_hugging_face_dataset_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="absent: the Hugging Face dataset cannot be loaded"):
         find(tmp_path / "absent", source="huggingface")
+
+
+def test_images_are_clips_and_may_share_the_caption_of_a_video(folder):
+    (folder / "a.png").write_bytes(b"image")
+    assert [(clip.name, clip.caption) for clip in find(folder)] == [
+        ("a.mp4", "caption a"), ("a.png", "caption a"), ("b.mp4", "caption b"),
+    ]  # fmt: skip
+    (folder / "a.webp").write_bytes(b"image")
+    with pytest.raises(DataError, match=r"a\.webp: duplicate of a\.png"):
+        find(folder)

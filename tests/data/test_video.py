@@ -171,6 +171,13 @@ def test_a_text_called_mp4_is_named(tmp_path):
         video.probe(tmp_path / "notes.mp4")
 
 
+def test_an_unknown_codec_is_named(make_clip):
+    path = make_clip("odd.mp4", numbered(5))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(DataError, match=r"odd\.mp4: its codec is unknown"):
+        video.probe(path)
+
+
 def test_a_wrong_extension_is_no_obstacle(make_clip):
     path = make_clip("really_matroska.mp4", numbered(5), kind="matroska")
     assert levels(video.read(path)) == [0, 1, 2, 3, 4]
@@ -335,8 +342,37 @@ def test_images_are_fitted_like_videos(tmp_path):
     assert fitted[:, 2:-2].min() > 240
 
 
-@pytest.mark.parametrize("name", ["absent.png", "notes.png"])
-def test_unreadable_images_are_named(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("absent.png", "no such file"), ("notes.png", "cannot be read as an image")]
+)
+def test_unreadable_images_are_named(tmp_path, name, reason):
     (tmp_path / "notes.png").write_text("hello")
-    with pytest.raises(DataError, match=f"{name}: cannot be read as an image"):
+    with pytest.raises(DataError, match=f"{name}: {reason}"):
         video.read_image(tmp_path / name)
+
+
+def test_a_still_is_a_clip_of_one_frame(tmp_path):
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, 32:96] = 255
+    Image.fromarray(image).save(tmp_path / "a.PNG")
+    found, frames = video.scan(tmp_path / "a.PNG", lambda width, height: (height // 2, height // 2), limit=2**20)
+    assert found.is_image
+    assert (found.frames, found.width, found.height) == (1, 128, 64)
+    assert frames.shape == (1, 32, 32, 3)
+    assert frames[:, :, 2:-2].min() > 240
+    np.testing.assert_array_equal(video.read(tmp_path / "a.PNG", [0], found, (32, 32)), frames)
+
+
+def test_a_size_may_depend_on_the_upright_frame(make_clip):
+    path = make_clip("a.mp4", numbered(3, 32, 64), rotation=-90)
+    _, frames = video.scan(path, lambda width, height: (height // 2, width // 2), limit=2**20)
+    assert frames.shape == (3, 32, 16, 3)
+
+
+def test_a_claim_of_too_many_pixels_is_refused(make_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MOST_PIXELS", 40 * 40)
+    Image.new("RGB", (64, 32)).save(tmp_path / "large.webp")
+    with pytest.raises(DataError, match=r"large\.webp: claims 64x32 pixels"):
+        video.scan(tmp_path / "large.webp")
+    with pytest.raises(DataError, match=r"large\.mp4: "):
+        video.scan(make_clip("large.mp4", busy(3)))

@@ -13,6 +13,7 @@ from diffusers import StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 from helpers import CROSS, randomise, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
@@ -203,6 +204,21 @@ def test_missing_image_encoder_names_the_remedy(image_model: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match="image_encoder"):
         SVD.from_image_model(tmp_path)
     assert SVD.from_image_model(tmp_path, image_encoder=image_model / "image_encoder").fps == 7
+
+
+def test_the_image_half_of_a_whole_clip_model_is_taken(born: SVD, image_model: Path, tmp_path: Path) -> None:
+    vision = born.image_encoder.config
+    whole = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), projection_dim=vision.projection_dim))
+    whole.vision_model.load_state_dict(born.image_encoder.vision_model.state_dict())
+    whole.visual_projection.load_state_dict(born.image_encoder.visual_projection.state_dict())
+    whole.save_pretrained(tmp_path)
+    taken = SVD.from_image_model(image_model, image_encoder=tmp_path).image_encoder
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
+    assert torch.allclose(taken(pixels).image_embeds, born.image_encoder(pixels).image_embeds, atol=1e-5)
+
+
+def test_another_pipelines_image_encoder_is_taken(image_model: Path) -> None:
+    assert SVD.from_image_model(image_model, image_encoder=image_model).image_encoder.config.projection_dim == WIDTH
 
 
 def test_image_model_without_a_tensor_is_refused(tmp_path: Path) -> None:

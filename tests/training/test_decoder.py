@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
@@ -317,6 +318,8 @@ def test_previews_are_a_playable_video_and_a_sheet(tmp_path):
         ({"latent_noise": (0.3, 0.1)}, "decoder.latent_noise"),
         ({"adaptive_bounds": (2.0, 1.0)}, "decoder.adaptive_bounds"),
         ({"discriminator_lead": 1}, "decoder.discriminator_lead=1"),
+        ({"image_adversarial": True, "adversarial": 0.0}, "decoder.image_adversarial"),
+        ({"vgg_weights": Path("vgg.safetensors"), "perceptual": 0.0}, "decoder.vgg_weights"),
     ],
 )
 def test_settings_that_contradict_are_named_before_anything_changes(change, message):

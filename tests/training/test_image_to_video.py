@@ -10,10 +10,12 @@ import torch
 
 from helpers import randomise, write_image_model
 from inflate.data import video
+from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable, join
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
+from inflate.training.previews import compare_previews
 from inflate.training.settings import Training
 
 FRAMES, SIDE = 5, 16
@@ -155,6 +157,58 @@ def test_scores_of_perfect_and_static_samples(family: SVD) -> None:
     assert static["frames 1-3, sample"] == pytest.approx(static["frames 1-3, static copy"])
 
 
+def sized(number: int, frames: int, side: int) -> dict[str, Any]:
+    """A batch of one clip of another size."""
+    clip = batch(number)
+    return {**clip, "pixels": clip["pixels"][:, :frames, :, :side]}
+
+
+def test_an_image_is_trained_without_its_latent_and_without_temporal_layers(family: SVD) -> None:
+    task, image = make(family, drop_both=0.0, drop_embedding=0.0, drop_image=0.0), sized(0, 1, SIDE)
+    noise = Noise(3, image["number"])
+    condition = task.condition(image, noise)
+    assert not condition.image_latent.any()
+    assert condition.context.any()
+    loss, _ = task.loss(image, noise, 0)
+    loss.mean().backward()
+    temporal = family.unet.temporal_parameters()
+    assert all(p.grad is None or not p.grad.any() for p in temporal.values())
+    assert any(p.grad is not None for p in temporal.values())  # zero, not absent: distributed training waits for them
+    assert family.unet.conv_in.weight.grad.any()
+    randomise(family.unet, seed=5)
+    with torch.no_grad():
+        before = task.loss(image, noise, 0)[0]
+        for parameter in temporal.values():
+            parameter.add_(1.0)
+        assert torch.equal(task.loss(image, noise, 0)[0], before)
+
+
+def test_held_out_clips_of_several_sizes_are_measured_and_shown(family: SVD, tmp_path: Path) -> None:
+    clips = [batch(0), sized(1, 1, SIDE), sized(2, FRAMES - 1, 8), batch(3)]
+    small = ImageToVideo(held_out_clips=4, bands=2, preview_clips=4)
+    task = ImageToVideoTask(family, small, clips, Preview(steps=1), lr=1e-3, seed=3)
+    values = task.evaluate()
+    sizes = {name.removeprefix("held-out loss in "): value for name, value in values.items() if " in " in name}
+    assert sizes.keys() == {"5x16x16", "1x16x16", "4x8x16"}
+    shares = {"5x16x16": 2, "1x16x16": 1, "4x8x16": 1}
+    assert values["held-out loss"] == pytest.approx(sum(n * sizes[size] for size, n in shares.items()) / 4)
+    alone = ImageToVideoTask(family, small, clips[2:3], Preview(steps=1), lr=1e-3, seed=3).evaluate()
+    assert alone["held-out loss"] == pytest.approx(sizes["4x8x16"], rel=1e-5)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        task.preview(tmp_path / name)
+    shown = sorted(path.name for path in (tmp_path / "after").iterdir())
+    assert shown == ["00.mp4", "01.mp4", "02.mp4", "scores.json", "sheet-4x8x16.png", "sheet-5x16x16.png"]
+    assert all(value == value for value in json.loads((tmp_path / "after" / "scores.json").read_text()).values())
+    compare_previews(tmp_path / "before", tmp_path / "after", tmp_path / "both")
+    assert video.probe(tmp_path / "both.mp4").width % (2 * SIDE) == 0  # 00 and 02, which have one size
+
+
+def test_images_alone_are_refused_as_held_out_clips(family: SVD) -> None:
+    with pytest.raises(DataError, match="two frames or more"):
+        ImageToVideoTask(family, ImageToVideo(), [sized(0, 1, SIDE)], Preview(), lr=1e-3, seed=0)
+
+
 def test_join() -> None:
     joined = join([batch(1), batch(2)])
     assert joined["number"].tolist() == [1, 2]
@@ -165,5 +219,5 @@ def test_join() -> None:
     "wrong", [{"drop_both": 0.9, "drop_image": 0.2}, {"drop_image": -0.1}, {"bands": 0}, {"preview_clips": 0}]
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be|shares"):
+    with pytest.raises(ConfigError, match="must be|shares"):
         replace(ImageToVideo(), **wrong)

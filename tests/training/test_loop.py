@@ -46,6 +46,17 @@ def step_and_time_free(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in ("clips_per_second", "data_wait")} for row in rows]
 
 
+def test_measuring_and_saving_do_not_count_as_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_: Regression) -> dict[str, float]:
+        time.sleep(0.3)
+        return {"error": 0.0}
+
+    monkeypatch.setattr(Regression, "evaluate", slow)
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=4, log_every=1, evaluate_every=1))
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["history"]
+    assert min(row["clips_per_second"] for row in rows) > settings(tmp_path).batch / 0.3
+
+
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 
@@ -211,11 +222,53 @@ def test_two_batches_of_one_equal_one_batch_of_two(tmp_path: Path) -> None:
 
 def test_numbers_of_all_processes_partition_the_samples_of_a_step() -> None:
     shape = Training(batch=2, accumulate=3, steps=4)
-    batches = [list(Numbers(shape, 2, process, step=1)) for process in (0, 1)]
-    assert len(batches[0]) == len(Numbers(shape, 2, 0, 1)) == 9
+    batches = [list(Numbers(Points(), shape, 2, process, step=1)) for process in (0, 1)]
+    assert len(batches[0]) == len(Numbers(Points(), shape, 2, 0, 1)) == 9
     assert batches[0][0] == [12, 13]
     assert batches[1][0] == [14, 15]
     assert sorted(n for part in batches for batch in part for n in batch) == list(range(12, 48))
+
+
+class Paired(Points):
+    """Steps of even numbers and steps of odd ones by turns; a batch is as large as asked."""
+
+    mark = "even, odd"
+
+    def numbers(self, step: int, lanes: int, batch: int) -> list[int]:
+        first = step // 2 * lanes * batch
+        return [2 * place + step % 2 for place in range(first, first + lanes * batch)]
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"pairs": self.mark}
+
+
+def test_a_dataset_may_say_which_samples_form_a_step(tmp_path: Path) -> None:
+    tasks = [Regression(torch.float64), Regression(torch.float64), Regression(torch.float64)]
+    for task, batch, accumulate in zip(tasks, (1, 2), (2, 1), strict=False):
+        shape = {"batch": batch, "accumulate": accumulate}
+        fit(task, Paired(torch.float64), settings(tmp_path / str(batch), steps=6, **shape))
+    assert tasks[0].seen == tasks[1].seen == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
+    assert weights(tasks[0]) == pytest.approx(weights(tasks[1]), abs=1e-9, rel=0)
+    lanes = [list(Numbers(Paired(), Training(batch=1, steps=6), 2, process, 0)) for process in (0, 1)]
+    assert [n for pair in zip(*lanes, strict=True) for batch in pair for n in batch] == tasks[0].seen
+    fit(tasks[2], Paired(torch.float64), settings(tmp_path / "parts", steps=3, batch=2))
+    fit(tasks[2], Paired(torch.float64), settings(tmp_path / "parts", steps=6, batch=2, resume="latest"))
+    assert tasks[2].seen == tasks[1].seen
+    assert weights(tasks[2]) == weights(tasks[1])
+
+
+def test_resume_refuses_a_dataset_whose_steps_differ(tmp_path: Path) -> None:
+    fit(Regression(), Paired(), settings(tmp_path / "run", steps=1))
+    other = Paired()
+    other.mark = "odd, even"
+    with pytest.raises(CheckpointError, match="pairs was even, odd, is odd, even"):
+        fit(Regression(), other, settings(tmp_path / "run", steps=2, resume="latest"))
+
+
+def test_what_became_of_the_clips_is_kept(tmp_path: Path) -> None:
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=1, batch=3), clips="a.mp4 used\n")
+    assert (tmp_path / "run" / "clips.txt").read_text() == "a.mp4 used\n"
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_rates_are_functions_of_the_step() -> None:

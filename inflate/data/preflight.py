@@ -1,0 +1,210 @@
+"""The check of all clips before the first step: each is decoded once, and is used or dropped with the reason."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from inflate.data import video
+from inflate.data.buckets import Bucket, candidates, largest, nearest
+from inflate.data.isolation import Helpers
+from inflate.data.settings import Data
+from inflate.data.sources import Clip
+from inflate.data.windows import Window, frames_of, left_over, windows
+from inflate.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+Progress = Callable[[int, int], None]
+"""Called with (clips checked, clips in all)."""
+log = logging.getLogger(__name__)
+_IN_FLIGHT = 8
+"""Clips decoded together: more would pile up, each as large as the whole cache, behind a slow one."""
+_SHOWN = 10
+"""Dropped clips that the log lists; the table has all."""
+_HEAD = ("clip", "frames", "fps", "size", "bucket", "")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the preflight found out about one clip."""
+
+    clip: Clip
+    probe: video.Probe | None
+    """None if the clip does not decode"""
+    windows: tuple[Window, ...]
+    """its samples in an epoch, all of one bucket; none if it is dropped"""
+    reason: str
+    """why the clip is dropped; empty if it is used"""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Every clip with its windows and their bucket, or the reason it is dropped."""
+
+    settings: Data
+    rows: tuple[Checked, ...]
+
+    @property
+    def used(self) -> list[Checked]:
+        return [row for row in self.rows if not row.reason]
+
+    @property
+    def dropped(self) -> list[Checked]:
+        return [row for row in self.rows if row.reason]
+
+    def summary(self) -> str:
+        """One line on all clips, then one per bucket: clips, windows, drops, enlargements."""
+        count = sum(len(row.windows) for row in self.used)
+        text = f"{len(self.rows)} clips: {len(self.used)} used with {_windows(count)}, {len(self.dropped)} dropped"
+        return "\n".join([text, *(self._bucket_line(bucket) for bucket in self.settings.sizes)])
+
+    def table(self) -> str:
+        """One aligned line per window or dropped clip, then the summary."""
+        cells = [_HEAD, *(line for row in self.rows for line in _lines(row, self.settings))]
+        return "\n".join([*_aligned(cells), self.summary()])
+
+    def tell(self) -> None:
+        """Log the summary, and the first of the dropped clips with their reasons."""
+        log.info("%s", self.summary())
+        for row in self.dropped[:_SHOWN]:
+            log.warning("dropped: %s: %s", row.clip.name, row.reason)
+        if len(self.dropped) > _SHOWN:
+            log.warning("... and %d more", len(self.dropped) - _SHOWN)
+
+    def refuse(self) -> None:
+        """Raise DataError, listing the dropped clips, if they are more than `max_dropped` of all, or all."""
+        share = len(self.dropped) / max(1, len(self.rows))
+        if self.used and share <= self.settings.max_dropped:
+            return
+        shown = "\n".join(f"{row.clip.name}: {row.reason}" for row in self.dropped[:_SHOWN])
+        more = f"\n... and {len(self.dropped) - _SHOWN} more" if len(self.dropped) > _SHOWN else ""
+        raise DataError(
+            f"{self.settings.path}: {len(self.dropped)} of {len(self.rows)} clips are unusable, data.max_dropped "
+            f"allows {self.settings.max_dropped:.0%}\n{shown}{more}\n"
+            "mend or remove them, or raise data.max_dropped; `inflate data check` lists every clip"
+        )
+
+    def _bucket_line(self, bucket: Bucket) -> str:
+        rows = [row for row in self.used if row.windows[0].bucket == bucket]
+        if not rows:
+            return f"bucket {bucket}: no clip"
+        clips = "1 clip" if len(rows) == 1 else f"{len(rows)} clips"
+        text = f"bucket {bucket}: {_windows(sum(len(row.windows) for row in rows))} of {clips}"
+        if self.settings.tokens is not None:
+            text += f", {bucket.batch(self.settings.tokens)} in a batch"
+        small = sum(_is_enlarged(row, bucket) for row in rows)
+        return text + (f", {small} enlarged to {bucket.width}x{bucket.height}" if small else "")
+
+
+def preflight(clips: Sequence[Clip], settings: Data, progress: Progress | None = None) -> tuple[Preflight, Cache]:
+    """Decode every clip once: the table of what is used, and the decoded clips that fit in memory.
+
+    They are decoded in helper processes, which a file that crashes or hangs the decoder takes with it instead of the
+    run, unless `data.seconds_per_clip` is null.
+    """
+    cache = Cache(settings.cache_megabytes * 2**20)
+    rows: list[Checked] = []
+    with Helpers(settings.seconds_per_clip) as helpers, ThreadPoolExecutor(helpers.count) as pool:
+        for first in range(0, len(clips), _IN_FLIGHT):
+            together = clips[first : first + _IN_FLIGHT]
+            for row, frames in pool.map(lambda clip: _checked(clip, settings, cache.left, helpers), together):
+                rows.append(row)
+                if frames is not None and not row.reason:
+                    cache.add(row.clip.name, frames)
+                if progress is not None:
+                    progress(len(rows), len(clips))
+    return Preflight(settings, tuple(rows)), cache
+
+
+class Cache:
+    """Decoded clips by name, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self.frames: dict[str, Pixels] = {}
+
+    def add(self, name: str, frames: Pixels) -> None:
+        if frames.nbytes <= self.left:
+            self.frames[name] = frames
+            self.left -= frames.nbytes
+
+
+def scan(media: video.Media, settings: Data, room: int) -> tuple[video.Probe, Pixels | None]:
+    """Decode one clip whole, its frames as large as its likely bucket's; they are kept up to `room` bytes."""
+    usual = candidates(settings.sizes, video.is_image(media)) or settings.sizes
+    return video.scan(media, partial(_likely_size, usual), room)
+
+
+def _likely_size(buckets: Sequence[Bucket], width: int, height: int) -> video.Size:
+    """The size that frames will have, unless the clip turns out too short for the longest bucket of its aspect."""
+    return largest(nearest(buckets, width, height), width, height).size
+
+
+def _checked(clip: Clip, settings: Data, room: int, helpers: Helpers) -> tuple[Checked, Pixels | None]:
+    found, frames = None, None
+    try:
+        found, frames = helpers.call(clip.media, scan, settings, room)
+        taken = windows(found, settings)
+    except DataError as error:
+        return Checked(clip, found, (), str(error).removeprefix(f"{clip.media}: ")), None
+    fits = frames is not None and frames.shape[1:3] == taken[0].bucket.size
+    return Checked(clip, found, tuple(taken), ""), frames if fits else None
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def _windows(count: int) -> str:
+    return "1 window" if count == 1 else f"{count} windows"
+
+
+def _is_enlarged(row: Checked, bucket: Bucket) -> bool:
+    return row.probe is not None and (row.probe.height < bucket.height or row.probe.width < bucket.width)
+
+
+def _lines(row: Checked, settings: Data) -> Iterator[tuple[str, ...]]:
+    """The table's lines of one clip: one per window, or one that says why it is dropped."""
+    probe = row.probe
+    if probe is None:
+        yield row.clip.name, "-", "-", "-", "-", f"dropped: {row.reason}"
+        return
+    rate = "image" if probe.is_image else f"{probe.fps:.4g}{' variable' if probe.variable else ''}"
+    size = f"{probe.width}x{probe.height}{f' rotated {probe.rotation}' if probe.rotation else ''}"
+    clip = row.clip.name, str(probe.frames), rate, size
+    if row.reason:
+        yield *clip, "-", f"dropped: {row.reason}"
+    for window in row.windows:
+        yield *clip, str(window.bucket), f"used: {_place(window, probe, settings)}{_rest(window, row, settings)}"
+
+
+def _place(window: Window, probe: video.Probe, settings: Data) -> str:
+    if probe.is_image:
+        return "the image"
+    first, last = (_ends(frames_of(window, start, probe, settings)) for start in (window.starts[0], window.starts[-1]))
+    place = f"frames {first}"
+    if len(window.starts) > 1:
+        place += f" to {last}, one of {len(window.starts)}"
+    return f"{place} at {window.fps:.4g} fps"
+
+
+def _ends(shown: Sequence[int]) -> str:
+    return f"{shown[0]}-{shown[-1]}"
+
+
+def _rest(window: Window, row: Checked, settings: Data) -> str:
+    """What the last window of a clip leaves over, where the way of sampling is meant to show all of it."""
+    if row.probe is None or window is not row.windows[-1] or settings.window not in ("chunk", "slide", "full"):
+        return ""
+    count = left_over(row.windows, row.probe, settings)
+    return f"; {count} left over" if count else ""
+
+
+def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD) - 1)] + [0]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
