@@ -36,6 +36,7 @@ def plot(path: Path, runs: Mapping[str, Mapping[str, Rows]]) -> None:
             _line(axes, run[kind], name, f"C{number}" if legend else f"C{list(KINDS).index(kind)}")
         axes.set_title(_title(kind, name), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     if legend:
         lines = [Line2D([], [], color=f"C{number}", label=label) for number, label in enumerate(runs)]
