@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from inflate import __version__, shelves
-from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, report_errors
+from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,9 @@ app.add_typer(data, name="data")
 
 IDENTITY = 1e-5
 """Largest difference between an inflated model and its parent that still counts as rounding."""
+
+SIGNALLED = 128
+"""Exit status of a command that a signal stopped, less the signal's number."""
 
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
@@ -179,6 +182,27 @@ def sample(
         seed=seed,
     )
     _write(output, _animate(family, read_image(image, size), settings), settings.fps)
+
+
+@app.command("sweep", context_settings={"ignore_unknown_options": True})
+@report_errors()
+def run_sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A script such as recipes/svd_finetune.py.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="[FILE.yaml] key=value,value...", help="What the recipe takes, and lists.")
+    ],
+) -> None:
+    """Run a recipe with each combination of the values that key=a,b,c lists; resume or skip what was run before."""
+    from inflate import sweep
+
+    outcomes, stopped = sweep.run(recipe, sweep.plan(recipe, settings), lambda text: typer.echo(text, err=True))
+    typer.echo(sweep.table(outcomes))
+    if stopped:
+        raise typer.Exit(SIGNALLED + stopped)
+    failed = [outcome.planned.name for outcome in outcomes if outcome.status]
+    if failed:
+        remedy = "their errors stand above; the same command goes on with them"
+        raise TrainingError(f"{len(failed)} of {len(outcomes)} runs failed ({', '.join(failed)}): {remedy}")
 
 
 class ListByDefault(TyperGroup):

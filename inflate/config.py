@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     Schema = type[DataclassInstance]
 
 __all__ = [
-    "ConfigError", "check", "dotted", "dump", "from_command_line", "help_text", "leaves", "load", "names",
-    "report_errors", "translate",
+    "ConfigError", "check", "dotted", "dump", "flat", "from_command_line", "help_text", "is_argument", "leaves", "load",
+    "names", "report_errors", "translate",
 ]  # fmt: skip
 
 NOT_SET = "???"
@@ -47,6 +47,7 @@ NOT_SET = "???"
 WIDTH = 120
 _NULL = "tag:yaml.org,2002:null"
 _TEXT = "tag:yaml.org,2002:str"
+_MAP = "tag:yaml.org,2002:map"
 _FLOAT = "tag:yaml.org,2002:float"
 _WORDS: dict[Any, str] = {
     types.NoneType: "null",
@@ -96,6 +97,11 @@ def names(schema: Schema) -> list[str]:
     return list(_paths(schema))
 
 
+def is_argument(source: str) -> bool:
+    """Whether a source is `key=value`, and not a file's name."""
+    return _ARGUMENT.match(source) is not None
+
+
 def translate(schema: Schema, arguments: Sequence[str]) -> list[str]:
     """Return a command line as YAML files and `key=value` alone; say on standard error what each flag has set."""
     texts = []
@@ -121,6 +127,11 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def flat(config: DataclassInstance) -> dict[str, Any]:
+    """Return all settings of `config` by dotted name, as `dotted` reads them from its `dump`."""
+    return dict(leaves(_plain(config)))
 
 
 def dump(config: DataclassInstance) -> str:
@@ -167,7 +178,7 @@ def _merge(schema: Schema, sources: Sequence[str], defaults: Path | None, partia
     tree: dict[str, Any] = {}
     read = [] if defaults is None else [_file(str(defaults))]
     texts = [text for _, meant in aliases.translate(sources, names(schema)) for text in meant]
-    read += [_argument(text) if _ARGUMENT.match(text) else _file(text) for text in texts]
+    read += [_argument(text) if is_argument(text) else _file(text) for text in texts]
     for source in read:
         _lay(schema, tree, (), _own(schema, source) if partial else source.entries, source)
     return tree
@@ -187,7 +198,7 @@ def _argument(text: str) -> _Source:
         node = yaml.compose(value, Loader=_Loader) or _scalar("", _NULL)
     except yaml.YAMLError:  # text such as *.mp4 or @home; a field that is no text will refuse it
         node = _scalar(value, _TEXT)
-    return _Source(text, yaml.MappingNode("", [(_scalar(key, _TEXT), node)]), value)
+    return _Source(text, yaml.MappingNode(_MAP, [(_scalar(key, _TEXT), node)]), value)
 
 
 def _scalar(value: str, tag: str) -> yaml.ScalarNode:
@@ -205,7 +216,7 @@ def _file(name: str) -> _Source:
         raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{name}: expected lines of `setting: value`")
-    return _Source(name, node or yaml.MappingNode("", []))
+    return _Source(name, node or yaml.MappingNode(_MAP, []))
 
 
 def _line(error: yaml.YAMLError) -> str:

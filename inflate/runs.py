@@ -78,10 +78,15 @@ def find(folder: Path) -> list[Path]:
     """The folders of all runs in `folder`, itself included; CheckpointError where it is none or holds none."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name one that holds runs")
-    found = sorted(file.parent for file in folder.rglob(METRICS) if (file.parent / CONFIG).is_file())
+    found = below(folder)
     if not found:
         raise CheckpointError(f"{folder}: holds no run, which is a folder with {CONFIG} and {METRICS}")
     return found
+
+
+def below(folder: Path) -> list[Path]:
+    """The folders of the runs in a folder that may hold none."""
+    return sorted(file.parent for file in folder.rglob(METRICS) if (file.parent / CONFIG).is_file())
 
 
 def unmeasured(folder: Path) -> list[Path]:
