@@ -28,7 +28,7 @@ ARROWS = {
     "__init__": set(),
     "errors": set(),
     "files": set(),
-    "config": {"errors"},
+    "config": {"errors", "aliases"},
     "shelves": {"errors"},
     "layers": {"layers"} | BASE,
     "models": MIDDLE,
@@ -38,8 +38,12 @@ ARROWS = {
     "metrics": MIDDLE,
     "families": MIDDLE | {"families"},
     "sampling": MIDDLE | {"families", "sampling"},
-    "training": MIDDLE | {"families", "sampling", "training"},
-    "cli": MIDDLE | {"families", "sampling", "training", "shelves", "__init__"},
+    "training": MIDDLE | {"families", "sampling", "training", "curves", "__init__"},
+    "aliases": {"errors"},
+    "curves": {"files"},
+    "runs": {"config", "errors"},
+    "sweep": {"config", "errors", "files", "runs"},
+    "cli": MIDDLE | {"families", "sampling", "training", "shelves", "curves", "runs", "sweep", "__init__"},
 }
 """What each part of the package may import from the package."""
 

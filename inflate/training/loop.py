@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from inflate.errors import InflateError, TrainingError
 from inflate.files import new_folder, write_text
-from inflate.training import checkpoint
+from inflate.training import checkpoint, record
 from inflate.training.checkpoint import State
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
@@ -82,7 +82,7 @@ def fit(
     """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
 
     `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml,
-    `clips`, which says what became of each clip, as clips.txt.
+    `clips`, which says what became of each clip, as clips.txt; `inflate.training.record` writes environment.json.
     Every process of a run calls it. Raises ConfigError for a setting out of range, TrainingError for an output that
     cannot be used, processes that do not see each other, drift apart or end, and a value that is not finite,
     CheckpointError for a checkpoint that cannot be written or resumed.
@@ -133,6 +133,7 @@ def fit(
         exported = run.finish() if completes else None
     for one in trainees:
         one.release(accelerator)
+    record.end(settings.output, accelerator, state.step, reason or "finished")
     return Result(state.step, reason or "finished", state.held_out, exported)
 
 
@@ -231,6 +232,7 @@ def claim_output(
         for name, text in texts.items():
             if text:
                 write_text(settings.output / name, text)
+    record.begin(settings.output, dataset, accelerator, state.step)
     accelerator.init_trackers("inflate")
     return state, found
 

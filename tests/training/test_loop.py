@@ -88,19 +88,6 @@ def test_the_history_holds_rates_norms_logs_and_speed(tmp_path: Path) -> None:
     assert all(0 <= row["data_wait"] <= 1 for row in history)
 
 
-def test_every_quantity_is_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    history = [{"step": step, "loss/a": 1 / (step + 1), "lr/a": 0.1} for step in range(3)] + [
-        {"step": 4, "loss/b": 2.0}
-    ]
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: drawn.append(text))
-    log.plot(tmp_path / "metrics.png", history, [{"step": 0, "psnr": 20.0}])
-    assert drawn == ["loss/a", "lr/a", "loss/b", "held-out psnr"]
-    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.png"]
-
-
 def test_log_entries_are_means_since_the_last_one(tmp_path: Path) -> None:
     rows = []
     for every in (1, 4):
