@@ -76,7 +76,7 @@ for _class in (_Loader, _Dumper):
 def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None, partial: bool = False) -> T:
     """Return `schema` with `sources` laid over the file `defaults` over the schema's own defaults, later ones winning.
 
-    A source is a YAML file or `key=value`, or a flag of diffusers' scripts that stands for one (`inflate.aliases`). With
+    A source is a YAML file, `key=value`, or a flag of diffusers' scripts that stands for one (`inflate.aliases`). With
     `partial`, what a file says of other schemas is passed over: a part of a recipe's settings is read from the recipe's
     own files. Raises `ConfigError` naming the setting and where it was written.
     """

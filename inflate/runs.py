@@ -14,6 +14,7 @@ from typing import Any
 
 from inflate import config as configuration
 from inflate.errors import CheckpointError, ConfigError
+from inflate.tables import aligned
 
 CONFIG, METRICS, ENVIRONMENT = "config.yaml", "metrics.json", "environment.json"
 COMPLETE = ("finished", "max_seconds")
@@ -138,12 +139,6 @@ def names(runs: Sequence[Run]) -> list[str]:
             raise ConfigError(f"{run.folder}: named twice; name different runs")
     common = os.path.commonpath([folder.parent for folder in folders])
     return [os.path.relpath(folder, common) for folder in folders]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with their columns below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def number(value: float | None) -> str:

@@ -26,6 +26,7 @@ from inflate import config as configuration
 from inflate import runs
 from inflate.errors import CheckpointError, ConfigError
 from inflate.files import write_text
+from inflate.tables import aligned
 
 if TYPE_CHECKING:
     from inflate.config import Schema
@@ -99,8 +100,9 @@ def schema_of(recipe: Path) -> Schema:
     if not recipe.is_file():
         raise ConfigError(f"{recipe}: no such recipe; name a script such as recipes/svd_finetune.py")
     schema = getattr(load_script(recipe), "Config", None)
-    known = configuration.names(schema) if isinstance(schema, type) and is_dataclass(schema) else []
-    if not {OUTPUT, RESUME} <= {*known}:
+    if schema is None or not (
+        isinstance(schema, type) and is_dataclass(schema) and {OUTPUT, RESUME} <= {*configuration.names(schema)}
+    ):
         raise ConfigError(f"{recipe}: not a recipe: it has no dataclass Config with {OUTPUT} and {RESUME}")
     return schema
 
@@ -114,11 +116,7 @@ def load_script(path: Path) -> ModuleType:
             raise ConfigError(f"{path}: not a Python script")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses look their own module up
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+        spec.loader.exec_module(module)
     return sys.modules[name]
 
 
@@ -277,7 +275,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         values = [runs.number(numbers[name][1]) if name in numbers else "-" for name in names]
         status = "not started" if outcome.status is None else f"{outcome.status}{' (before)' * outcome.skipped}"
         lines.append([*outcome.planned.varied.values(), *values, status])
-    return "\n".join(runs.aligned(lines))
+    return "\n".join(aligned(lines))
 
 
 def measures(folder: Path) -> dict[str, tuple[float | None, float]]:

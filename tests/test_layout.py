@@ -22,7 +22,7 @@ RECIPES = sorted(ROOT.glob("recipes/*_finetune.py"))
 CARDS = sorted([*ROOT.glob("adapters/*.yaml"), *ROOT.glob("datasets/*.yaml")])
 RECIPE_SETTINGS = sorted(ROOT.glob("recipes/*.yaml"))
 
-BASE = {"config", "errors", "files"}
+BASE = {"config", "errors", "files", "tables"}
 MIDDLE = {"models", "surgery", "objectives", "data", "metrics", "layers"} | BASE
 ARROWS = {
     "__init__": set(),
@@ -41,8 +41,9 @@ ARROWS = {
     "training": MIDDLE | {"families", "sampling", "training", "curves", "__init__"},
     "aliases": {"errors"},
     "curves": {"files"},
-    "runs": {"config", "errors"},
-    "sweep": {"config", "errors", "files", "runs"},
+    "tables": set(),
+    "runs": {"config", "errors", "tables"},
+    "sweep": {"runs"} | BASE,
     "cli": MIDDLE | {"families", "sampling", "training", "shelves", "curves", "runs", "sweep", "__init__"},
 }
 """What each part of the package may import from the package."""
