@@ -3,12 +3,13 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from inflate import __version__, shelves
-from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, report_errors
+from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,9 @@ app.add_typer(data, name="data")
 
 IDENTITY = 1e-5
 """Largest difference between an inflated model and its parent that still counts as rounding."""
+
+SIGNALLED = 128
+"""Exit status of a command that a signal stopped, less the signal's number."""
 
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
@@ -157,7 +161,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Animate IMAGE with the model in PATH."""
-    _check_output(output, overwrite)
+    _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if (height is None) != (width is None):
         raise ConfigError("--height and --width: give both or neither")
     from inflate.data.video import read_image
@@ -180,11 +184,96 @@ def sample(
     _write(output, _animate(family, read_image(image, size), settings), settings.fps)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Raise `DataError` where the video cannot or may not be written, before minutes are spent on it."""
-    if output.suffix.lower() != ".mp4":
-        raise DataError(f"{output}: the output is a video; give it a name that ends in .mp4")
-    for file in (output, output.with_suffix(".png")):
+@app.command("sweep", context_settings={"ignore_unknown_options": True})
+@report_errors()
+def run_sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A script such as recipes/svd_finetune.py.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="[FILE.yaml] key=value,value...", help="What the recipe takes, and lists.")
+    ],
+) -> None:
+    """Run a recipe with each combination of the values that key=a,b,c lists; resume or skip what was run before."""
+    from inflate import sweep
+
+    outcomes, stopped = sweep.run(recipe, sweep.plan(recipe, settings), lambda text: typer.echo(text, err=True))
+    typer.echo(sweep.table(outcomes))
+    if stopped:
+        raise typer.Exit(SIGNALLED + stopped)
+    failed = [outcome.planned.name for outcome in outcomes if outcome.status]
+    if failed:
+        remedy = "their errors stand above; the same command goes on with them"
+        raise TrainingError(f"{len(failed)} of {len(outcomes)} runs failed ({', '.join(failed)}): {remedy}")
+
+
+class ListByDefault(TyperGroup):
+    """Commands of which `list` is the one that is meant where none is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args and args[0] in (*self.commands, "--help")
+        return super().parse_args(ctx, args if named else ["list", *args])
+
+
+runs_app = typer.Typer(cls=ListByDefault, help="List the runs in FOLDER..., compare them, plot them.")
+app.add_typer(runs_app, name="runs")
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, with config.yaml.")]
+
+
+@runs_app.command("list")
+@report_errors()
+def list_runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look [default: output]")
+    ] = None,
+) -> None:
+    """List every run below FOLDER: steps done, how it ended, held-out numbers at its start and last."""
+    from inflate import runs
+
+    for folder in folders or [Path("output")]:
+        for found in runs.find(folder):
+            typer.echo(runs.describe(runs.read(found)))
+        for found in runs.unmeasured(folder):
+            typer.echo(f"note: {found} has begun and written no {runs.METRICS} yet", err=True)
+
+
+@runs_app.command("compare")
+@report_errors()
+def compare_runs(folders: RunFolders) -> None:
+    """Show the settings and surroundings that differ between runs, and their last held-out numbers."""
+    from inflate import runs
+
+    if len(folders) < 2:
+        raise ConfigError(f"{folders[0]}: name another run to compare it with")
+    typer.echo(runs.compare([runs.read(folder) for folder in folders]))
+
+
+@runs_app.command("plot")
+@report_errors()
+def plot_runs(
+    folders: RunFolders,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plot: .png, .svg or .pdf.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Draw the training and held-out curves of runs on common axes."""
+    from inflate import runs
+
+    _check_output(overwrite, (".png", ".svg", ".pdf"), output)
+    read = [runs.read(folder) for folder in folders]
+    logs = [{"history": run.history, "held_out": run.held_out} for run in read]
+    labelled = dict(zip(runs.names(read), logs, strict=True))
+    if not any(rows for log in logs for rows in log.values()):
+        raise CheckpointError(f"{folders[0]}: nothing was recorded that could be drawn")
+    from inflate.curves import plot
+
+    plot(output, labelled)
+    typer.echo(f"wrote {output}")
+
+
+def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> None:
+    """Raise `DataError` where the first of the files, or one that goes with it, cannot or may not be written."""
+    output = files[0]
+    if output.suffix.lower() not in suffixes:
+        raise DataError(f"{output}: give the output a name that ends in {' or '.join(suffixes)}")
+    for file in files:
         if file.exists() and not (overwrite and file.is_file()):
             raise DataError(
                 f"{file} exists already; choose another name" + ("" if overwrite else " or add --overwrite")

@@ -14,12 +14,13 @@ import enum
 import functools
 import inspect
 import itertools
+import os
 import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -27,6 +28,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from inflate import aliases
 from inflate.errors import ConfigError, report_errors
 
 if TYPE_CHECKING:
@@ -35,13 +37,17 @@ if TYPE_CHECKING:
     T = TypeVar("T", bound=DataclassInstance)
     Schema = type[DataclassInstance]
 
-__all__ = ["ConfigError", "check", "dump", "from_command_line", "help_text", "load", "report_errors"]
+__all__ = [
+    "ConfigError", "check", "dotted", "dump", "flat", "from_command_line", "help_text", "is_argument", "leaves", "load",
+    "names", "report_errors", "translate",
+]  # fmt: skip
 
 NOT_SET = "???"
 """How a required setting without a value is written; OmegaConf's word for it."""
 WIDTH = 120
 _NULL = "tag:yaml.org,2002:null"
 _TEXT = "tag:yaml.org,2002:str"
+_MAP = "tag:yaml.org,2002:map"
 _FLOAT = "tag:yaml.org,2002:float"
 _WORDS: dict[Any, str] = {
     types.NoneType: "null",
@@ -70,9 +76,9 @@ for _class in (_Loader, _Dumper):
 def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None, partial: bool = False) -> T:
     """Return `schema` with `sources` laid over the file `defaults` over the schema's own defaults, later ones winning.
 
-    A source is a YAML file or `key=value`; `--config FILE` counts as FILE. With `partial`, what a file says of other
-    schemas is passed over: a part of a recipe's settings is read from the recipe's own files. Raises `ConfigError`
-    naming the setting and where it was written.
+    A source is a YAML file, `key=value`, or a flag of diffusers' scripts that stands for one (`inflate.aliases`). With
+    `partial`, what a file says of other schemas is passed over: a part of a recipe's settings is read from the recipe's
+    own files. Raises `ConfigError` naming the setting and where it was written.
     """
     values = _values(schema, None, _merge(schema, sources, defaults, partial))
     missing = list(_missing(schema, values))
@@ -84,6 +90,48 @@ def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None, 
 def check(schema: Schema, sources: Sequence[str]) -> None:
     """Raise `ConfigError` if a source holds an unknown setting or a wrong value; settings may be missing."""
     _merge(schema, sources, None)
+
+
+def names(schema: Schema) -> list[str]:
+    """Return the dotted names of all settings and groups of settings."""
+    return list(_paths(schema))
+
+
+def is_argument(source: str) -> bool:
+    """Whether a source is `key=value`, and not a file's name."""
+    return _ARGUMENT.match(source) is not None
+
+
+def translate(schema: Schema, arguments: Sequence[str]) -> list[str]:
+    """Return a command line as YAML files and `key=value` alone; say on standard error what each flag has set."""
+    texts = []
+    for written, meant in aliases.translate(arguments, names(schema)):
+        texts += meant
+        if written.startswith("-") and "=" in meant[0] and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{written}: {' '.join(meant)}\n")
+    return texts
+
+
+def dotted(file: Path) -> dict[str, Any]:
+    """Return what a YAML file sets, by dotted name, whatever its schema; raises `ConfigError` if it cannot be read."""
+    try:
+        return dict(leaves(_Loader("").construct_document(_file(str(file)).entries)))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}{_line(error)}: not valid YAML: {_problem(error)}") from None
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings, each with its dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def flat(config: DataclassInstance) -> dict[str, Any]:
+    """Return all settings of `config` by dotted name, as `dotted` reads them from its `dump`."""
+    return dict(leaves(_plain(config)))
 
 
 def dump(config: DataclassInstance) -> str:
@@ -104,8 +152,9 @@ def from_command_line(schema: type[T], defaults: Path | None = None, arguments: 
         name = Path(sys.argv[0]).name
         sys.stdout.write(f"usage: {name} [FILE.yaml] [key=value] ...   (later ones win)\n\n")
         sys.stdout.write(help_text(schema, defaults))
+        sys.stdout.write(f"\nflags of diffusers' scripts, and what they set here:\n{aliases.table(names(schema))}")
         sys.exit(0)
-    return load(schema, arguments, defaults)
+    return load(schema, translate(schema, arguments), defaults)
 
 
 # Sources: from files and arguments to a tree of converted values.
@@ -128,7 +177,8 @@ class _Source:
 def _merge(schema: Schema, sources: Sequence[str], defaults: Path | None, partial: bool = False) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     read = [] if defaults is None else [_file(str(defaults))]
-    read += [_argument(text) if _ARGUMENT.match(text) else _file(text) for text in _without_flag(sources)]
+    texts = [text for _, meant in aliases.translate(sources, names(schema)) for text in meant]
+    read += [_argument(text) if is_argument(text) else _file(text) for text in texts]
     for source in read:
         _lay(schema, tree, (), _own(schema, source) if partial else source.entries, source)
     return tree
@@ -142,30 +192,13 @@ def _own(schema: Schema, source: _Source) -> yaml.MappingNode:
     return yaml.MappingNode("", own)
 
 
-def _without_flag(sources: Sequence[str]) -> Iterator[str]:
-    """Drop the word --config before (or joined to) a file's name."""
-    names = iter(sources)
-    for text in names:
-        if text == "--config":
-            following = next(names, None)
-            if following is None:
-                raise ConfigError("--config: name a YAML file after it")
-            yield following
-        elif text.startswith("--config="):
-            yield text.removeprefix("--config=")
-        elif text.startswith("-"):
-            raise ConfigError(f"{text}: settings are written key=value, without dashes (--help lists them)")
-        else:
-            yield text
-
-
 def _argument(text: str) -> _Source:
     key, value = text.split("=", 1)
     try:
         node = yaml.compose(value, Loader=_Loader) or _scalar("", _NULL)
     except yaml.YAMLError:  # text such as *.mp4 or @home; a field that is no text will refuse it
         node = _scalar(value, _TEXT)
-    return _Source(text, yaml.MappingNode("", [(_scalar(key, _TEXT), node)]), value)
+    return _Source(text, yaml.MappingNode(_MAP, [(_scalar(key, _TEXT), node)]), value)
 
 
 def _scalar(value: str, tag: str) -> yaml.ScalarNode:
@@ -183,7 +216,7 @@ def _file(name: str) -> _Source:
         raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{name}: expected lines of `setting: value`")
-    return _Source(name, node or yaml.MappingNode("", []))
+    return _Source(name, node or yaml.MappingNode(_MAP, []))
 
 
 def _line(error: yaml.YAMLError) -> str:

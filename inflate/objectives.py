@@ -115,7 +115,7 @@ class EDM:
 
         `clean` and `noise` are (B, F, C, h, w), `sigma` (B,): one noise level for all frames of a clip.
         """
-        clean, noise, sigma = (_at_least_float32(tensor) for tensor in (clean, noise, sigma))
+        clean, noise, sigma = (at_least_float32(tensor) for tensor in (clean, noise, sigma))
         _, _, c_in, c_noise = self.scalings(sigma)
         level = _per_video(sigma, clean)
         prediction = predict(_per_video(c_in, clean) * (clean + level * noise), c_noise)  # (B, F, C, h, w)
@@ -144,9 +144,10 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: where losses are computed, whatever the network's precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _per_video(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *(1,) * (like.ndim - 1))  # (B, 1, 1, 1, 1)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

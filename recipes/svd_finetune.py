@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from accelerate import PartialState
 
 from inflate import config as configuration
@@ -30,6 +31,7 @@ from inflate.training.card import write_card
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
 from inflate.training.loop import Result, check_output, fit
+from inflate.training.noise import seed_of
 from inflate.training.previews import compare_previews
 from inflate.training.settings import Training
 
@@ -113,6 +115,7 @@ def train(config: Config) -> Result:
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     model = config.model
+    torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
     family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.main.frames)
     check_sizes(config.data, family)
     task = make_task(config, family, dataset, held_out)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from inflate.sweep import load_script
+
+load_recipe = load_script
+"""A recipe's script as a module, loaded once."""
 
 CROSS = 32
 """Width of the text or image context of the tiny UNets."""
@@ -111,15 +113,3 @@ def write_image_model(folder: Path, linear: bool = True, quant: bool = False, **
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     return folder
-
-
-def load_recipe(path: Path) -> ModuleType:
-    """A recipe's script as a module, loaded once."""
-    name = f"recipe_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

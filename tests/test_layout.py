@@ -22,13 +22,13 @@ RECIPES = sorted(ROOT.glob("recipes/*_finetune.py"))
 CARDS = sorted([*ROOT.glob("adapters/*.yaml"), *ROOT.glob("datasets/*.yaml")])
 RECIPE_SETTINGS = sorted(ROOT.glob("recipes/*.yaml"))
 
-BASE = {"config", "errors", "files"}
+BASE = {"config", "errors", "files", "tables"}
 MIDDLE = {"models", "surgery", "objectives", "data", "metrics", "layers"} | BASE
 ARROWS = {
     "__init__": set(),
     "errors": set(),
     "files": set(),
-    "config": {"errors"},
+    "config": {"errors", "aliases"},
     "shelves": {"errors"},
     "layers": {"layers"} | BASE,
     "models": MIDDLE,
@@ -38,8 +38,13 @@ ARROWS = {
     "metrics": MIDDLE,
     "families": MIDDLE | {"families"},
     "sampling": MIDDLE | {"families", "sampling"},
-    "training": MIDDLE | {"families", "sampling", "training"},
-    "cli": MIDDLE | {"families", "sampling", "training", "shelves", "__init__"},
+    "training": MIDDLE | {"families", "sampling", "training", "curves", "__init__"},
+    "aliases": {"errors"},
+    "curves": {"files"},
+    "tables": set(),
+    "runs": {"config", "errors", "tables"},
+    "sweep": {"runs"} | BASE,
+    "cli": MIDDLE | {"families", "sampling", "training", "shelves", "curves", "runs", "sweep", "__init__"},
 }
 """What each part of the package may import from the package."""
 

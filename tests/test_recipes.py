@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -42,9 +44,10 @@ def test_a_stage_leaves_everything_and_resumes(clips: Path, tmp_path: Path) -> N
     ]  # fmt: skip
     first = recipe(*settings, "training.steps=2", "training.checkpoint_every=1")
     assert first.returncode == 0, first.stderr
-    for name in ("config.yaml", "metrics.json", "metrics.png", "README.md", "before_after.mp4", "before_after.png"):
+    told = ("metrics.json", "metrics.png", "README.md", "before_after.mp4", "before_after.png")
+    for name in ("config.yaml", "environment.json", *told):
         assert (output / name).stat().st_size > 0, name
-        assert name == "config.yaml" or str(output / name) in first.stdout
+        assert name not in told or str(output / name) in first.stdout
     assert (output / "samples" / "step-000000" / "00.mp4").is_file()
     assert (output / "export" / "model_index.json").is_file()
     again = recipe(*settings)
@@ -69,7 +72,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda path, **_: path.touch())
+    monkeypatch.setattr(log, "plot", lambda path, _: path.touch())
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -117,6 +120,39 @@ def test_a_decoder_trains_in_buckets_and_is_measured_in_the_first(mixed: Path, t
     assert "0-still.png 1 image 64x32 - dropped: an image, and no bucket has one frame" in " ".join(table.split())
     exported = json.loads((tmp_path / "run" / "export" / "inflate.json").read_text())
     assert exported["decode_chunk"] == 4
+
+
+def measured(output: Path) -> dict[str, Any]:
+    """What a run measured, without how long it took."""
+    metrics = json.loads((output / "metrics.json").read_text())
+    for row in metrics["history"]:
+        del row["clips_per_second"], row["data_wait"]
+    return metrics
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
+    svd = load_recipe(ROOT / "recipes" / "svd_finetune.py")
+    settings = [
+        str(ROOT / "recipes" / "svd_demo_image_to_video.yaml"), str(ROOT / "recipes" / "svd_demo_short.yaml"),
+        f"data.path={clips}", "data.frames=3", "data.height=32", "data.width=32", "image_to_video.held_out_clips=1",
+        "sampling.steps=2", "training.steps=3", "training.batch=1", "training.log_every=1", "training.tracker=none",
+        "training.progress=false", "data.seconds_per_clip=null",
+    ]  # fmt: skip
+    first, again = tmp_path / "first", tmp_path / "again"
+    torch.manual_seed(1)  # whatever happened before
+    svd.train(load(svd.Config, [*settings, f"training.output={first}"]))
+    torch.manual_seed(2)
+    svd.train(load(svd.Config, [str(first / "config.yaml"), f"training.output={again}"]))
+    assert len(measured(first)["history"]) == 3
+    assert measured(first) == measured(again)
+    weights = Path("export/unet/diffusion_pytorch_model.safetensors")
+    assert (first / weights).read_bytes() == (again / weights).read_bytes()
+    records = [json.loads((output / "environment.json").read_text()) for output in (first, again)]
+    assert records[0]["data"] == records[1]["data"]
+    assert records[0]["data"]["samples"] == 4
+    assert records[0]["data"]["digest"].startswith("sha256:")
 
 
 @pytest.mark.parametrize(

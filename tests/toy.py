@@ -114,10 +114,12 @@ def settings(output: Path, **changes: Any) -> Training:
 
 
 def send(step: int, number: signal.Signals) -> Callable[[int], None]:
-    """A hook that sends this process a signal at a step."""
+    """A hook that sends this process a signal at a step, once however many forward passes the step has."""
+    due = [step]
 
     def hook(now: int) -> None:
-        if now == step:
+        if now in due:
+            due.remove(now)
             os.kill(os.getpid(), number)
 
     return hook

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from inflate.data import video
 from inflate.data.buckets import Schedule
+from inflate.data.digest import digest
 from inflate.data.motion import motion_score
 from inflate.data.preflight import Cache, Checked, Preflight, Progress, preflight
 from inflate.data.settings import Data
@@ -132,6 +133,10 @@ class ClipDataset:
         middles = [(row, row.windows[(len(row.windows) - 1) // 2]) for row in self.rows]
         scores = [self._middle_score(row, window) for row, window in middles if window.bucket.frames > 1]
         return np.asarray(scores, np.float64)
+
+    def digest(self) -> str:
+        """A hash of the used clips and the settings of their windows; see `inflate.data.digest`."""
+        return digest(self.rows, self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded clips: a worker that is started afresh decodes its own."""

@@ -18,6 +18,7 @@ from inflate.data.settings import Data
 from inflate.data.sources import Clip
 from inflate.data.windows import Window, frames_of, left_over, windows
 from inflate.errors import DataError
+from inflate.tables import aligned
 
 Pixels = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -67,7 +68,7 @@ class Preflight:
     def table(self) -> str:
         """One aligned line per window or dropped clip, then the summary."""
         cells = [_HEAD, *(line for row in self.rows for line in _lines(row, self.settings))]
-        return "\n".join([*_aligned(cells), self.summary()])
+        return "\n".join([*aligned(cells), self.summary()])
 
     def tell(self) -> None:
         """Log the summary, and the first of the dropped clips with their reasons."""
@@ -203,8 +204,3 @@ def _rest(window: Window, row: Checked, settings: Data) -> str:
         return ""
     count = left_over(row.windows, row.probe, settings)
     return f"; {count} left over" if count else ""
-
-
-def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD) - 1)] + [0]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError, ConfigError
+from inflate.objectives import at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _vgg16() -> nn.Sequential:
 
 def _unit(features: Tensor) -> Tensor:
     """Unit length over channels; vector_norm, unlike the root of a sum, has a gradient where all channels are 0."""
-    x = features.float()
+    x = at_least_float32(features)
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from inflate.files import write_text
+from inflate.training.record import device_name
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -41,9 +41,9 @@ def write_card(
 
 def hardware() -> str:
     """The device that a run of this process uses."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = "" if device.type == "cuda" else f"{torch.get_num_threads()} threads, "
+    return f"{device_name(device)}, {threads}torch {torch.__version__}"
 
 
 def _measured(held_out: Rows) -> str:

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
+CLIPS_PER_STEP = "training.batch x training.accumulate x processes"
+"""What fixes which clips an optimiser step sees; a run may go on with other factors of the same product."""
+
 
 @dataclass
 class State:
@@ -133,14 +136,14 @@ def read_state(folder: Path) -> State:
 
 def check_fingerprint(folder: Path, state: State, now: Mapping[str, int | str]) -> None:
     """Raise CheckpointError naming every setting whose change would alter what the resumed run sees or holds."""
-    changed = [
-        f"{name} was {state.fingerprint.get(name, 'absent')}, is {now.get(name, 'absent')}"
-        for name in [*now, *(state.fingerprint.keys() - now.keys())]
-        if state.fingerprint.get(name) != now.get(name)
-    ]
+    then = state.fingerprint
+    changed = [name for name in [*now, *(then.keys() - now.keys())] if then.get(name) != now.get(name)]
     if changed:
-        changes = "; ".join(changed)
-        raise CheckpointError(f"{folder} was made with other settings: {changes}; put them back, or start a new output")
+        changes = "; ".join(f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in changed)
+        remedy = "put them back, or start a new output"
+        if CLIPS_PER_STEP in changed:
+            remedy += "; a factor may change where another makes up for it: half the processes, twice the accumulation"
+        raise CheckpointError(f"{folder} was made with other settings: {changes}; {remedy}")
 
 
 def load(folder: Path, trainees: Sequence[Trainee]) -> None:

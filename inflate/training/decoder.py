@@ -30,7 +30,7 @@ from inflate.metrics.perceptual import perceptual_distance
 from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, spectrum_distance, ssim
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
-from inflate.objectives import hinge_discriminator_loss, hinge_generator_loss
+from inflate.objectives import at_least_float32, hinge_discriminator_loss, hinge_generator_loss
 from inflate.training.decoder_settings import Decoder, check
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Player
@@ -75,13 +75,13 @@ def adaptive_weight(
 
 
 def _weight_gradient(loss: Tensor, output: Tensor, last: nn.Parameter) -> Tensor:
-    """Norm of each sample's gradient at `last`, float32: (B,)."""
+    """Norm of each sample's gradient at `last`, at least float32: (B,)."""
     pixels = torch.autograd.grad(loss.sum(), output, retain_graph=True)[0]  # (B, F, 3, H, W)
     norms = []
     for number in range(len(output)):
         own = torch.zeros_like(pixels)
         own[number] = pixels[number]
-        norms.append(torch.autograd.grad(output, last, own, retain_graph=True)[0].float().norm())
+        norms.append(at_least_float32(torch.autograd.grad(output, last, own, retain_graph=True)[0]).norm())
     return torch.stack(norms)  # (B,)
 
 
@@ -128,7 +128,7 @@ class DecoderTask:
         acting = [*self.critics.values()] if step >= settings.adversarial_start else []
         real, latents = self._corrupt(batch, noise)
         with _requiring_gradient(last, bool(acting)):
-            fake = self.decoder.network(latents).float()  # (B, F, 3, H, W)
+            fake = at_least_float32(self.decoder.network(latents))  # (B, F, 3, H, W)
             self._left = batch, fake.detach()
             loss, logs = self._reconstruction(fake, real)  # (B,)
             if acting:
@@ -144,7 +144,7 @@ class DecoderTask:
 
         def loss(batch: Batch, noise: Noise, step: int) -> tuple[Tensor, Logs]:
             both = torch.cat([batch["pixels"], self._reconstructed(batch, noise)])  # (2B, F, 3, H, W)
-            real, fake = player.network(both).float().chunk(2)  # (B, ...) each
+            real, fake = at_least_float32(player.network(both)).chunk(2)  # (B, ...) each
             logs = {"real": real.detach().flatten(1).mean(1), "fake": fake.detach().flatten(1).mean(1)}  # (B,) each
             return _per_clip(hinge_discriminator_loss, real, fake), logs
 
@@ -173,7 +173,8 @@ class DecoderTask:
         if self._left is not None and self._left[0] is batch:
             return self._left[1]
         with torch.no_grad():
-            return decode_clips(self.vae, self._corrupt(batch, noise)[1], temporal=self.settings.temporal).float()
+            latents = self._corrupt(batch, noise)[1]
+            return at_least_float32(decode_clips(self.vae, latents, temporal=self.settings.temporal))
 
     def evaluate(self) -> dict[str, float]:
         """Held-out measures of the present decoder and of its parent (`parent/...`), on clean and on noisy latents.

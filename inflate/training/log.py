@@ -6,21 +6,18 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from inflate.curves import plot
 from inflate.errors import InflateError
-from inflate.files import new_file, write_text
+from inflate.files import write_text
 from inflate.training.checkpoint import State
 from inflate.training.player import Batch
 from inflate.training.settings import Training
-
-Rows = list[dict[str, float]]
 
 
 class Report:
@@ -106,26 +103,5 @@ class Report:
         text = json.dumps(rows, indent=1)
         if self.accelerator.is_main_process and any(rows.values()) and text != self.written:
             write_text(self.settings.output / "metrics.json", text)
-            plot(self.settings.output / "metrics.png", **rows)
+            plot(self.settings.output / "metrics.png", {"": rows})
             self.written = text
-
-
-def plot(path: Path, history: Rows, held_out: Rows) -> None:
-    """Draw every recorded quantity over the steps, one panel each: training in one colour, held-out in another."""
-    panels = [(name, history, "C0") for name in _names(history)] + [(name, held_out, "C1") for name in _names(held_out)]
-    lines = -(-len(panels) // 3)
-    figure = Figure(figsize=(12, 2.6 * lines))
-    figure.subplots_adjust(0.06, 0.5 / (2.6 * lines), 0.98, 1 - 0.3 / (2.6 * lines), 0.2, 0.5)
-    for place, (name, rows, colour) in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, 3, place)
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="." if len(points) < 30 else None)
-        axes.set_title(name if rows is history else f"held-out {name}", fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.3)
-    with new_file(path) as aside:
-        figure.savefig(aside, format="png", dpi=100)
-
-
-def _names(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    return [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from inflate.errors import InflateError, TrainingError
 from inflate.files import new_folder, write_text
-from inflate.training import checkpoint
+from inflate.training import checkpoint, record
 from inflate.training.checkpoint import State
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import Batch, Player, Task, Trainee, at_rest, check_players, in_full_precision, turn
+from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
@@ -83,9 +82,10 @@ def fit(
     """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
 
     `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml,
-    `clips`, which says what became of each clip, as clips.txt.
-    Raises ConfigError for a setting out of range, TrainingError for an output that cannot be used and a value that is
-    not finite, CheckpointError for a checkpoint that cannot be written or resumed.
+    `clips`, which says what became of each clip, as clips.txt; `inflate.training.record` writes environment.json.
+    Every process of a run calls it. Raises ConfigError for a setting out of range, TrainingError for an output that
+    cannot be used, processes that do not see each other, drift apart or end, and a value that is not finite,
+    CheckpointError for a checkpoint that cannot be written or resumed.
     """
     check(settings)
     check_players(task.players, settings)
@@ -94,9 +94,10 @@ def fit(
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
     restore(found, state, trainees, accelerator)
-    batches = iter(loader(dataset, settings, accelerator, state.step, collate))
+    stop, lost = Stop(settings.max_seconds), noticing_losses(settings.output)
+    batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
     reason = ""
-    with Stop(settings.max_seconds) as stop, Report(settings, accelerator, state) as report:
+    with lost, stop, Report(settings, accelerator, state) as report:
         run = Run(task, settings, accelerator, trainees, report, state)
         if state.step == 0:
             with report.paused():
@@ -118,7 +119,7 @@ def fit(
                             accelerator.backward(loss.mean())
                         collect(terms, one, loss, logs)
             norms = [one.gradient_norm(accelerator) for one in acting]
-            stop_if_not_finite(accelerator, state.step, acting, terms, norms, numbers)
+            check_step(accelerator, state.step, acting, terms, norms, numbers)
             for one, norm in zip(acting, norms, strict=True):
                 one.update(state.step, norm)
                 terms[f"gradient_norm/{one.player.name}"] = [norm]
@@ -132,12 +133,16 @@ def fit(
         exported = run.finish() if completes else None
     for one in trainees:
         one.release(accelerator)
+    record.end(settings.output, accelerator, state.step, reason or "finished")
     return Result(state.step, reason or "finished", state.held_out, exported)
 
 
 @dataclass
 class Run:
-    """What happens beside the steps: looking at the model, saving it. The main process writes, the others wait."""
+    """What happens beside the steps: looking at the model, saving it.
+
+    Every process calls each method; the main one does the work, the others wait, and fail where it fails.
+    """
 
     task: Task
     settings: Training
@@ -158,32 +163,37 @@ class Run:
 
     def look(self, evaluate: bool = True, preview: bool = True) -> None:
         """Measure on held-out data and write a preview."""
-        if self.accelerator.is_main_process and (evaluate or preview):
-            with at_rest(self.trainees):
-                if evaluate:
-                    self.report.held_out(self.state.step, self.task.evaluate())
-                if preview:
-                    with new_folder(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
-                        self.task.preview(folder)
-        self.accelerator.wait_for_everyone()
+        if not (evaluate or preview):
+            return
+        with together():
+            if self.accelerator.is_main_process:
+                with at_rest(self.trainees):
+                    self._look(evaluate, preview)
+
+    def _look(self, evaluate: bool, preview: bool) -> None:
+        if evaluate:
+            self.report.held_out(self.state.step, self.task.evaluate())
+        if preview:
+            with new_folder(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
+                self.task.preview(folder)
 
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""
-        if self.accelerator.is_main_process:
-            if self.accelerator.scaler is not None:
-                self.state.scaler = self.accelerator.scaler.state_dict()
-            checkpoint.save(self.settings.output, self.state, self.trainees, self.settings.keep)
-            self.report.write()
-        self.accelerator.wait_for_everyone()
+        with together():
+            if self.accelerator.is_main_process:
+                if self.accelerator.scaler is not None:
+                    self.state.scaler = self.accelerator.scaler.state_dict()
+                checkpoint.save(self.settings.output, self.state, self.trainees, self.settings.keep)
+                self.report.write()
 
     def finish(self) -> Path:
         """Preview the final model and export it; the exported folder."""
         self.look(evaluate=False)
         folder = self.settings.output / "export"
-        if self.accelerator.is_main_process:
-            with at_rest(self.trainees), in_full_precision(self.trainees), new_folder(folder) as aside:
-                self.task.export(aside)
-        self.accelerator.wait_for_everyone()
+        with together():
+            if self.accelerator.is_main_process:
+                with at_rest(self.trainees), in_full_precision(self.trainees), new_folder(folder) as aside:
+                    self.task.export(aside)
         return folder
 
 
@@ -195,30 +205,6 @@ def due(step: int, every: int) -> bool:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def start_accelerator(settings: Training) -> Any:
-    """An Accelerator with this run's precision, accumulation and tracker; TrainingError if it cannot be had here."""
-    AcceleratorState._reset_state()  # it is global, and refuses a second run of another precision in the same process
-    try:
-        accelerator = Accelerator(
-            mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulate,
-            log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=settings.output / "logs",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one previews
-        )
-    except ValueError as error:
-        asked = f"training.precision={settings.precision}, training.tracker={settings.tracker}"
-        raise TrainingError(f"{asked}: {error}") from error
-    if settings.tracker != "none" and not accelerator.log_with:
-        raise TrainingError(f"training.tracker={settings.tracker} is not installed; install it, or set it to none")
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise TrainingError(f"{kind.value} shards the weights, which is not supported; launch with --multi_gpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        raise TrainingError("the processes do not see each other; without GPUs, set ACCELERATE_USE_CPU=true")
-    return accelerator
-
-
 def claim_output(
     task: Task, dataset: Dataset, settings: Training, accelerator: Any, texts: Mapping[str, str]
 ) -> tuple[State, Path | None]:
@@ -226,23 +212,27 @@ def claim_output(
     if not len(dataset):
         raise TrainingError("the dataset has no clip to train on")
     fingerprint = {
-        "training.seed": settings.seed, "training.batch": settings.batch, "training.accumulate": settings.accumulate,
-        "processes": accelerator.num_processes, "clips": len(dataset), "training.optimizer": settings.optimizer,
+        "training.seed": settings.seed,
+        checkpoint.CLIPS_PER_STEP: settings.batch * settings.accumulate * accelerator.num_processes,
+        "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
         "averaged weights": "yes" if settings.ema else "no",
         **(dataset.fingerprint() if isinstance(dataset, Stepwise) else {}),
     }  # fmt: skip
-    if accelerator.is_main_process:
-        check_output(settings)
-    accelerator.wait_for_everyone()
-    found, state = find_checkpoint(settings), State(fingerprint=dict(fingerprint))
-    if found:
-        state = checkpoint.read_state(found)
-        checkpoint.check_fingerprint(found, state, fingerprint)
+    with together():
+        if accelerator.is_main_process:
+            check_output(settings)
+    with together():
+        found, state = find_checkpoint(settings), State(fingerprint=dict(fingerprint))
+        if found:
+            state = checkpoint.read_state(found)
+            checkpoint.check_fingerprint(found, state, fingerprint)
+    agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
     if accelerator.is_main_process:
         for name, text in texts.items():
             if text:
                 write_text(settings.output / name, text)
+    record.begin(settings.output, dataset, accelerator, state.step)
     accelerator.init_trackers("inflate")
     return state, found
 
@@ -289,7 +279,8 @@ def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
 def restore(found: Path | None, state: State, trainees: Sequence[Trainee], accelerator: Any) -> None:
     """Load the checkpoint that was found, if any."""
     if found:
-        checkpoint.load(found, trainees)
+        with together():
+            checkpoint.load(found, trainees)
         if accelerator.scaler is not None and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
 
@@ -324,16 +315,19 @@ def step_numbers(dataset: Dataset, step: int, lanes: int, batch: int) -> Sequenc
 
 
 def loader(
-    dataset: Dataset, settings: Training, accelerator: Any, step: int, collate: Callable[[list[Any]], Any]
+    dataset: Dataset, settings: Training, accelerator: Any, step: int, collate: Callable[[list[Any]], Any], over: Any
 ) -> DataLoader[Batch | InflateError]:
-    """Batches of this process from a step on, the same for any number of workers; a user error comes in its place."""
+    """Batches of this process from a step on, the same for any number of workers; a user error comes in its place.
+
+    `over` is the event of the run's end.
+    """
     return DataLoader(
         Readable(dataset),  # type: ignore[arg-type]  # torch asks for its own base class, and uses only these two methods
         batch_sampler=Numbers(dataset, settings, accelerator.num_processes, accelerator.process_index, step),
         collate_fn=partial(collate_or_error, collate),
         num_workers=settings.workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=partial(leave_signals, over),
         generator=torch.Generator().manual_seed(settings.seed),  # or it would draw from the global one
     )
 
@@ -362,9 +356,19 @@ def collate_or_error(collate: Callable[[list[Any]], Any], items: list[Any]) -> A
         return error
 
 
-def ignore_interrupt(_: int) -> None:
-    """Let a reader process leave Ctrl-C, which reaches the whole process group, to the training process."""
+def leave_signals(over: Any, _: int) -> None:
+    """Let a reader process leave Ctrl-C and SIGTERM to the training process, which still saves, until that is `over`.
+
+    Terminals, torchrun and cluster schedulers send them to the whole process group; a reader that ended would be an
+    error in the training process.
+    """
+
+    def end(*_: object) -> None:
+        if over.is_set():
+            os._exit(128 + signal.SIGTERM)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 # --- within a step ----------------------------------------------------------------------------------------------------
@@ -376,7 +380,7 @@ def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor]
         terms.setdefault(f"{name}/{one.player.name}", []).append(values.detach())
 
 
-def stop_if_not_finite(
+def check_step(
     accelerator: Any,
     step: int,
     acting: Sequence[Trainee],
@@ -384,20 +388,23 @@ def stop_if_not_finite(
     norms: Sequence[Tensor],
     numbers: Sequence[int],
 ) -> None:
-    """Raise TrainingError naming the first tensor that is not finite, before the optimisers touch the weights.
+    """Raise TrainingError, before the optimisers touch the weights, for a value that is not finite, naming the first
+    such tensor, and for gradients that differ between the processes.
 
-    Reading one flag per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
+    Reading one row per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
     may overflow: the scaler then skips the step, so only the losses count.
     """
     watched = [values for name, values in terms.items() if name.startswith("loss/")]
     flags = [value.isfinite().all() for values in watched for value in values]
     flags += [norm.isfinite() for norm in norms] if accelerator.scaler is None else []
-    failed = accelerator.reduce((~torch.stack(flags)).sum(), reduction="sum")  # all processes stop together
-    if failed.item():
+    own = torch.stack([(~torch.stack(flags)).sum().float(), *(norm.float() for norm in norms)])  # (1 + players,)
+    rows = accelerator.gather(own.unsqueeze(0)).tolist()  # (processes, 1 + players): all processes stop together
+    if any(failed for failed, *_ in rows):
         remedy = (
             "resume from the last checkpoint with a lower training.lr or another precision, or leave these clips out"
         )
         raise TrainingError(f"step {step}: {name_not_finite(acting, terms, numbers)}; nothing was updated; {remedy}")
+    check_same_norms([one.player.name for one in acting], [found for _, *found in rows])
 
 
 def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[int]) -> str:
@@ -426,10 +433,14 @@ REASONS = ("", "max_seconds", *SIGNALS)
 
 
 class Stop:
-    """Turns SIGINT, SIGTERM and a time limit into a stop between two steps; a second signal acts as it always did."""
+    """Turns SIGINT, SIGTERM and a time limit into a stop between two steps; a second signal acts as it always did.
+
+    The event `over` tells other processes that the run has ended, well or not.
+    """
 
     def __init__(self, seconds: float | None) -> None:
         self.signal, self.deadline = "", time.monotonic() + (seconds or float("inf"))
+        self.over = multiprocessing.Event()
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -441,6 +452,7 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         self._put_back()
+        self.over.set()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name

@@ -101,12 +101,23 @@ class Trainee:
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
     def gradient_norm(self, accelerator: Any) -> Tensor:
-        """Norm of all gradients as one vector, unscaled; the gradients stay as they are."""
+        """Norm of all gradients as one vector, unscaled; the gradients stay as they are.
+
+        Raises TrainingError where there are none, and, under several processes, where one is missing: they exchange
+        gradients in fixed groups, and would wait for it or leave its group out.
+        """
         accelerator.unscale_gradients(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        missing = sorted(self.parameters.keys() - gradients.keys())
         if not gradients:
             raise TrainingError(f"player '{self.player.name}': its loss does not depend on its trainable parameters")
-        return get_total_norm(gradients)
+        if missing and accelerator.num_processes > 1:
+            names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise TrainingError(
+                f"player '{self.player.name}': no gradient reached {names}, for which other processes would wait; "
+                "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
+            )
+        return get_total_norm(list(gradients.values()))
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -84,19 +86,6 @@ def test_the_history_holds_rates_norms_logs_and_speed(tmp_path: Path) -> None:
     assert [row["lr/map"] for row in history] == [pytest.approx(0.05), pytest.approx(0.1)]
     assert all(row[name] > 0 for row in history for name in ("gradient_norm/map", "largest/map", "clips_per_second"))
     assert all(0 <= row["data_wait"] <= 1 for row in history)
-
-
-def test_every_quantity_is_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    history = [{"step": step, "loss/a": 1 / (step + 1), "lr/a": 0.1} for step in range(3)] + [
-        {"step": 4, "loss/b": 2.0}
-    ]
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: drawn.append(text))
-    log.plot(tmp_path / "metrics.png", history, [{"step": 0, "psnr": 20.0}])
-    assert drawn == ["loss/a", "lr/a", "loss/b", "held-out psnr"]
-    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.png"]
 
 
 def test_log_entries_are_means_since_the_last_one(tmp_path: Path) -> None:
@@ -188,7 +177,8 @@ def test_resume_refuses_settings_that_would_change_the_run(tmp_path: Path, chang
     fit(Regression(), Points(), settings(tmp_path / "run", steps=2, batch=2))
     task = Regression()
     before = weights(task)
-    name = next(iter(change)) if "ema" not in change else "averaged weights"
+    product = "training.batch x training.accumulate x processes"
+    name = {"batch": product, "accumulate": product, "ema": "averaged weights"}.get(key := next(iter(change)), key)
     with pytest.raises(CheckpointError, match=rf"{name} was \w+, is \w+"):
         fit(task, Points(), settings(tmp_path / "run", **({"steps": 4, "batch": 2, "resume": "latest"} | change)))
     assert weights(task) == before
@@ -428,6 +418,39 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, number: sign
     assert "export" not in first.looked
     fit(second, Points(), settings(tmp_path / "run", steps=6, resume="latest"))
     assert weights(whole) == weights(second)
+
+
+def test_a_signal_to_the_reader_processes_too_is_left_to_the_training_process(tmp_path: Path) -> None:
+    task, readers = Regression(), []
+
+    def hook(step: int) -> None:
+        if step == 1:
+            readers.extend(multiprocessing.active_children())
+            for process in (*readers, multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+
+    task.hook = hook
+    result = fit(task, Points(), settings(tmp_path / "run", steps=6, workers=2))
+    assert (result.step, result.stopped, len(readers)) == (2, "SIGTERM", 2)
+    for reader in readers:
+        reader.join(10)
+        assert reader.exitcode == 0
+
+
+def test_readers_heed_a_signal_once_the_run_is_over() -> None:
+    over = multiprocessing.Event()
+    context = multiprocessing.get_context("fork")
+    reader = context.Process(target=lambda: (loop.leave_signals(over, 0), ready.set(), time.sleep(60)))
+    ready = context.Event()
+    reader.start()
+    ready.wait(10)
+    reader.terminate()
+    reader.join(0.3)
+    assert reader.is_alive()
+    over.set()
+    reader.terminate()
+    reader.join(10)
+    assert reader.exitcode == 128 + signal.SIGTERM
 
 
 def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:

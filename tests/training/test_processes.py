@@ -1,0 +1,447 @@
+"""Training in several real processes over gloo: what they see, that they stay equal, and how they end together."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from helpers import randomise, tiny_unet, tiny_vae
+from inflate.errors import DataError, InflateError, TrainingError
+from inflate.families.svd import SVD
+from inflate.models.unet import TemporalSpec
+from inflate.surgery import inflate_unet, inflate_vae
+from inflate.training import checkpoint, log
+from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable
+from inflate.training.loop import fit
+from inflate.training.player import Player
+from inflate.training.processes import check_launch, check_same_norms, check_sharding, join
+from launch import launch
+from toy import Points, Regression, send, settings, weights
+
+# Python 3.12 warns of forks of processes with threads; ours start after the fork.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def error_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """The kind and text of the user error that a function ends with; empty without."""
+    try:
+        function(*arguments)
+    except InflateError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# --- what each process sees and does ----------------------------------------------------------------------------------
+
+
+class Watched(Regression):
+    """Keeps each step's noise, gradients as the optimiser gets them, and weights."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64, dropout=0.3)
+        self.noises: list[float] = []
+        self.gradients: list[Tensor] = []
+        self.course: list[list[float]] = []
+
+    def loss(self, batch: Any, noise: Any, step: int) -> Any:
+        self.noises += noise.normal("noise", 1).flatten().tolist()
+        return super().loss(batch, noise, step)
+
+    def record(self, optimizer: Any, *_: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+        self.course.append(weights(self))
+
+
+def watch(output: Path) -> dict[str, Any]:
+    task, lines = Watched(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("inflate.training.processes")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    removable = register_optimizer_step_pre_hook(task.record)
+    fit(task, Points(torch.float64), settings(output, steps=5, batch=2, accumulate=2, checkpoint_every=1, keep=0))
+    removable.remove()
+    kept = {name: getattr(task, name) for name in ("seen", "noises", "gradients", "course", "looked")}
+    return {**kept, "weights": weights(task), "log": lines}
+
+
+def test_processes_see_different_clips_and_noise_and_stay_equal_at_every_step(tmp_path: Path) -> None:
+    first, second = launch(watch, tmp_path / "run")
+    assert sorted(first["seen"] + second["seen"]) == list(range(5 * 8))
+    assert not set(first["seen"]) & set(second["seen"])
+    assert not set(first["noises"]) & set(second["noises"])
+    assert len(first["gradients"]) == 5
+    assert all(torch.equal(a, b) for a, b in zip(first["gradients"], second["gradients"], strict=True))
+    assert first["course"] == second["course"]
+    assert first["weights"] == second["weights"] != first["course"][-1]
+    assert first["log"] == ["processes: 2 (cpu, gloo); clips per optimiser step: 8 = batch 2 x accumulate 2 x 2"]
+    assert second["log"] == []
+    assert (first["looked"], second["looked"]) == (["evaluate", "preview", "evaluate", "preview", "export"], [])
+    assert [p.name for p in checkpoint.numbered(tmp_path / "run")] == [f"checkpoint-{n}" for n in range(1, 6)]
+
+
+# --- the same trajectory on any number of processes -------------------------------------------------------------------
+
+FRAMES, SIDE = 2, 12
+
+
+class Clips:
+    """Five clips in float64; every `image`-th is one frame only (0 = none)."""
+
+    def __init__(self, image: int = 0) -> None:
+        self.image = image
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(number % 5)
+        frames = 1 if self.image and number % self.image == 0 else FRAMES
+        pixels = torch.rand(frames, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) * 2 - 1
+        return {"pixels": pixels, "fps": torch.tensor(8.0), "motion": torch.tensor(0.2), "number": torch.tensor(number)}
+
+
+def family() -> SVD:
+    """All kinds of layers, of one level each, in float64."""
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = tiny_unet(True, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=8, **kinds)
+    video_unet, _ = inflate_unet(unet, TemporalSpec(), in_channels=8)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae, _ = inflate_vae(tiny_vae(block_out_channels=(8,), norm_num_groups=4, **kinds))
+    torch.manual_seed(3)
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=8,
+    )  # fmt: skip
+    made = SVD(video_unet, vae, CLIPVisionModelWithProjection(vision), frames=FRAMES)
+    for network in (made.unet, made.vae, made.image_encoder):
+        randomise(network.double())
+    return made
+
+
+def image_to_video() -> ImageToVideoTask:
+    batch = {name: value[None] for name, value in Clips()[100].items()}
+    small = ImageToVideo(held_out_clips=1, bands=1, preview_clips=1)
+    return ImageToVideoTask(family(), small, [batch], Preview(steps=1), lr=1e-3, seed=3)
+
+
+def decoder() -> DecoderTask:
+    small = Decoder(
+        trainable="decoder", adversarial_start=3, discriminator_lead=2, discriminator_channels=8,
+        discriminator_layers=2, image_adversarial=True, perceptual=0.1,
+    )  # fmt: skip
+    task = DecoderTask(family().vae, small, Clips()[100]["pixels"][None], lambda folder: None)
+    for critic in task.critics.values():
+        critic.double()
+    return task
+
+
+def trained(make: Callable[[], Any], output: Path, batch: int, accumulate: int, steps: int = 20) -> dict[str, Tensor]:
+    """The weights of all players after some steps; nothing is evaluated, previewed or exported."""
+    task = make()
+    task.evaluate, task.preview, task.export = dict, lambda folder: None, lambda folder: None
+    fit(task, Clips(), settings(output, steps=steps, batch=batch, accumulate=accumulate, lr=1e-3, ema=0.9))
+    named = {f"{player.name}.{name}": p for player in task.players for name, p in player.network.named_parameters()}
+    return {name: parameter.detach() for name, parameter in named.items() if parameter.requires_grad}
+
+
+def largest_difference(ours: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    assert ours.keys() == others.keys()
+    return max(float((ours[name] - others[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("make", [image_to_video, decoder])
+def test_accumulation_batches_and_processes_give_the_same_trajectory(make: Callable[[], Any], tmp_path: Path) -> None:
+    start = {name: p.detach().clone() for player in make().players for name, p in player.network.named_parameters()}
+    accumulated = trained(make, tmp_path / "accumulated", 1, 2)
+    together = trained(make, tmp_path / "together", 2, 1)
+    first, second = launch(trained, make, tmp_path / "processes", 1, 1)
+    assert all(tensor.dtype == torch.float64 for tensor in accumulated.values())
+    moved = [name for name, value in accumulated.items() if not torch.equal(value, start[name.split(".", 1)[1]])]
+    assert len(moved) == len(accumulated)
+    assert largest_difference(accumulated, together) < 1e-9
+    assert largest_difference(accumulated, first) < 1e-9
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- a clip of one frame ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_images_leave_no_trained_parameter_of_the_unet_without_gradient(frames: int) -> None:
+    unet = family().unet
+    choose_trainable(unet, "all")
+    marks = torch.ones(1, frames, dtype=torch.bool)
+    sample = torch.randn(1, frames, 8, 4, 4, dtype=torch.float64)
+    context, ids = torch.randn(1, 1, 8, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    unet(sample, torch.ones(1), context, added_time_ids=ids, image_only=marks).sample.sum().backward()
+    assert [name for name, p in unet.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert all(not p.grad.any() for p in unet.temporal_parameters().values() if p.grad is not None)
+
+
+def mixed(make: Callable[[], Any], output: Path, accumulate: int) -> dict[str, Tensor]:
+    """Weights after training on images and clips in turn: on two processes, one sees nothing but images."""
+    task = make()
+    task.evaluate, task.preview, task.export = dict, lambda folder: None, lambda folder: None
+    fit(task, Clips(image=2), settings(output, steps=4, accumulate=accumulate, lr=1e-3))
+    return {name: p.detach() for player in task.players for name, p in player.network.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [image_to_video, decoder])
+def test_images_beside_clips_neither_hang_the_processes_nor_change_the_result(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    alone = mixed(make, tmp_path / "alone", 2)
+    first, second = launch(mixed, make, tmp_path / "processes", 1)
+    assert largest_difference(alone, first) < 1e-9
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- checkpoints on another number of processes -----------------------------------------------------------------------
+
+
+def learn(output: Path, accumulate: int, stop: int = -1, resume: str | None = None, batch: int = 1) -> list[float]:
+    """The weights after 8 steps, or after a signal in the step `stop`, which reaches the last process only."""
+    task = Regression(torch.float64)
+    if join().is_last_process:
+        task.hook = send(stop, signal.SIGTERM)
+    shape = {"steps": 8, "batch": batch, "accumulate": accumulate, "warmup": 2, "schedule": "cosine", "ema": 0.9}
+    result = fit(task, Points(torch.float64), settings(output, resume=resume, **shape))
+    assert result.step == (8 if stop < 0 else stop + 1)
+    return weights(task)
+
+
+@pytest.mark.parametrize("two_first", [True, False])
+def test_a_run_goes_on_with_another_number_of_processes(two_first: bool, tmp_path: Path) -> None:
+    whole, output = learn(tmp_path / "whole", 2), tmp_path / "parts"
+    if two_first:
+        launch(learn, output, 1, 3)
+        resumed = learn(output, 2, -1, "latest")
+    else:
+        learn(output, 2, 3)
+        resumed, other = launch(learn, output, 1, -1, "latest")
+        assert resumed == other
+    assert resumed == pytest.approx(whole, abs=1e-9, rel=0)
+
+
+def test_fewer_clips_per_step_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    launch(learn, tmp_path / "run", 1, 1)
+    message = error_of(learn, tmp_path / "run", 1, -1, "latest")
+    assert message.startswith("CheckpointError")
+    assert "training.batch x training.accumulate x processes was 2, is 1" in message
+    assert "half the processes, twice the accumulation" in message
+    assert len(learn(tmp_path / "run", 1, -1, "latest", batch=2)) == len(weights(Regression()))
+
+
+# --- ending together --------------------------------------------------------------------------------------------------
+
+
+def killed(output: Path, report: Path) -> None:
+    task = Regression()
+    if join().is_last_process:
+        task.hook = send(5, signal.SIGKILL)
+    report.write_text(error_of(fit, task, Points(), settings(output, steps=100, checkpoint_every=2, keep=0)))
+
+
+def test_when_a_process_is_killed_the_other_says_so_and_the_last_checkpoint_loads(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        launch(killed, tmp_path / "run", tmp_path / "report")
+    assert time.monotonic() - begun < 60
+    message = (tmp_path / "report").read_text()
+    assert message.startswith("TrainingError: another process has ended")
+    assert f"{tmp_path / 'run'} with training.resume=latest" in message
+    last = checkpoint.latest(tmp_path / "run")
+    assert last == tmp_path / "run/checkpoint-4"
+    task = Regression()
+    assert fit(task, Points(), settings(tmp_path / "run", steps=6, accumulate=2, resume="latest")).step == 6
+    assert task.seen[0] == 8
+
+
+class Vanishing(Points):
+    """The fourth sample cannot be read: that of the second process in the second step."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number == 3:
+            raise DataError("b.mp4 is gone; put it back")
+        return super().__getitem__(number)
+
+
+def unreadable(output: Path) -> str:
+    return error_of(fit, Regression(), Vanishing(), settings(output, steps=4))
+
+
+def test_an_error_of_one_process_ends_the_other(tmp_path: Path) -> None:
+    first, second = launch(unreadable, tmp_path / "run")
+    assert second == "DataError: b.mp4 is gone; put it back"
+    assert first.startswith("TrainingError: another process has ended")
+
+
+def full_disk(output: Path) -> str:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    checkpoint.save_file = fail
+    return error_of(fit, Regression(), Points(), settings(output, steps=4, checkpoint_every=1))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes_with_its_message(tmp_path: Path) -> None:
+    first, second = launch(full_disk, tmp_path / "run")
+    assert first == f"CheckpointError: {tmp_path}/run/checkpoint-1 cannot be written: no space left; " + (
+        "free space or name another training.output"
+    )
+    assert second == f"TrainingError: process 0: {first.removeprefix('CheckpointError: ')}"
+
+
+def refused(output: Path) -> str:
+    return error_of(fit, Regression(), Points(), settings(output, steps=1))
+
+
+def test_an_output_of_another_run_is_refused_by_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    messages = launch(refused, tmp_path)
+    assert all("is not empty; set training.resume=latest" in message for message in messages)
+
+
+class Shorter(Points):
+    def __len__(self) -> int:
+        return 7 - join().process_index
+
+
+def disagreeing(output: Path) -> str:
+    return error_of(fit, Regression(), Shorter(), settings(output, steps=1))
+
+
+def test_processes_that_hold_other_clips_are_refused(tmp_path: Path) -> None:
+    first, second = launch(disagreeing, tmp_path / "run")
+    assert first.startswith("TrainingError: clips is 7 for process 0, but 6 for process 1")
+    assert second.startswith("TrainingError: clips is 6 for process 1, but 7 for process 0")
+
+
+# --- gradients that do not arrive -------------------------------------------------------------------------------------
+
+
+class Unwrapped(Regression):
+    """Calls the module inside the wrapper, which exchanges no gradients."""
+
+    def loss(self, batch: Any, noise: Any, step: int) -> Any:
+        self.players[0].network = self.network
+        return super().loss(batch, noise, step)
+
+
+class Partial(Regression):
+    """Leaves a layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.ModuleDict({"used": self.network, "left": nn.Linear(4, 4)})
+        self.network.forward = self.network["used"].forward
+        self.players = [Player("map", self.network, self.loss)]
+
+
+def wrong(kind: type[Regression], output: Path) -> list[Any]:
+    task = kind()
+    return [error_of(fit, task, Points(), settings(output, steps=20)), weights(task) == weights(kind())]
+
+
+def test_gradients_that_are_not_exchanged_are_noticed_in_the_first_step(tmp_path: Path) -> None:
+    for message, unchanged in launch(wrong, Unwrapped, tmp_path / "run"):
+        assert "the gradients of player 'map' differ between the processes" in message
+        assert "must call player.network(...)" in message
+        assert unchanged
+
+
+def test_a_parameter_that_gets_no_gradient_is_named(tmp_path: Path) -> None:
+    for message, unchanged in launch(wrong, Partial, tmp_path / "run"):
+        assert "player 'map': no gradient reached left.bias, left.weight" in message
+        assert unchanged
+
+
+def test_norms_may_differ_by_rounding_and_overflow_together() -> None:
+    check_same_norms(["a", "b"], [[1.0, torch.inf], [1.0 + 1e-6, torch.inf]])
+    with pytest.raises(TrainingError, match="player 'b' differ between the processes .norms 2, 2.1"):
+        check_same_norms(["a", "b"], [[1.0, 2.0], [1.0, 2.1]])
+
+
+# --- how the processes were started -----------------------------------------------------------------------------------
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+VAIN = {**ACCELERATE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen"),
+    [
+        ({}, 1),
+        (ACCELERATE, 1),
+        ({**ACCELERATE, **TORCHRUN, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2),
+        ({**TORCHRUN, "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, 8),
+        ({**VAIN, "WORLD_SIZE": "1", "RANK": "0"}, 1),  # a cluster's own variables for one process
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+    ],
+)
+def test_processes_that_see_each_other_are_welcome(environment: dict[str, str], seen: int) -> None:
+    check_launch(environment, seen)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "WORLD_SIZE=2 processes were started"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4 processes were started"),
+        ({"SLURM_STEP_NUM_TASKS": "3"}, "SLURM_STEP_NUM_TASKS=3 processes were started"),
+        ({**VAIN, "ACCELERATE_USE_CPU": "True"}, "asked for several processes, but started one"),
+    ],
+)
+def test_processes_that_believe_to_be_alone_are_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(TrainingError, match=message) as caught:
+        check_launch(environment, 1)
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_weights_are_refused(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sharding({variable: "false"})
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(TrainingError, match=rf"\({variable}\) shards the weights, which is not supported"):
+        fit(Regression(), Points(), settings(tmp_path / "run", steps=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_accumulation_of_the_launchers_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(TrainingError, match=r"STEPS=4 contradicts training\.accumulate=2"):
+        fit(Regression(), Points(), settings(tmp_path / "run", steps=1, accumulate=2))
+
+
+def test_a_launchers_precision_that_is_not_used_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=1))
+    assert "mixed_precision=bf16 is not used: training.precision decides" in caplog.text
