@@ -10,7 +10,7 @@ from inflate.config import load
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("adapters/*.md"), *ROOT.glob("recipes/*.yaml")]
-COMMAND = re.compile(r"accelerate launch (recipes/\w+\.py)(.*)")
+COMMAND = re.compile(r"accelerate launch (?:--quiet )?(recipes/\w+\.py)(.*)")
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
