@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 
 from inflate import config as configuration
 from inflate.data.buckets import Bucket
@@ -33,6 +32,7 @@ from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Prev
 from inflate.training.loop import Result, check_output, fit
 from inflate.training.noise import seed_of
 from inflate.training.previews import compare_previews
+from inflate.training.processes import join_processes, together
 from inflate.training.settings import Training
 
 HERE = Path(__file__).parent
@@ -79,6 +79,8 @@ class Config:
 
 
 def main(config: Config, arguments: list[str]) -> None:
+    if not join_processes().is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
     if config.stage == "demo":
         demo(config, arguments)
     else:
@@ -93,8 +95,10 @@ def demo(config: Config, arguments: list[str]) -> None:
             "recipes/svd_image_to_video.yaml or recipes/svd_decoder.yaml, or set stage"
         )
     output = config.training.output
-    with PartialState().main_process_first():
-        clips = build(output / "clips", clips=config.demo_clips, held_out=32)
+    clips = output / "clips"
+    with together():
+        if join_processes().is_main_process:
+            build(clips, clips=config.demo_clips, held_out=32)
     start = config.model.path
     for stage, settings in DEMO.items():
         finished = output / stage / "export"
@@ -109,8 +113,9 @@ def demo(config: Config, arguments: list[str]) -> None:
 
 def train(config: Config) -> Result:
     """One stage: load, inflate where needed, fit, write the card."""
-    with PartialState().main_process_first():
-        check_output(config.training)
+    with together():
+        if join_processes().is_main_process:
+            check_output(config.training)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
@@ -121,7 +126,7 @@ def train(config: Config) -> Result:
     task = make_task(config, family, dataset, held_out)
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
-    if result.export and PartialState().is_main_process:
+    if result.export and join_processes().is_main_process:
         finish(config, result)
     return result
 
@@ -138,7 +143,7 @@ def make_task(
     config: Config, family: SVD, dataset: ClipDataset, held_out: ClipDataset
 ) -> DecoderTask | ImageToVideoTask:
     """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
-    training, main, device = config.training, config.data.main, PartialState().device
+    training, main, device = config.training, config.data.main, join_processes().device
     if config.stage == "decoder":
         batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
         fps = float(batches[0]["fps"][0])
@@ -189,13 +194,14 @@ def finish(config: Config, result: Result) -> None:
 
 
 def say(result: Result, config: Config) -> None:
-    """Name the results on standard output."""
-    if not PartialState().is_main_process:
-        return
-    output = config.training.output
+    """Name the results on standard output; end every process after a signal."""
+    output, tells = config.training.output, join_processes().is_main_process
     if result.export is None:
-        print(f"stopped by {result.stopped} at step {result.step}; go on with training.resume=latest")
+        if tells:
+            print(f"stopped by {result.stopped} at step {result.step}; go on with training.resume=latest")
         sys.exit(130 if result.stopped == "SIGINT" else 143)
+    if not tells:
+        return
     first, last = result.held_out[0], result.held_out[-1]
     print(f"\n{config.stage}: {result.step} steps; on held-out clips, before -> after:")
     for name in last:

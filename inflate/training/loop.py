@@ -211,13 +211,13 @@ def claim_output(
     """Make sure that the output is writable and holds no other run; the state to start from and its checkpoint."""
     if not len(dataset):
         raise TrainingError("the dataset has no clip to train on")
+    first = step_numbers(dataset, 0, settings.accumulate * accelerator.num_processes, settings.batch)
     fingerprint = {
-        "training.seed": settings.seed,
-        checkpoint.CLIPS_PER_STEP: settings.batch * settings.accumulate * accelerator.num_processes,
+        "training.seed": settings.seed, checkpoint.CLIPS_PER_STEP: len(first),
         "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
         "averaged weights": "yes" if settings.ema else "no",
-        **(dataset.fingerprint() if isinstance(dataset, Stepwise) else {}),
+        **({**dataset.fingerprint(), "order of clips": seed_of(*first)} if isinstance(dataset, Stepwise) else {}),
     }  # fmt: skip
     with together():
         if accelerator.is_main_process:

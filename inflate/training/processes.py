@@ -49,7 +49,7 @@ SAME_NORM = 1e-3
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
-def join() -> Any:
+def join_processes() -> Any:
     """Join the processes of this run; accelerate's state of them, the same at each call.
 
     A script that uses accelerate before the training loop calls this first. Raises TrainingError where the launcher
@@ -100,7 +100,7 @@ def asked_in_vain(environment: Mapping[str, str]) -> bool:
 
 def start_accelerator(settings: Training) -> Any:
     """An Accelerator with this run's precision, accumulation and tracker; TrainingError if it cannot be had here."""
-    state = join()
+    state = join_processes()
     AcceleratorState._reset_state()  # it is global, and refuses a second run of another precision in the same process
     try:
         accelerator = Accelerator(
@@ -123,12 +123,11 @@ def start_accelerator(settings: Training) -> Any:
 
 
 def announce(accelerator: Any, settings: Training) -> None:
-    """Log how many processes train, on what, and how many clips that makes; and what of the launcher's is not used."""
+    """Log how many processes train, on what, and what makes an optimiser step; and what of the launcher's is unused."""
     count = accelerator.num_processes
-    clips = f"batch {settings.batch} x accumulate {settings.accumulate} x {count}"
-    total = settings.batch * settings.accumulate * count
     how = f"{accelerator.device.type}, {accelerator.state.backend or 'alone'}"
-    logger.info("processes: %d (%s); clips per optimiser step: %d = %s", count, how, total, clips)
+    passes = f"{settings.accumulate * count} = training.accumulate {settings.accumulate} x {count}"
+    logger.info("processes: %d (%s); forward passes per optimiser step: %s", count, how, passes)
     here, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cuda" and here > used:
         logger.warning("%d of the %d visible GPUs are used; --multi_gpu --num_processes %d uses all", used, here, here)

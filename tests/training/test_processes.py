@@ -27,7 +27,7 @@ from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable
 from inflate.training.loop import fit
 from inflate.training.player import Player
-from inflate.training.processes import check_launch, check_same_norms, check_sharding, join
+from inflate.training.processes import check_launch, check_same_norms, check_sharding, join_processes
 from launch import launch
 from toy import Points, Regression, send, settings, weights
 
@@ -97,7 +97,9 @@ def test_processes_see_different_clips_and_noise_and_stay_equal_at_every_step(tm
     assert all(torch.equal(a, b) for a, b in zip(first["gradients"], second["gradients"], strict=True))
     assert first["course"] == second["course"]
     assert first["weights"] == second["weights"] != first["course"][-1]
-    assert first["log"] == ["processes: 2 (cpu, gloo); clips per optimiser step: 8 = batch 2 x accumulate 2 x 2"]
+    assert first["log"] == [
+        "processes: 2 (cpu, gloo); forward passes per optimiser step: 4 = training.accumulate 2 x 2"
+    ]
     assert second["log"] == []
     assert (first["looked"], second["looked"]) == (["evaluate", "preview", "evaluate", "preview", "export"], [])
     assert [p.name for p in checkpoint.numbered(tmp_path / "run")] == [f"checkpoint-{n}" for n in range(1, 6)]
@@ -226,7 +228,7 @@ def test_images_beside_clips_neither_hang_the_processes_nor_change_the_result(
 def learn(output: Path, accumulate: int, stop: int = -1, resume: str | None = None, batch: int = 1) -> list[float]:
     """The weights after 8 steps, or after a signal in the step `stop`, which reaches the last process only."""
     task = Regression(torch.float64)
-    if join().is_last_process:
+    if join_processes().is_last_process:
         task.hook = send(stop, signal.SIGTERM)
     shape = {"steps": 8, "batch": batch, "accumulate": accumulate, "warmup": 2, "schedule": "cosine", "ema": 0.9}
     result = fit(task, Points(torch.float64), settings(output, resume=resume, **shape))
@@ -261,7 +263,7 @@ def test_fewer_clips_per_step_are_refused_with_the_remedy(tmp_path: Path) -> Non
 
 def killed(output: Path, report: Path) -> None:
     task = Regression()
-    if join().is_last_process:
+    if join_processes().is_last_process:
         task.hook = send(5, signal.SIGKILL)
     report.write_text(error_of(fit, task, Points(), settings(output, steps=100, checkpoint_every=2, keep=0)))
 
@@ -328,7 +330,7 @@ def test_an_output_of_another_run_is_refused_by_all_processes(tmp_path: Path) ->
 
 class Shorter(Points):
     def __len__(self) -> int:
-        return 7 - join().process_index
+        return 7 - join_processes().process_index
 
 
 def disagreeing(output: Path) -> str:
