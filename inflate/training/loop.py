@@ -212,7 +212,7 @@ def claim_output(
     if not len(dataset):
         raise TrainingError("the dataset has no clip to train on")
     first = step_numbers(dataset, 0, settings.accumulate * accelerator.num_processes, settings.batch)
-    fingerprint = {
+    fingerprint: dict[str, int | str] = {
         "training.seed": settings.seed, checkpoint.CLIPS_PER_STEP: len(first),
         "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
