@@ -46,6 +46,12 @@ Settings = Annotated[
 ]
 
 
+RunSettings = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: of data, model, image_to_video."),
+]
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="inflate")
@@ -86,6 +92,43 @@ def check(settings: Settings) -> None:
     typer.echo("\n\n".join(f"{name}\n{one.table()}" for name, one in found.items()))
     for one in found.values():
         one.refuse()
+
+
+@data.command("cache")
+@report_errors()
+def cache_clips(
+    settings: RunSettings,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of the cache first; encode anew what is damaged.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove what these settings do not need.")] = False,
+) -> None:
+    """Encode the clips of a run once into data.cache: latents and image embeddings, which training then reads.
+
+    What is there already is kept, and what has changed is encoded anew. `accelerate launch --multi_gpu -m inflate data
+    cache ...` shares the clips among several GPUs.
+    """
+    from inflate import config
+    from inflate.training import caching
+
+    wanted = config.load(caching.Caching, settings, partial=True)
+    caching.cache_clips(wanted, verify, prune, _progress, typer.echo)
+
+
+@data.command("show")
+@report_errors()
+def show_cached(
+    settings: RunSettings,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for videos and contact sheets.")],
+    count: Annotated[int, typer.Option(min=1, help="Windows to show, spread over all.")] = 4,
+) -> None:
+    """Decode windows of what data.cache holds, beside the files' own frames."""
+    if output.exists():
+        raise DataError(f"{output} exists already; choose another name")
+    from inflate import config
+    from inflate.training import caching
+
+    caching.show_cached(config.load(caching.Caching, settings, partial=True), output, count, typer.echo)
 
 
 def _data_settings(sources: list[str]) -> "Data":

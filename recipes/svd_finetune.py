@@ -21,13 +21,15 @@ import torch
 
 from inflate import config as configuration
 from inflate.data.buckets import Bucket
-from inflate.data.clips import Batch, ClipDataset, collate
+from inflate.data.clips import Batch, ClipDataset, Frames, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
+from inflate.families.svd_model import Model
 from inflate.training.card import write_card
 from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.encoding import clip_encoder
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
 from inflate.training.loop import Result, check_output, fit
 from inflate.training.noise import seed_of
@@ -37,21 +39,6 @@ from inflate.training.settings import Training
 
 HERE = Path(__file__).parent
 DEMO = {"decoder": HERE / "svd_demo_decoder.yaml", "image_to_video": HERE / "svd_demo_image_to_video.yaml"}
-
-
-@dataclass
-class Model:
-    """The model that training starts from."""
-
-    path: str = "pocket"
-    """`pocket`; a Stable Diffusion or Stable Video Diffusion folder in diffusers' layout, or its name on the Hub; or
-    the original's .safetensors file"""
-    image_encoder: str | None = None
-    """folder of the CLIP image encoder, where `path` holds none"""
-    norm_epsilon: float = 1e-5
-    """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-5, its parent's and the original's,
-    it equals its parent exactly; with 1e-6, diffusers', the export is sampled exactly by diffusers' pipeline. The card
-    states the difference"""
 
 
 @dataclass
@@ -119,16 +106,24 @@ def train(config: Config) -> Result:
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
-    model = config.model
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
-    family = SVD.load(model.path, model.image_encoder, model.norm_epsilon, frames=config.data.main.frames)
+    family = config.model.load(config.data.main.frames)
     check_sizes(config.data, family)
+    if dataset.cache:
+        dataset.read_encoded(clip_encoder(family, config.data, config.image_to_video), frames_encoded(config))
     task = make_task(config, family, dataset, held_out)
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
     if result.export and join_processes().is_main_process:
         finish(config, result)
     return result
+
+
+def frames_encoded(config: Config) -> Frames:
+    """Which frames of a sample are read as pixels beside what is cached of it."""
+    if config.stage == "decoder":
+        return "all"
+    return "none" if config.data.cache_draws else "first"
 
 
 def check_sizes(data: Data, family: SVD) -> None:
@@ -153,8 +148,9 @@ def make_task(
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
     task = ImageToVideoTask(
-        family.to(device), config.image_to_video, batches, config.sampling, training.lr, training.seed
-    )
+        family, config.image_to_video, batches, config.sampling, training.lr, training.seed,
+        frames_encoded(config) if config.data.cache else "all",
+    )  # fmt: skip
     family.frames, family.height, family.width = main.frames, main.height, main.width
     family.fps = float(task.shown[0]["fps"][0])
     family.motion = MotionBuckets.fit(dataset.motion_scores())

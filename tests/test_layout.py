@@ -42,6 +42,7 @@ ARROWS = {
     "aliases": {"errors"},
     "curves": {"files"},
     "tables": set(),
+    "__main__": {"cli"},
     "runs": {"config", "errors", "tables"},
     "sweep": {"runs"} | BASE,
     "cli": MIDDLE | {"families", "sampling", "training", "shelves", "curves", "runs", "sweep", "__init__"},

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from inflate.data import video
 from inflate.data.buckets import Schedule
+from inflate.data.cache import ClipCache, EncodedClips, Encoder
 from inflate.data.digest import digest
 from inflate.data.motion import motion_score
-from inflate.data.preflight import Cache, Checked, Preflight, Progress, preflight
+from inflate.data.preflight import Checked, Decoded, Preflight, Progress, preflight
 from inflate.data.settings import Data
 from inflate.data.sources import find_clips
 from inflate.data.windows import Window, frames_of
@@ -31,11 +32,19 @@ _ORDERS_KEPT = 8
 """Orders of epochs that are remembered: the buckets of a run need not be in the same one."""
 
 
-class Item(TypedDict):
-    """One sample; `collate` stacks them."""
+Frames = Literal["all", "first", "none"]
+"""Which frames of a sample's pixels are read beside what is cached of it."""
 
-    pixels: Tensor
-    """float32 (F, 3, H, W) in [-1, 1]"""
+
+class Item(TypedDict):
+    """One sample; `collate` stacks them. One of a cache also holds the tensors that the family's encoder named."""
+
+    pixels: NotRequired[Tensor]
+    """float32 (F, 3, H, W) in [-1, 1]; of a sample from a cache only if all its frames are asked for"""
+    first: NotRequired[Tensor]
+    """float32 (3, H, W), the first frame alone; of a sample from a cache, if that is asked for"""
+    latents: NotRequired[Tensor]
+    """scaled latents (F, C, h, w); of a sample from a cache"""
     fps: Tensor
     """float32 (), of the window: the clip's rate, or data.fps, over the stride"""
     motion: Tensor
@@ -46,15 +55,8 @@ class Item(TypedDict):
     name: str
 
 
-class Batch(TypedDict):
-    """Items stacked: a leading batch axis on each tensor."""
-
-    pixels: Tensor
-    fps: Tensor
-    motion: Tensor
-    caption: list[str]
-    number: Tensor
-    name: list[str]
+Batch = dict[str, Any]
+"""Items stacked: a leading batch axis on each tensor, captions and names as lists."""
 
 
 class ClipDataset:
@@ -74,7 +76,9 @@ class ClipDataset:
     def __init__(self, settings: Data, seed: int = 0, shuffle: bool = True, progress: Progress | None = None) -> None:
         """Find and check the clips; raises DataError if they cannot be used (see `Preflight.refuse`)."""
         self.settings, self.seed, self.shuffle = settings, seed % 2**63, shuffle
-        self.preflight, self._cache = preflight(find_clips(settings), settings, progress)
+        self.cache = ClipCache(settings.cache) if settings.cache else None
+        known = self.cache.probe if self.cache else None
+        self.preflight, self._decoded = preflight(find_clips(settings), settings, progress, known)
         self.preflight.refuse()
         self.preflight.tell()
         self.rows = self.preflight.used
@@ -84,6 +88,18 @@ class ClipDataset:
         self._places = [np.flatnonzero([one == bucket for one in buckets]) for bucket in self.buckets]
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self._scores: dict[tuple[str, int], float] = {}
+        self._encoded: EncodedClips | None = None
+        self._frames_read: Frames = "all"
+
+    def read_encoded(self, encoder: Encoder, frames: Frames) -> None:
+        """Let samples hold what `data.cache` has of them, and of their pixels only these frames.
+
+        DataError where there is no cache, or a clip is not in it as `encoder` would encode it now.
+        """
+        if self.cache is None:
+            raise DataError("data.cache names no folder of encoded clips")
+        self._encoded = EncodedClips(self.cache, self.rows, self.settings, encoder)
+        self._frames_read = frames
 
     def __len__(self) -> int:
         """Windows of the usable clips: the samples of one epoch."""
@@ -99,17 +115,16 @@ class ClipDataset:
 
         row, window = self.windows[self._place(int(number))]
         start = self._start(int(number), window)
-        frames = self._frames(row, window, start)  # (F, H, W, 3)
-        # In numpy: torch would start threads for so little work, and those get in the way of the model's.
-        pixels = np.ascontiguousarray(frames.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5)  # (F, 3, H, W)
-        return {
-            "pixels": torch.from_numpy(pixels - 1),
+        content = self._shown(row, window, start) if self._encoded is None else self._from_cache(row, window, start)
+        item = {
+            **content,
             "fps": torch.tensor(window.fps, dtype=torch.float32),
-            "motion": torch.tensor(self._score(row, window, start, frames), dtype=torch.float32),
+            "motion": content["motion"].float(),
             "caption": row.clip.caption,
             "number": torch.tensor(int(number), dtype=torch.int64),
             "name": row.clip.name,
         }
+        return cast("Item", item)
 
     def numbers(self, step: int, lanes: int, batch: int) -> list[int]:
         """The samples of an optimiser step, for so many forward passes over all processes, each with its share in turn.
@@ -140,7 +155,7 @@ class ClipDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded clips: a worker that is started afresh decodes its own."""
-        return self.__dict__ | {"_cache": Cache(0)}
+        return self.__dict__ | {"_decoded": Decoded(0)}
 
     def _batches(self, batch: int) -> list[int]:
         tokens = self.settings.tokens
@@ -169,14 +184,43 @@ class ClipDataset:
             return window.starts[0]
         return int(np.random.default_rng([self.seed, _START, number]).integers(len(window.starts)))
 
-    def _frames(self, row: Checked, window: Window, start: int) -> Pixels:
+    def _shown(self, row: Checked, window: Window, start: int) -> dict[str, Tensor]:
+        """What the file gives of a window: `pixels` (F, 3, H, W) and `motion` ()."""
+        import torch
+
+        from inflate.data.pixels import to_float
+
+        frames = self._read(row, window, self._numbers(row, window, start))  # (F, H, W, 3)
+        score = torch.tensor(self._score(row, window, start, frames), dtype=torch.float64)
+        return {"pixels": torch.from_numpy(to_float(frames)), "motion": score}
+
+    def _from_cache(self, row: Checked, window: Window, start: int) -> dict[str, Tensor]:
+        """What the cache has of a window, and the pixels of the frames that are asked for."""
+        import torch
+
+        from inflate.data.pixels import to_float
+
+        assert self._encoded is not None
+        numbers = self._numbers(row, window, start)
+        found = self._encoded.read(row, window, start, numbers)
+        if self._frames_read == "all":
+            found["pixels"] = torch.from_numpy(to_float(self._read(row, window, numbers)))
+        elif self._frames_read == "first":
+            found["first"] = torch.from_numpy(to_float(self._read(row, window, numbers[:1])))[0]
+        return found
+
+    def _numbers(self, row: Checked, window: Window, start: int) -> list[int]:
+        """The numbers of the frames that a window shows."""
         if row.probe is None:
             raise DataError(f"{row.clip.name}: was not decoded")
-        indices = frames_of(window, start, row.probe, self.settings)
-        cached = self._cache.frames.get(row.clip.name)
-        if cached is not None:
-            return np.asarray(cached[indices])
-        return video.read(row.clip.media, indices, row.probe, window.bucket.size)
+        return frames_of(window, start, row.probe, self.settings)
+
+    def _read(self, row: Checked, window: Window, numbers: Sequence[int]) -> Pixels:
+        """Frames of a clip at its bucket's size (N, H, W, 3)."""
+        decoded = self._decoded.frames.get(row.clip.name)
+        if decoded is not None:
+            return np.asarray(decoded[numbers])
+        return video.read(row.clip.media, numbers, row.probe, window.bucket.size)
 
     def _score(self, row: Checked, window: Window, start: int, frames: Pixels) -> float:
         key = row.clip.name, start
@@ -188,18 +232,17 @@ class ClipDataset:
         known = self._scores.get((row.clip.name, window.middle))
         if known is not None:
             return known
-        return self._score(row, window, window.middle, self._frames(row, window, window.middle))
+        if self._encoded is not None:
+            return self._encoded.motion(row, window, window.middle)
+        frames = self._read(row, window, self._numbers(row, window, window.middle))
+        return self._score(row, window, window.middle, frames)
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Stack items to a batch: pixels (B, F, 3, H, W); fps, motion, number (B,); captions and names as lists."""
     import torch
 
+    columns = {name: [item[name] for item in items] for name in items[0]}  # type: ignore[literal-required]
     return {
-        "pixels": torch.stack([item["pixels"] for item in items]),  # (B, F, 3, H, W)
-        "fps": torch.stack([item["fps"] for item in items]),  # (B,)
-        "motion": torch.stack([item["motion"] for item in items]),  # (B,)
-        "caption": [item["caption"] for item in items],
-        "number": torch.stack([item["number"] for item in items]),  # (B,)
-        "name": [item["name"] for item in items],
+        name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values for name, values in columns.items()
     }

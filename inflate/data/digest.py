@@ -16,7 +16,7 @@ from inflate.errors import DataError
 
 _WHERE = (
     "path", "source", "split", "held_out", "revision", "video_column", "caption_column", "captions", "max_dropped",
-    "seconds_per_clip", "cache_megabytes",
+    "seconds_per_clip", "memory_megabytes", "cache",
 )  # fmt: skip
 """Settings that say where clips lie and which are refused; all others shape the windows."""
 

@@ -23,9 +23,13 @@ def motion_score(frames: Pixels, fps: float) -> float:
     frames, so a flat background counts as still (stable video diffusion takes the same mean, of Farneback's flow:
     arXiv 2311.15127, appendix C). It measures motion on screen, of camera and objects alike.
     """
-    if len(frames) < 2:
+    return motion_of(reduced(frames), fps)
+
+
+def motion_of(grey: Floats, fps: float) -> float:
+    """`motion_score` of frames that are `reduced` already: brightness (F, h, w)."""
+    if len(grey) < 2:
         return 0.0
-    grey = _reduced(frames)
     x, y = flow(grey[:-1], grey[1:])
     length = float(np.hypot(x, y).mean(dtype=np.float64))  # pixels per frame
     return length * fps / int(min(grey.shape[1:]))
@@ -62,7 +66,7 @@ def _refined(first: Floats, second: Floats, x: Floats, y: Floats) -> tuple[Float
     return x, y
 
 
-def _reduced(frames: Pixels) -> Floats:
+def reduced(frames: Pixels) -> Floats:
     """Brightness in [0, 1] (F, h, w), averaged over whole blocks of pixels."""
     factor = max(1, min(frames.shape[1:3]) // SIDE)
     height, width = (side // factor for side in frames.shape[1:3])

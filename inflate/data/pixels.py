@@ -13,6 +13,14 @@ def unit(pixels: Tensor) -> Tensor:
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
+def to_float(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Frames (F, H, W, 3) of a file as (F, 3, H, W) in [-1, 1].
+
+    In numpy: torch would start threads for so little work, and those get in the way of the model's.
+    """
+    return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
+
+
 def to_uint8(frames: Tensor) -> npt.NDArray[np.uint8]:
     """Frames (F, 3, H, W) in [0, 1] as uint8 (F, H, W, 3)."""
     return np.asarray((frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

@@ -23,6 +23,8 @@ from inflate.tables import aligned
 Pixels = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 """Called with (clips checked, clips in all)."""
+Known = Callable[[Clip], video.Probe | None]
+"""What decoding a clip showed before; DataError where its file cannot be read."""
 log = logging.getLogger(__name__)
 _IN_FLIGHT = 8
 """Clips decoded together: more would pile up, each as large as the whole cache, behind a slow one."""
@@ -80,16 +82,7 @@ class Preflight:
 
     def refuse(self) -> None:
         """Raise DataError, listing the dropped clips, if they are more than `max_dropped` of all, or all."""
-        share = len(self.dropped) / max(1, len(self.rows))
-        if self.used and share <= self.settings.max_dropped:
-            return
-        shown = "\n".join(f"{row.clip.name}: {row.reason}" for row in self.dropped[:_SHOWN])
-        more = f"\n... and {len(self.dropped) - _SHOWN} more" if len(self.dropped) > _SHOWN else ""
-        raise DataError(
-            f"{self.settings.path}: {len(self.dropped)} of {len(self.rows)} clips are unusable, data.max_dropped "
-            f"allows {self.settings.max_dropped:.0%}\n{shown}{more}\n"
-            "mend or remove them, or raise data.max_dropped; `inflate data check` lists every clip"
-        )
+        refuse_dropped(self.settings, [(row.clip.name, row.reason) for row in self.dropped], len(self.rows))
 
     def _bucket_line(self, bucket: Bucket) -> str:
         rows = [row for row in self.used if row.windows[0].bucket == bucket]
@@ -103,27 +96,49 @@ class Preflight:
         return text + (f", {small} enlarged to {bucket.width}x{bucket.height}" if small else "")
 
 
-def preflight(clips: Sequence[Clip], settings: Data, progress: Progress | None = None) -> tuple[Preflight, Cache]:
+def refuse_dropped(settings: Data, dropped: Sequence[tuple[str, str]], whole: int) -> None:
+    """Raise DataError, listing the dropped clips by name and reason, if too many of the `whole` are dropped, or all."""
+    if len(dropped) < whole and len(dropped) <= settings.max_dropped * whole:
+        return
+    shown = "\n".join(f"{name}: {reason}" for name, reason in dropped[:_SHOWN])
+    more = f"\n... and {len(dropped) - _SHOWN} more" if len(dropped) > _SHOWN else ""
+    raise DataError(
+        f"{settings.path}: {len(dropped)} of {whole} clips are unusable, data.max_dropped "
+        f"allows {settings.max_dropped:.0%}\n{shown}{more}\n"
+        "mend or remove them, or raise data.max_dropped; `inflate data check` lists every clip"
+    )
+
+
+def preflight(
+    clips: Sequence[Clip],
+    settings: Data,
+    progress: Progress | None = None,
+    known: Known | None = None,
+    seen: Callable[[Checked], None] | None = None,
+) -> tuple[Preflight, Decoded]:
     """Decode every clip once: the table of what is used, and the decoded clips that fit in memory.
 
     They are decoded in helper processes, which a file that crashes or hangs the decoder takes with it instead of the
-    run, unless `data.seconds_per_clip` is null.
+    run, unless `data.seconds_per_clip` is null. Those whose probe is `known` are not decoded; `seen` is called with
+    each row at once.
     """
-    cache = Cache(settings.cache_megabytes * 2**20)
+    decoded = Decoded(0 if known else settings.memory_megabytes * 2**20)
     rows: list[Checked] = []
     with Helpers(settings.seconds_per_clip) as helpers, ThreadPoolExecutor(helpers.count) as pool:
         for first in range(0, len(clips), _IN_FLIGHT):
             together = clips[first : first + _IN_FLIGHT]
-            for row, frames in pool.map(lambda clip: _checked(clip, settings, cache.left, helpers), together):
+            for row, frames in pool.map(lambda clip: _checked(clip, settings, decoded.left, helpers, known), together):
                 rows.append(row)
+                if seen is not None:
+                    seen(row)
                 if frames is not None and not row.reason:
-                    cache.add(row.clip.name, frames)
+                    decoded.add(row.clip.name, frames)
                 if progress is not None:
                     progress(len(rows), len(clips))
-    return Preflight(settings, tuple(rows)), cache
+    return Preflight(settings, tuple(rows)), decoded
 
 
-class Cache:
+class Decoded:
     """Decoded clips by name, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
@@ -147,10 +162,14 @@ def _likely_size(buckets: Sequence[Bucket], width: int, height: int) -> video.Si
     return largest(nearest(buckets, width, height), width, height).size
 
 
-def _checked(clip: Clip, settings: Data, room: int, helpers: Helpers) -> tuple[Checked, Pixels | None]:
+def _checked(
+    clip: Clip, settings: Data, room: int, helpers: Helpers, known: Known | None
+) -> tuple[Checked, Pixels | None]:
     found, frames = None, None
     try:
-        found, frames = helpers.call(clip.media, scan, settings, room)
+        found = known(clip) if known else None
+        if found is None:
+            found, frames = helpers.call(clip.media, scan, settings, room)
         taken = windows(found, settings)
     except DataError as error:
         return Checked(clip, found, (), str(error).removeprefix(f"{clip.media}: ")), None

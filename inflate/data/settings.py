@@ -60,8 +60,16 @@ class Data:
     before a run is refused."""
     seconds_per_clip: float | None = 120.0
     """Longest time to check one clip, in a helper process that it may crash; null checks in the training process."""
-    cache_megabytes: int = 1024
+    memory_megabytes: int = 1024
     """Memory for decoded clips at their final size, filled while they are checked; 0 decodes anew for each sample."""
+    cache: str | None = None
+    """Folder of encoded clips that `inflate data cache` has filled, which training then reads; null encodes the clips
+    in every step."""
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of what is cached; float32 trains as without a cache."""
+    cache_draws: int = 0
+    """Noised condition frames that are cached of each window's first frame, of which every sample takes one; 0 noises
+    and encodes that frame anew in each step, as without a cache."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride", "hop", "tokens"):
@@ -76,8 +84,9 @@ class Data:
             raise ConfigError(f"data.fps: must be a positive number or null, not {self.fps}")
         if not 0 <= self.max_dropped <= 1:
             raise ConfigError(f"data.max_dropped: a share from 0 to 1, not {self.max_dropped}")
-        if self.cache_megabytes < 0:
-            raise ConfigError(f"data.cache_megabytes: must be 0 or more, not {self.cache_megabytes}")
+        for name in ("memory_megabytes", "cache_draws"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name}: must be 0 or more, not {getattr(self, name)}")
 
     def _check_window(self) -> None:
         """Raise ConfigError for a setting that the way of sampling would ignore."""
@@ -101,9 +110,11 @@ class Data:
     def evaluation(self) -> Data:
         """The same settings for the held-out clips, with one fixed window each: the centre's, where there are several.
 
+        They are not cached: previews compare pixels.
+
         Raises ConfigError without any held-out clips.
         """
         if self.held_out is None:
             raise ConfigError("data.held_out: names no clips to evaluate on; give a sub-folder or split")
         window = "centre" if self.window in WINDOWED else self.window
-        return replace(self, split=self.held_out, window=window, hop=None)
+        return replace(self, split=self.held_out, window=window, hop=None, cache=None)

@@ -273,12 +273,16 @@ class SVD:
         are (B,); `noise` is standard normal like `first_frame`. CLIP sees the clean frame, the latent is unscaled
         (2311.15127, appendix D.3).
         """
-        context = self.embed(first_frame)  # (B, 1, D)
-        noised = first_frame + aug[:, None, None, None] * noise
-        latent = self.vae.encode(noised.to(self.vae.dtype)).latent_dist.mode()  # (B, C, h, w)
-        ids = torch.stack([fps - 1.0, bucket, aug], dim=1)  # (B, 3)
-        return Condition(context, latent.to(context.dtype), ids.to(context.dtype))
+        return assemble(self.embed(first_frame), self.image_latent(first_frame, aug, noise), fps, bucket, aug)
 
+    @torch.no_grad()
+    def image_latent(self, first_frame: Tensor, aug: Tensor, noise: Tensor) -> Tensor:
+        """The unscaled latent (B, C, h, w) of first frames (B, 3, H, W), noise of level `aug` (B,) on their pixels."""
+        noised = first_frame + aug[:, None, None, None] * noise
+        latent: Tensor = self.vae.encode(noised.to(self.vae.dtype)).latent_dist.mode()
+        return latent
+
+    @torch.no_grad()
     def embed(self, image: Tensor) -> Tensor:
         """CLIP's projected embedding (B, 1, D) of images (B, 3, H, W) in [-1, 1], squashed to the encoder's square."""
         size = self.image_encoder.config.image_size
@@ -367,6 +371,15 @@ class SVD:
             **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
             "export_gap": asdict(gap),
         }
+
+
+def assemble(context: Tensor, image_latent: Tensor, fps: Tensor, bucket: Tensor, aug: Tensor) -> Condition:
+    """The condition of its parts: an embedding (B, 1, D), a latent (B, C, h, w), and what the model is told (B,) each.
+
+    `fps` in frames per second, of which the model is told one less.
+    """
+    ids = torch.stack([fps - 1.0, bucket, aug], dim=1)  # (B, 3)
+    return Condition(context, image_latent.to(context.dtype), ids.to(context.dtype))
 
 
 _PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "height", "width", "sigma_min", "sigma_max")

@@ -22,6 +22,7 @@ from inflate.errors import ConfigError, InflateError, SurgeryError
 from inflate.layers.clip import Clip, ClipState, Recompute, recomputes, run, set_recompute
 from inflate.layers.temporal import VideoResnet, inflate_conv_out, inflate_resnet, inflate_upsample
 from inflate.models.unet import check_no_adapters, keep_signature, load_strictly, temporal_resnet
+from inflate.models.weights import weights_sha256
 
 TEMPORAL_EPS = 1e-5
 """Group norm epsilon of the temporal residual blocks; the 2D ones keep their 1e-6."""
@@ -138,6 +139,11 @@ class VideoVAE(AutoencoderKL):
         inflate_conv_out(self.decoder.conv_out, self.clip)
         self.decoder.__class__ = VideoDecoder
         self.decoder.clip = self.clip
+
+
+def encoder_sha256(vae: AutoencoderKL) -> str:
+    """A hash of the encoder's weights, the quantisation convolution's included."""
+    return weights_sha256(vae, "encoder.", "quant_conv.")
 
 
 @torch.no_grad()

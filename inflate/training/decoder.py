@@ -10,7 +10,6 @@ from latents with per-frame noise of a random level, some from clean ones.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +28,13 @@ from inflate.errors import ConfigError, TrainingError
 from inflate.metrics.perceptual import perceptual_distance
 from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, spectrum_distance, ssim
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encoder_sha256
 from inflate.objectives import at_least_float32, hinge_discriminator_loss, hinge_generator_loss
 from inflate.training.decoder_settings import Decoder, check
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Player
 
-__all__ = ["Decoder", "DecoderTask", "adaptive_weight", "encoder_sha256"]
+__all__ = ["Decoder", "DecoderTask", "adaptive_weight"]
 
 Logs = dict[str, Tensor]
 
@@ -155,7 +154,8 @@ class DecoderTask:
     def _corrupt(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         """A batch's clips (B, F, 3, H, W) and their noisy scaled latents (B, F, C, h, w)."""
         real: Tensor = batch["pixels"]
-        return real, add_noise(encode_clips(self.vae, real), noise, self.settings)
+        latents = batch["latents"].to(self.vae.dtype) if "latents" in batch else encode_clips(self.vae, real)
+        return real, add_noise(latents, noise, self.settings)
 
     def _reconstruction(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Logs]:
         """Pixel and perceptual loss per clip (B,)."""
@@ -271,17 +271,6 @@ class HeldOut:
         now = self.decoded(vae, temporal, number, noisy=True)
         clips = {"truth": unit(self.pixels[number][None]), "frame-wise": self.parent_clips[number], "now": now}
         return {label: to_uint8(clip[0]) for label, clip in clips.items()}
-
-
-def encoder_sha256(vae: AutoencoderKL) -> str:
-    """SHA-256 of the encoder's tensors (names, then bytes), the quantisation convolution's included."""
-    digest = hashlib.sha256()
-    tensors = vae.state_dict()
-    for name in sorted(tensors):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode())
-            digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _select_trainable(vae: AutoencoderKL, settings: Decoder) -> None:

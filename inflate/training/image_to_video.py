@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from inflate.data import video
+from inflate.data.clips import Frames
 from inflate.data.pixels import to_uint8, unit
 from inflate.errors import ConfigError, DataError
-from inflate.families.svd import SVD, Condition
+from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
 from inflate.sampling.svd import Sampling, sample
@@ -84,21 +86,34 @@ class ImageToVideoTask:
     `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`), of one or more sizes;
     some must have two frames or more, else DataError. A clip of one frame is an image: the temporal layers are
     bypassed, and the UNet is shown its embedding but not its latent, which would be the answer.
+
+    `frames` says which frames a step encodes: all; the first alone, whose noise is on its pixels, where batches hold
+    the clips' `latents` and `context` and the `first` frame; or none, where they also hold `image_latents` (B, K, ...)
+    at the noise levels `augs` (B, K). An encoder that no step needs is on the device only to look at the model.
     """
 
     def __init__(
-        self, family: SVD, settings: ImageToVideo, held_out: list[Batch], sampling: Preview, lr: float, seed: int
+        self,
+        family: SVD,
+        settings: ImageToVideo,
+        held_out: list[Batch],
+        sampling: Preview,
+        lr: float,
+        seed: int,
+        frames: Frames = "all",
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
         if settings.gradient_checkpointing:
             family.unet.enable_gradient_checkpointing()
         self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
-        self.frozen: list[nn.Module] = [family.vae, family.image_encoder]
+        needed: dict[Frames, list[nn.Module]] = {"all": [family.vae, family.image_encoder], "first": [family.vae]}
+        self.frozen = needed.get(frames, [])
+        self._visiting = [one for one in needed["all"] if one not in self.frozen]
         self.held_out = held_out[: settings.held_out_clips]
         self.shown = [clip for clip in self.held_out if not is_image(clip)][: settings.preview_clips]
         if not self.shown:
             raise DataError("the held-out clips (data.held_out) are images: previews need clips of two frames or more")
-        for module in self.frozen:
+        for module in needed["all"]:
             module.requires_grad_(False).eval()
         choose_trainable(family.unet, settings.trainable)
         self.players = [Player("unet", family.unet, lr=lr, loss=self.loss)]
@@ -106,7 +121,7 @@ class ImageToVideoTask:
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The EDM loss per sample (B,), fp32, of one batch."""
         family, objective = self.family, self.family.objective
-        clean = family.encode(batch["pixels"].to(noise.device))  # (B, F, C, h, w)
+        clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
         condition = self.condition(batch, noise).drop(
             noise.uniform("drop"), self.settings.drop_both, self.settings.drop_embedding, self.settings.drop_image
         )
@@ -114,13 +129,45 @@ class ImageToVideoTask:
         predict = family.predict(condition, self.players[0].network, is_image(batch))
         return objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:])), {}
 
+    def clean(self, batch: Batch, device: torch.device) -> Tensor:
+        """The clips' scaled latents (B, F, C, h, w)."""
+        if "latents" in batch:
+            latents: Tensor = batch["latents"].to(device, self.family.vae.dtype)
+            return latents
+        return self.family.encode(batch["pixels"].to(device))
+
     def condition(self, batch: Batch, noise: Noise) -> Condition:
         """The condition of each clip's first frame, noise-augmented by a draw of its own; of an image, without it."""
-        first = batch["pixels"][:, 0].to(noise.device)  # (B, 3, H, W)
-        aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
+        dtype = self.family.vae.dtype
+        latent, aug = self._image_latent(batch, noise)
+        if "context" in batch:
+            context = batch["context"].to(noise.device, dtype)  # (B, 1, D)
+        else:
+            context = self.family.embed(first_frame(batch).to(noise.device))
         fps, bucket = batch["fps"].to(noise.device), self.family.motion.bucket(batch["motion"].to(noise.device))
-        condition = self.family.condition(first, fps, bucket, aug, noise.normal("aug pixels", *first.shape[1:]))
+        condition = assemble(context, latent, fps, bucket, aug)
         return condition.without_image() if is_image(batch) else condition
+
+    def _image_latent(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """The latent of each noised first frame (B, C, h, w), computed or one of those cached, and the level (B,)."""
+        if "image_latents" in batch:
+            augs = batch["augs"].to(noise.device)  # (B, K)
+            drawn = (noise.uniform("cached draw") * augs.shape[1]).long(), torch.arange(len(augs), device=noise.device)
+            return batch["image_latents"].to(noise.device)[drawn[1], drawn[0]], augs[drawn[1], drawn[0]]
+        first = first_frame(batch).to(noise.device)  # (B, 3, H, W)
+        aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
+        return self.family.image_latent(first, aug, noise.normal("aug pixels", *first.shape[1:])), aug
+
+    @contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """Have every encoder on the device meanwhile."""
+        try:
+            for module in self._visiting:
+                module.to(self._device())
+            yield
+        finally:
+            for module in self._visiting:
+                module.to("cpu")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -129,7 +176,8 @@ class ImageToVideoTask:
         The means are over clips, whatever their size; sizes are told apart where there are several.
         """
         levels = self.levels()
-        losses, bypassed = self.held_out_losses(levels, False), self.held_out_losses(levels, True)  # (N, levels) each
+        with self._encoders():
+            losses, bypassed = self.held_out_losses(levels, False), self.held_out_losses(levels, True)  # (N, levels)
         named = {"held-out loss": float(losses.mean())}
         for place, sigma in enumerate(levels):
             named[f"held-out loss at sigma {sigma:.3g}"] = float(losses[:, place].mean())
@@ -151,7 +199,7 @@ class ImageToVideoTask:
         for places in same_size(self.held_out, together):
             batch = join([self.held_out[place] for place in places])
             noise = Noise(self.seed, batch["number"], device)
-            clean = self.family.encode(batch["pixels"].to(device))
+            clean = self.clean(batch, device)
             predict = self.family.predict(
                 self.condition(batch, noise), self.players[0].network, image_only or is_image(batch)
             )
@@ -168,10 +216,11 @@ class ImageToVideoTask:
         """
         scores: dict[str, list[float]] = {}
         for places in same_size(self.shown, len(self.shown)):
-            batches = [self.shown[place] for place in places]
-            truth, generated = self.animate(batches, places)
+            with self._encoders():
+                truth, generated = self.animate([self.shown[place] for place in places], places)
+                measured = self.score(truth, generated)
             self._show(folder, places, truth, generated)
-            for name, value in self.score(truth, generated).items():
+            for name, value in measured.items():
                 scores.setdefault(name, []).extend([value] * len(places))
         means = {name: sum(values) / len(values) for name, values in scores.items()}
         (folder / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
@@ -246,7 +295,13 @@ def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> 
 
 def is_image(batch: Batch) -> bool:
     """Whether a batch's clips have one frame."""
-    return int(batch["pixels"].shape[1]) == 1
+    return int(batch["latents" if "latents" in batch else "pixels"].shape[1]) == 1
+
+
+def first_frame(batch: Batch) -> Tensor:
+    """The clips' first frames (B, 3, H, W) in [-1, 1]."""
+    frame: Tensor = batch["first"] if "first" in batch else batch["pixels"][:, 0]
+    return frame
 
 
 def size_of(batch: Batch) -> tuple[int, int, int]:

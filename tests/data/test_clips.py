@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from inflate.data import clips, isolation, preflight, video
 from inflate.data.clips import ClipDataset, Data, collate
-from inflate.data.preflight import Cache
+from inflate.data.preflight import Decoded
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError, DataError
 
@@ -33,7 +33,7 @@ def folder(make_clip, tmp_path):
     return tmp_path / "clips"
 
 
-real = Cache
+real = Decoded
 
 
 def small(path, **changes):
@@ -119,10 +119,10 @@ def test_the_centre_window_is_fixed(folder):
     assert shown(dataset[6]) == [2, 3, 4, 5]
 
 
-def test_the_cache_changes_nothing(folder):
-    cached, fresh = ClipDataset(small(folder)), ClipDataset(small(folder, cache_megabytes=0))
-    assert len(cached._cache.frames) == 6
-    assert len(fresh._cache.frames) == 0
+def test_decoded_clips_in_memory_change_nothing(folder):
+    cached, fresh = ClipDataset(small(folder)), ClipDataset(small(folder, memory_megabytes=0))
+    assert len(cached._decoded.frames) == 6
+    assert len(fresh._decoded.frames) == 0
     for n in range(6):
         assert torch.equal(cached[n]["pixels"], fresh[n]["pixels"])
 
@@ -138,18 +138,18 @@ def test_each_clip_is_decoded_once_and_then_read_from_memory(folder, monkeypatch
     assert len(opened) == 6
 
 
-def test_the_cache_stops_at_its_limit(folder, monkeypatch):
+def test_decoded_clips_stop_at_their_limit(folder, monkeypatch):
     settings = small(folder)
-    monkeypatch.setattr(preflight, "Cache", lambda limit: real(min(limit, 70_000)))
+    monkeypatch.setattr(preflight, "Decoded", lambda limit: real(min(limit, 70_000)))
     dataset = ClipDataset(settings)
-    assert 0 < sum(frames.nbytes for frames in dataset._cache.frames.values()) <= 70_000
+    assert 0 < sum(frames.nbytes for frames in dataset._decoded.frames.values()) <= 70_000
     assert shown(dataset[0])  # the others are read from their files
 
 
 def test_few_decoded_clips_wait_behind_a_slow_one(monkeypatch):
     begun, behind = [], []
 
-    def check(clip, settings, room, helpers):
+    def check(clip, settings, room, helpers, known):
         begun.append(clip)
         if clip.name == "0":
             time.sleep(0.3)
@@ -174,7 +174,7 @@ def test_scores_are_of_the_centre_windows(make_clip, tmp_path):
 
 
 def test_a_clip_that_vanishes_is_named(folder):
-    dataset = ClipDataset(small(folder, cache_megabytes=0), shuffle=False)
+    dataset = ClipDataset(small(folder, memory_megabytes=0), shuffle=False)
     (folder / "2.mp4").unlink()
     with pytest.raises(DataError, match=r"2\.mp4: no such file"):
         dataset[2]
@@ -209,10 +209,10 @@ def test_a_loader_resumes_where_it_stopped(folder, workers):
     assert len(whole[0]["caption"]) == 2
 
 
-def test_a_pickled_dataset_gives_the_same_samples_without_the_cache(folder):
+def test_a_pickled_dataset_gives_the_same_samples_without_decoded_clips(folder):
     dataset = ClipDataset(small(folder), seed=2)
     copy = pickle.loads(pickle.dumps(dataset))
-    assert len(copy._cache.frames) == 0
+    assert len(copy._decoded.frames) == 0
     assert torch.equal(copy[9]["pixels"], dataset[9]["pixels"])
 
 
@@ -371,10 +371,10 @@ def test_a_fingerprint_tells_other_buckets_and_budgets(several):
         assert in_buckets(several, **change).fingerprint() != first
 
 
-def test_a_cached_clip_of_another_size_than_its_bucket_is_read_again(make_clip, tmp_path):
+def test_a_decoded_clip_of_another_size_than_its_bucket_is_read_again(make_clip, tmp_path):
     make_clip("clips/a.mp4", numbered(8, 32, 64))
     dataset = in_buckets(tmp_path / "clips", buckets=["12x32x64", "4x16x32"])  # decoded for the longer, larger one
-    assert dataset._cache.frames == {}
+    assert dataset._decoded.frames == {}
     assert dataset[0]["pixels"].shape == (4, 3, 16, 32)
 
 
@@ -477,7 +477,7 @@ def test_progress_is_reported(folder):
         ("fps", 0.0),
         ("fps", float("inf")),
         ("max_dropped", 1.5),
-        ("cache_megabytes", -1),
+        ("memory_megabytes", -1),
         ("hop", 0),
         ("tokens", 0),
         ("seconds_per_clip", 0.0),

@@ -27,7 +27,7 @@ def test_it_is_the_same_for_the_same_clips_wherever_they_lie(folder: Path, tmp_p
     assert first.startswith("sha256:")
     assert len(first) == len("sha256:") + 64
     shutil.copytree(folder, tmp_path / "elsewhere")
-    assert dataset(tmp_path / "elsewhere", cache_megabytes=0, max_dropped=0.5).digest() == first
+    assert dataset(tmp_path / "elsewhere", memory_megabytes=0, max_dropped=0.5).digest() == first
 
 
 def test_it_changes_with_the_windows_and_with_every_clip(make_clip, folder: Path) -> None:

@@ -51,5 +51,5 @@ def test_clips_are_checked_alike_with_and_without_helpers(make_clip, tmp_path):
     settings = {"path": str(tmp_path / "clips"), "frames": 4, "height": 32, "width": 32, "captions": "optional"}
     guarded, plain = (ClipDataset(Data(**settings, max_dropped=0.5, seconds_per_clip=limit)) for limit in (60.0, None))
     assert guarded.preflight.table() == plain.preflight.table()
-    assert guarded._cache.frames.keys() == plain._cache.frames.keys()
-    assert all((guarded._cache.frames[name] == plain._cache.frames[name]).all() for name in plain._cache.frames)
+    assert guarded._decoded.frames.keys() == plain._decoded.frames.keys()
+    assert all((guarded._decoded.frames[name] == plain._decoded.frames[name]).all() for name in plain._decoded.frames)

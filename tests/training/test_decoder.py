@@ -9,13 +9,12 @@ from PIL import Image
 
 from helpers import randomise, tiny_vae
 from inflate.errors import ConfigError, TrainingError
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encoder_sha256
 from inflate.training.decoder import (
     Decoder,
     DecoderTask,
     adaptive_weight,
     add_noise,
-    encoder_sha256,
 )
 from inflate.training.loop import Training, fit
 from inflate.training.noise import Noise

@@ -1,0 +1,76 @@
+"""What is cached of clips for Stable Video Diffusion: latents, image embeddings, and noised condition frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from inflate.data.settings import Data
+from inflate.families.svd import SVD
+from inflate.models.vae import encoder_sha256
+from inflate.models.weights import weights_sha256
+from inflate.training.image_to_video import ImageToVideo
+from inflate.training.noise import seed_of
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def clip_encoder(family: SVD, data: Data, conditioning: ImageToVideo) -> ClipEncoder:
+    """The encoder that the settings of a run ask for."""
+    aug = conditioning.noise_aug_mean, conditioning.noise_aug_std
+    return ClipEncoder(family, data.cache_dtype, data.cache_draws, *aug)
+
+
+class ClipEncoder:
+    """The frozen networks of a Stable Video Diffusion model, as `inflate.data.cache.Encoder`.
+
+    `draws` condition frames are noised and encoded of each first frame, their noise levels log-normal with `aug_mean`
+    and `aug_std`; 0 leaves that to the training step.
+    """
+
+    reads_captions = False
+
+    def __init__(self, family: SVD, precision: Precision, draws: int, aug_mean: float, aug_std: float) -> None:
+        self.family, self.draws, self.aug = family, draws, (aug_mean, aug_std)
+        self.precision, self.dtype = precision, getattr(torch, precision)
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes of the encoders, the image encoder's input statistics, precision and draws."""
+        family, (mean, std) = self.family, self.aug
+        return {
+            "vae": encoder_sha256(family.vae), "latent scale": str(family.vae.config.scaling_factor),
+            "image_encoder": weights_sha256(family.image_encoder),
+            "image statistics": f"{family.image_mean} {family.image_std}", "precision": self.precision,
+            "condition frames": f"{self.draws} at log-normal {mean} {std}" if self.draws else "none",
+        }  # fmt: skip
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
+        return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
+
+    def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
+        """`context` (N, 1, D), and with draws `image_latents` (N, K, C, h, w) of noise levels `augs` (N, K)."""
+        pixels = pixels.to(self.family.vae.device)
+        found = {"context": self.family.embed(pixels).to(self.dtype)}
+        if self.draws:
+            drawn = [self._drawn(frame, seed) for frame, seed in zip(pixels, seeds, strict=True)]
+            found["image_latents"] = torch.stack([latents for latents, _ in drawn]).to(self.dtype)
+            found["augs"] = torch.stack([augs for _, augs in drawn])
+        return found
+
+    def captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Nothing: the model reads none."""
+        return {}
+
+    def _drawn(self, frame: Tensor, seed: str) -> tuple[Tensor, Tensor]:
+        """The latents (K, C, h, w) of a frame (3, H, W), noised anew for each, and the levels (K,) of the noise."""
+        generator = torch.Generator().manual_seed(seed_of(seed))
+        mean, std = self.aug
+        augs = torch.exp(mean + std * torch.randn(self.draws, generator=generator))  # (K,)
+        noise = torch.randn(self.draws, *frame.shape, generator=generator).to(frame.device)  # (K, 3, H, W)
+        return self.family.image_latent(frame.expand(self.draws, -1, -1, -1), augs.to(frame.device), noise), augs
