@@ -32,7 +32,7 @@ from inflate.data.sources import Clip
 from inflate.data.store import Store
 from inflate.data.windows import Window, frames_of
 from inflate.errors import DataError
-from inflate.files import sha256
+from inflate.files import new_file, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +120,17 @@ class ClipCache:
             "caption": row.clip.caption if encoder.reads_captions else None,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def check_writable(self) -> None:
+        """Raise DataError unless the folder is there, or can be made, and can be written to."""
+        try:
+            with new_file(self.store.folder / "probe") as aside:
+                aside.touch()
+            (self.store.folder / "probe").unlink()
+        except OSError as error:
+            raise DataError(
+                f"data.cache={self.store.folder} cannot be written: {error}; name another folder"
+            ) from error
 
     def needed(self, rows: Sequence[Checked], keys: Iterable[str]) -> set[str]:
         """These keys, and those of what decoding the clips' files showed."""

@@ -72,7 +72,7 @@ class Store:
             raise DataError(f"{entry.shard}: damaged: {error}; {_REMEDY}") from error
         for number, check in zip(numbers, row_checks(found), strict=True):
             if check != entry.checks[name][number]:
-                raise DataError(f"{entry.shard}: damaged: row {number} of {key}/{name} changed; {_REMEDY}")
+                raise DataError(f"{entry.shard}: damaged: row {number} of {name} of {key} changed; {_REMEDY}")
         return found
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

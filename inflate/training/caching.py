@@ -60,8 +60,10 @@ def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable
     folder = _folder(settings.data)
     clips = find_clips(settings.data)[state.process_index :: state.num_processes]
     with together():
-        if verify and state.is_main_process:
-            mend(ClipCache(folder), say)
+        if state.is_main_process:
+            ClipCache(folder).check_writable()
+            if verify:
+                mend(ClipCache(folder), say)
     cache = ClipCache(folder)
     checked = check(cache, clips, settings.data, progress("checking") if state.is_main_process else None)
     encoder = settings.encoder(state.device)

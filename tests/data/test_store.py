@@ -53,7 +53,7 @@ def test_a_flipped_byte_is_noticed_in_its_row_and_in_no_other(tmp_path: Path) ->
     shard.write_bytes(bytes(content))
     found = Store(tmp_path)
     assert torch.equal(found.rows("b", "latents", [2, 4]), (torch.arange(24.0).reshape(6, 4) + 100)[[2, 4]])
-    with pytest.raises(DataError, match=rf"{shard.name}: damaged: row 3 of b/latents changed; `inflate data cache"):
+    with pytest.raises(DataError, match=rf"{shard.name}: damaged: row 3 of latents of b changed; `inflate data cache"):
         found.rows("b", "latents", [2, 3])
     assert list(found.damaged()) == ["b"]
 

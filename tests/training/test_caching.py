@@ -1,0 +1,125 @@
+"""`inflate data cache` and `data show`, in one process and in two, on the pocket model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from inflate.data import video
+from inflate.data.clips import ClipDataset
+from inflate.data.demo_clips import build
+from inflate.data.settings import Data
+from inflate.data.store import Store
+from inflate.errors import ConfigError, DataError, InflateError
+from inflate.training.caching import Caching, cache_clips, show_cached
+from launch import launch
+
+# Python 3.12 warns of forks of processes with threads; ours start after the fork.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("demo") / "clips", clips=5, held_out=1)
+
+
+def settings(clips: Path, cache: Path | None, **changes: Any) -> Caching:
+    size = {"frames": 4, "height": 64, "width": 64, "split": "train", "window": "centre", "seconds_per_clip": None}
+    return Caching(Data(**({"path": str(clips), "cache": cache and str(cache)} | size | changes)))
+
+
+def cached(clips: Path, cache: Path, verify: bool = False, prune: bool = False, **changes: Any) -> list[str]:
+    """What is said, the folder's size left out."""
+    said: list[str] = []
+    cache_clips(settings(clips, cache, **changes), verify, prune, lambda _: lambda done, whole: None, said.append)
+    return [line for line in said if "MiB" not in line]
+
+
+def test_two_processes_write_what_one_does(clips: Path, tmp_path: Path) -> None:
+    told = launch(cached, clips, tmp_path / "two")
+    assert told == [["5 clips: 5 encoded (20 frames), 0 were there"], []]
+    cached(clips, tmp_path / "one")
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    assert len(two.entries) == len(one.entries) == 10
+    assert len(list((tmp_path / "two").glob("*.parquet"))) == 2
+    for key, entry in one.entries.items():
+        assert two.entries[key].checks.keys() == entry.checks.keys()
+        for name, checks in entry.checks.items():
+            ours, theirs = (store.rows(key, name, range(len(checks))) for store in (one, two))
+            assert torch.allclose(ours.double(), theirs.double(), atol=1e-6)
+    assert launch(cached, clips, tmp_path / "two")[0] == ["5 clips: 0 encoded (0 frames), 5 were there"]
+
+
+def refused(clips: Path, cache: Path) -> str:
+    (clips / "train" / "0003.mp4").write_bytes(b"")
+    try:
+        cached(clips, cache, max_dropped=0.0)
+    except InflateError as error:
+        return str(error)
+    return ""
+
+
+def test_too_many_unusable_clips_of_all_end_every_process_alike(tmp_path: Path) -> None:
+    first, second = launch(refused, build(tmp_path / "clips", clips=4, held_out=1), tmp_path / "cache")
+    assert first == second
+    assert "1 of 4 clips are unusable" in first
+    assert "0003.mp4: the file is empty (0 bytes)" in first
+
+
+def test_damage_is_found_and_mended_and_what_is_not_needed_goes(clips: Path, tmp_path: Path) -> None:
+    cached(clips, tmp_path)
+    shard = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-500] ^= 1
+    shard.write_bytes(bytes(content))
+    said = cached(clips, tmp_path, verify=True)
+    assert f"{shard}: damaged: row " in said[0]
+    assert said[1:] == [
+        "verified 10 entries: 1 damaged, which are encoded anew", "5 clips: 1 encoded (4 frames), 4 were there"
+    ]  # fmt: skip
+    said = cached(clips, tmp_path, window="head")
+    assert said == [
+        "5 clips: 5 encoded (20 frames), 0 were there", "5 entries are of other files or settings; --prune removes them"
+    ]  # fmt: skip
+    said = cached(clips, tmp_path, window="head", prune=True)
+    assert said == ["removed 5 entries that these settings do not need", "5 clips: 0 encoded (0 frames), 5 were there"]
+    assert len(Store(tmp_path).entries) == 10
+
+
+def test_what_is_cached_can_be_looked_at(clips: Path, tmp_path: Path) -> None:
+    cached(clips, tmp_path / "cache", cache_draws=2)
+    said: list[str] = []
+    show_cached(settings(clips, tmp_path / "cache", cache_draws=2), tmp_path / "shown", 2, said.append)
+    assert [path.name for path in sorted((tmp_path / "shown").iterdir())] == [
+        "00000.mp4", "00000.png", "00004.mp4", "00004.png"
+    ]  # fmt: skip
+    head, first, last, place = said
+    assert head.split()[:5] == ["file", "clip", "frames", "fps", "motion"]
+    assert first.split()[:4] == ["00000", "0000.mp4", "4", "8"]
+    assert float(last.split()[-2]) > 25, "PSNR in dB of a decoder on its own world"
+    assert place == f"wrote {tmp_path / 'shown'}"
+    frames = video.read(tmp_path / "shown" / "00004.mp4")
+    truth = ClipDataset(settings(clips, None).data, shuffle=False)[4]["pixels"]
+    shown = torch.from_numpy(frames[:, :, :64]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert float((shown - truth).abs().mean()) < 0.05, "the file's own frames are at the left"
+
+
+def test_a_cache_needs_a_folder_that_can_be_written(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache: name the folder"):
+        cache_clips(settings(clips, None), False, False, lambda _: lambda done, whole: None, print)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data\.cache=.*file cannot be written: .*; name another folder"):
+        cached(clips, tmp_path / "file")
