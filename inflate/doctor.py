@@ -44,8 +44,8 @@ from inflate.training.settings import Training
 LAUNCHED = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_CPU")
 """What accelerate's launcher sets on each machine, as ACCELERATE_..."""
 
-PATIENCE = 300.0
-"""Seconds for one check; processes that wait for each other for good cannot say so otherwise."""
+SECONDS_PER_CHECK = 300.0
+"""After which a check is given up; processes that wait for each other for good cannot say so otherwise."""
 STEPS, BATCH = 8, 2
 WIDE, REPEATS = 2**24, 5
 """Float32 values in the all-reduce that bandwidth is measured by (64 MiB), and how often."""
@@ -118,7 +118,7 @@ class Rehearsal:
             draws = [self.draw(batch).normal("noise", 4).tolist() for batch in self.batches]
         rows = gather_object([[tuple(values) for draw in draws for values in draw]])
         if shared := twins(rows, overlap):
-            return failed(f"the noise of {shared}", "draw by inflate.training.noise.Noise, from the sample numbers")
+            return failed(f"the noise draws of {shared}", "draw by inflate.training.noise.Noise")
         return Finding(f"{sum(map(len, rows))} draws, all different")
 
     def weights(self) -> Finding:
@@ -272,18 +272,19 @@ def locally() -> Iterator[None]:
 
 
 @contextmanager
-def machine_errors(prefix: str = "") -> Iterator[None]:
-    """Turn what is raised for reasons of the machine into a TrainingError."""
+def machine_errors(naming: bool = False) -> Iterator[None]:
+    """Turn what is raised for reasons of the machine into a TrainingError, `naming` the process where no other does."""
     try:
         yield
     except InflateError:
         raise
     except MACHINE as error:
-        raise TrainingError(f"{prefix}{type(error).__name__}: {error}") from error
+        process = f"{this_process()}: " if naming else ""
+        raise TrainingError(f"{process}{type(error).__name__}: {error}") from error
 
 
 @contextmanager
-def limited(name: str, seconds: float = PATIENCE) -> Iterator[None]:
+def limited(name: str, seconds: float = SECONDS_PER_CHECK) -> Iterator[None]:
     """End this process with status 1 and a line on standard error if the block takes longer."""
     timer = threading.Timer(seconds, give_up, [name, seconds])
     timer.daemon = True
@@ -296,11 +297,18 @@ def limited(name: str, seconds: float = PATIENCE) -> Iterator[None]:
 
 def give_up(name: str, seconds: float) -> None:
     """End this process, which waits inside torch and hears of no exception."""
-    waits = f"process {os.environ.get('RANK', 0)} on {socket.gethostname()} has waited for {seconds:.0f} s"
+    waits = f"{this_process()} has waited for {seconds:.0f} s"
     remedy = "one that says nothing is the one that others wait for; NCCL_DEBUG=INFO tells of the network"
     sys.stderr.write(failed(waits, remedy).line(name) + "\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def this_process() -> str:
+    """Its number and host, also before the processes have met."""
+    met = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if met else os.environ.get("RANK", "0")
+    return f"process {rank} on {socket.gethostname()}"
 
 
 def same_for_all(value: str) -> str:
@@ -367,7 +375,7 @@ def main(
 ) -> None:
     """Check the processes that were launched with this command: that together they train one model. Status 1 if not."""
     quieten()
-    with noticing_losses(output), machine_errors(f"process {os.environ.get('RANK', 0)} on {socket.gethostname()}: "):
+    with noticing_losses(output), machine_errors(naming=True):
         with limited("processes"):
             state = join_processes()
         if state.num_processes == 1:

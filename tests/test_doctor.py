@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from torch.multiprocessing import ProcessExitedException
 
-from inflate.doctor import Rehearsal, limited, named, rehearse, twins
+from inflate.doctor import Rehearsal, limited, main, named, rehearse, twins
 from inflate.errors import InflateError
 from inflate.findings import all_pass
 from inflate.training.noise import Noise
@@ -104,7 +105,7 @@ def writes_to_another_folder(sound: Rehearsal) -> Rehearsal:
 def is_another_installation(sound: Rehearsal) -> Rehearsal:
     """Launched otherwise, and with another file of a network that is not trained. The last one: it stays so."""
     if second():
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
         next(sound.task.frozen[0].parameters()).data.add_(1e-3)
     return sound
 
@@ -163,11 +164,11 @@ def test_sound_processes_pass(told: dict[str, Lines]) -> None:
             reads_the_firsts_numbers,
             {
                 "sample numbers": "the sample numbers of process 1 are those of process 0",
-                "noise": "the noise of process 1 are those of process 0",
+                "noise": "the noise draws of process 1 are those of process 0",
                 "gradients": "the gradients of process 1 are those of process 0",
             },
         ),
-        (draws_the_firsts_noise, {"noise": "the noise of process 1 are those of process 0"}),
+        (draws_the_firsts_noise, {"noise": "the noise draws of process 1 are those of process 0"}),
         (
             fails_to_draw,
             {
@@ -188,7 +189,7 @@ def test_sound_processes_pass(told: dict[str, Lines]) -> None:
         (
             is_another_installation,
             {
-                "versions and settings": "DYNAMO_BACKEND is unset for process 0, but INDUCTOR for process 1",
+                "versions and settings": "ACCELERATE_MIXED_PRECISION is no for process 0, but bf16 for process 1",
                 "weights": "process 1 built other weights than process 0",
             },
         ),
@@ -214,6 +215,47 @@ def summed(output: Path) -> str:
 def test_gradients_must_be_the_mean(tmp_path: Path) -> None:
     for line in launch(summed, tmp_path):
         assert line.startswith("FAILED   gradients: processes 0, 1 did not get the mean over the processes")
+
+
+def ends(output: Path, statuses: Path, broken: bool) -> None:
+    """Leave the status that the command ends with in a file named by the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rank, status = torch.distributed.get_rank(), 0
+    if broken and rank == 1:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    try:
+        main(output)
+    except SystemExit as end:
+        status = int(str(end.code))
+    (statuses / str(rank)).write_text(str(status))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_process_prints_and_all_end_with_one_status(
+    broken: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    debug_launcher(ends, (tmp_path / "output", tmp_path, broken), 2)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("01", str(int(broken)))
+    verdicts = [line.split()[0] for line in capfd.readouterr().out.splitlines()]
+    assert verdicts == ["ok", "FAILED" if broken else "ok", *["ok"] * 7]
+
+
+def test_one_process_alone_is_told_what_to_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "warning  processes: one, alone: nothing to compare (for several: accelerate launch --multi_gpu"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launch_that_splits_the_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(SystemExit, match="1"):
+        main(tmp_path)
+    assert "SLURM_STEP_NUM_TASKS=2 processes were started, but each sees only 1" in capsys.readouterr().err
 
 
 def waiting() -> None:
