@@ -213,7 +213,8 @@ class Rehearsal:
         with locally():
             if self.accelerator.is_main_process:
                 write_text(probe, token)
-        sees = probe.is_file() and probe.read_text(encoding="utf-8") == token
+        with locally():
+            sees = probe.is_file() and probe.read_text(encoding="utf-8") == token
         rows = gather_object([(sees, f"{probe.parent.parent} on {socket.gethostname()}")])
         blind = [process for process, (seen, _) in enumerate(rows) if not seen]
         if blind:
@@ -246,7 +247,8 @@ def rehearse(output: Path) -> Iterator[Rehearsal]:
     from inflate.training.rehearsal import batches, pocket_task, settings  # imports models, which `quieten` is ahead of
 
     state = join_processes()
-    name = same_for_all(f".doctor-{os.urandom(8).hex()}")
+    with limited("processes"):  # the first message between them: where a network is shut, it is never answered
+        name = same_for_all(f".doctor-{os.urandom(8).hex()}")
     training = settings(nearest(output) / name, steps=STEPS, batch=BATCH, resume="latest")
     accelerator = start_accelerator(training)
 
