@@ -30,9 +30,6 @@ app = typer.Typer(
 data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
-IDENTITY = 1e-5
-"""Largest difference between an inflated model and its parent that still counts as rounding."""
-
 SIGNALLED = 128
 """Exit status of a command that a signal stopped, less the signal's number."""
 
@@ -160,13 +157,28 @@ def _progress(name: str) -> "Progress":
 
 @app.command()
 @report_errors()
+def doctor(
+    output: Annotated[Path, typer.Option(help="Where runs will be written.")] = Path("output"),
+) -> None:
+    """Check this installation: packages, devices, disk, and the pocket model at work. Status 1 if a check failed."""
+    from inflate.findings import all_pass
+    from inflate.installation import LAUNCH, MACHINE, checks
+
+    passed = all_pass(checks(output), MACHINE, typer.echo)
+    typer.echo(f"for several GPUs or machines: {LAUNCH} --output {output}")
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@report_errors()
 def verify(path: ModelPath) -> None:
     """Inflate an image model, list what was done, and compare the result with it frame by frame."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from inflate.families import svd_files
     from inflate.models.unet import TemporalSpec
-    from inflate.surgery import inflate_unet, inflate_vae, verify_identity
+    from inflate.surgery import IDENTITY, inflate_unet, inflate_vae, verify_identity
 
     folder = svd_files.resolve(path)
     if not svd_files.is_image_model(folder):

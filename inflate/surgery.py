@@ -23,6 +23,9 @@ from inflate.models.vae import VideoVAE
 
 Action = Literal["copied", "widened", "created"]
 
+IDENTITY = 1e-5
+"""Largest difference between an inflated model and its parent that still counts as rounding."""
+
 CREATED = {
     ".position.": "frame positions",
     "resnets.": "temporal residual blocks",

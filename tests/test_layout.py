@@ -12,6 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 
 from helpers import load_recipe
 from inflate import shelves
@@ -20,6 +22,7 @@ from inflate.config import check, help_text, load
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*_finetune.py"))
 CARDS = sorted([*ROOT.glob("adapters/*.yaml"), *ROOT.glob("datasets/*.yaml")])
+LAUNCHES = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 RECIPE_SETTINGS = sorted(ROOT.glob("recipes/*.yaml"))
 
 BASE = {"config", "errors", "files", "tables"}
@@ -45,7 +48,22 @@ ARROWS = {
     "__main__": {"cli"},
     "runs": {"config", "errors", "tables"},
     "sweep": {"runs"} | BASE,
-    "cli": MIDDLE | {"families", "sampling", "training", "shelves", "curves", "runs", "sweep", "__init__"},
+    "findings": {"errors"},
+    "installation": MIDDLE | {"families", "training", "findings"},
+    "doctor": {"training", "installation", "findings"} | BASE,
+    "cli": MIDDLE
+    | {
+        "families",
+        "sampling",
+        "training",
+        "shelves",
+        "curves",
+        "runs",
+        "sweep",
+        "findings",
+        "installation",
+        "__init__",
+    },
 }
 """What each part of the package may import from the package."""
 
@@ -154,6 +172,20 @@ def test_every_card_fits_every_recipe(file: Path, recipe: Path) -> None:
     schema = load_recipe(recipe).Config
     check(schema, [str(file)])
     assert file.read_text().startswith("#"), "a card begins with a comment that says what it does"
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.name)
+def test_every_launch_configuration_is_understood_by_accelerate_and_listed(file: Path) -> None:
+    config = load_config_from_file(str(file))
+    assert config.num_processes >= 1
+    assert file.read_text().startswith("#"), "it begins with a comment that says what it starts"
+    assert f"| `{file.name}` |" in (file.parent / "README.md").read_text()
+
+
+def test_the_launch_configurations_start_what_they_are_called() -> None:
+    kinds = {file.stem: load_config_from_file(str(file)).distributed_type for file in LAUNCHES}
+    assert kinds["one_gpu"] == DistributedType.NO
+    assert kinds["ddp"] == DistributedType.MULTI_GPU
 
 
 def test_the_wheel_carries_every_file_of_the_shelves() -> None:

@@ -163,7 +163,7 @@ def agree(facts: Mapping[str, object]) -> None:
                 own = PartialState().process_index
                 raise TrainingError(
                     f"{name} is {value} for process {own}, but {other[name]} for process {process}: "
-                    "all need the same settings, clips and output folder, on every machine"
+                    "all need the same versions, settings, clips and output folder, on every machine"
                 )
 
 
