@@ -19,7 +19,7 @@ from helpers import load_recipe
 from inflate.config import load
 from inflate.data import video
 from inflate.data.demo_clips import build
-from inflate.training import log
+from inflate.training import caching, log
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +108,21 @@ def test_clips_and_images_train_together_in_buckets(mixed: Path, tmp_path: Path)
         assert f"bucket {bucket}: 1 window of 1 clip" in table.split("held out")[1]
     exported = json.loads((tmp_path / "run" / "export" / "inflate.json").read_text())
     assert [exported[name] for name in ("frames", "height", "width", "fps")] == [4, 32, 64, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_a_run_from_a_cache_is_the_run_from_the_files(mixed: Path, tmp_path: Path) -> None:
+    arguments = ["data.buckets=[4x32x64,32x32@6,1x32x64]", "training.steps=3", "image_to_video.bands=1"]
+    plain = in_buckets("image_to_video", mixed, tmp_path / "plain", *arguments)
+    cache = f"data.cache={tmp_path / 'cache'}"
+    card = str(ROOT / "recipes" / "svd_demo_image_to_video.yaml")
+    sources = [card, f"data.path={mixed}", "data.captions=optional", "data.seconds_per_clip=null", arguments[0], cache]
+    caching.cache_clips(load(caching.Caching, sources, partial=True), False, False, lambda _: lambda *_: None, print)
+    cached = in_buckets("image_to_video", mixed, tmp_path / "cached", *arguments, cache)
+    for ours, theirs in zip(cached["history"], plain["history"], strict=True):
+        assert ours["loss/unet"] == pytest.approx(theirs["loss/unet"], rel=1e-5)
+    assert cached["held_out"][-1] == pytest.approx(plain["held_out"][-1], rel=1e-4)
 
 
 @pytest.mark.slow
