@@ -36,7 +36,7 @@ from transformers import (
 from inflate import config as configuration
 from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, draw_scene, render
 from inflate.errors import ConfigError, report_errors
-from inflate.families.svd import CLIP_MEAN, CLIP_STD
+from inflate.families.svd_encoders import CLIP_MEAN, CLIP_STD
 from inflate.metrics.video import psnr
 from inflate.training.loop import Batch, Noise, Player, fit
 from inflate.training.settings import Training

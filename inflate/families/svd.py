@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
@@ -28,16 +27,24 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
+from inflate.families.svd_encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SETTINGS_FILE,
+    TENSORS_FILE,
+    Encoding,
+    image_statistics,
+    load_video_vae,
+    needed_encoder,
+    refuse_another_encoder,
+)
 from inflate.models.unet import TemporalSpec, VideoUNet
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips
+from inflate.models.vae import VideoVAE
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
 from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILE, TENSORS_FILE = "inflate.json", "inflate.safetensors"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
@@ -125,7 +132,7 @@ class ExportGap:
 
 
 @dataclass
-class SVD:
+class SVD(Encoding):
     """A Stable Video Diffusion model: its networks, and what training fixed that sampling must repeat."""
 
     unet: VideoUNet
@@ -174,17 +181,12 @@ class SVD:
         export exactly. `frames` is its clip length. A video model has both already.
         """
         if str(path).endswith(".safetensors"):
-            if image_encoder is None:
-                raise CheckpointError(
-                    f"{path} holds no image encoder in a form that is read: give its folder as image_encoder"
-                )
-            return cls.from_sgm(path, image_encoder)
+            return cls.from_sgm(path, needed_encoder(path, image_encoder))
         folder = svd_files.resolve(path)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
-        if image_encoder is not None:
-            raise CheckpointError(f"{path} is a video model with an image encoder of its own; leave image_encoder out")
+        refuse_another_encoder(path, image_encoder)
         return cls.from_pretrained(folder)
 
     @classmethod
@@ -224,10 +226,8 @@ class SVD:
         folder = svd_files.resolve(path)
         own = folder / SETTINGS_FILE
         settings = svd_files.read_json(own) if own.is_file() else {}
-        extra = folder / TENSORS_FILE
-        overrides = svd_files.read_tensors(extra) if extra.is_file() else {}
         unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
-        vae = svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)
+        vae = load_video_vae(folder)
         encoder = svd_files.load_image_encoder(folder / "image_encoder")
         statistics = image_statistics(folder / "feature_extractor")
         if settings:
@@ -257,14 +257,6 @@ class SVD:
             network.to(device)
         return self
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
-        return encode_clips(self.vae, pixels, self.decode_chunk)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), chunk by chunk of frames."""
-        return decode_clips(self.vae, latents, self.decode_chunk)
-
     @torch.no_grad()
     def condition(self, first_frame: Tensor, fps: Tensor, bucket: Tensor, aug: Tensor, noise: Tensor) -> Condition:
         """The condition of clips from their first frames (B, 3, H, W) in [-1, 1]: the one of training and sampling.
@@ -274,23 +266,6 @@ class SVD:
         (2311.15127, appendix D.3).
         """
         return assemble(self.embed(first_frame), self.image_latent(first_frame, aug, noise), fps, bucket, aug)
-
-    @torch.no_grad()
-    def image_latent(self, first_frame: Tensor, aug: Tensor, noise: Tensor) -> Tensor:
-        """The unscaled latent (B, C, h, w) of first frames (B, 3, H, W), noise of level `aug` (B,) on their pixels."""
-        noised = first_frame + aug[:, None, None, None] * noise
-        latent: Tensor = self.vae.encode(noised.to(self.vae.dtype)).latent_dist.mode()
-        return latent
-
-    @torch.no_grad()
-    def embed(self, image: Tensor) -> Tensor:
-        """CLIP's projected embedding (B, 1, D) of images (B, 3, H, W) in [-1, 1], squashed to the encoder's square."""
-        size = self.image_encoder.config.image_size
-        small = (resize_antialiased(image, (size, size)) + 1.0) / 2.0  # (B, 3, size, size)
-        mean, std = (small.new_tensor(value)[:, None, None] for value in (self.image_mean, self.image_std))
-        pixels = ((small - mean) / std).to(self.image_encoder.dtype)
-        embedding: Tensor = self.image_encoder(pixels).image_embeds
-        return embedding.unsqueeze(1)  # (B, 1, D)
 
     def predict(self, condition: Condition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it; `unet` is its wrapped form (DDP, EMA) where there is one.
@@ -439,38 +414,6 @@ def objective_of(scheduler: dict[str, Any], folder: Path) -> EDM:
     if scheduler.get("prediction_type", "epsilon") != "v_prediction":
         log.warning("%s predicts noise, not v: it must be fine-tuned before its samples mean anything", folder)
     return EDM(noise_condition="discrete", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)))
-
-
-def image_statistics(*folders: Path) -> dict[str, Any]:
-    """The input mean and deviation that the first preprocessor_config.json found states; none: the class's own."""
-    for folder in folders:
-        file = folder / "preprocessor_config.json"
-        if file.is_file():
-            stated = svd_files.read_json(file)
-            return {name: tuple(stated[name]) for name in ("image_mean", "image_std") if name in stated}
-    return {}
-
-
-def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W) at another size (h, w): a Gaussian blur as wide as the shrinking needs, then bicubic.
-
-    The corners stay in place; each axis has its own standard deviation (shrinking - 1) / 2, in pixels, and a window
-    of four of them: what the published model's image encoder was fed with.
-    """
-    for axis, target in zip((2, 3), size, strict=True):
-        image = _blur(image, axis, image.shape[axis] / target)
-    return F.interpolate(image, size=size, mode="bicubic", align_corners=True)  # (B, C, h, w)
-
-
-def _blur(image: Tensor, axis: int, shrinking: float) -> Tensor:
-    deviation = max((shrinking - 1.0) / 2.0, 0.001)
-    radius = int(max(4.0 * deviation, 3)) // 2
-    offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-    weights = torch.exp(-(offsets**2) / (2.0 * deviation**2))
-    kernel = (weights / weights.sum()).reshape((1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1))
-    padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
-    padded = F.pad(image, padding, mode="reflect").flatten(0, 1).unsqueeze(1)  # (B C, 1, H', W')
-    return F.conv2d(padded, kernel).reshape(image.shape)  # (B, C, H, W)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator, like: nn.Module) -> Tensor:

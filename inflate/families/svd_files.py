@@ -351,6 +351,11 @@ def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
     return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
 
 
+def load_sgm_vae(file: Path) -> VideoVAE:
+    """The autoencoder alone of a single file in sgm's names."""
+    return sgm_vae(_strip(read_tensors(file), VAE_PREFIX), str(file))
+
+
 def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: str) -> VideoUNet:
     """A VideoUNet of a 2D configuration from the tensors of sgm's VideoUNet, without prefix."""
     ids = svd_keys.sgm_added_ids(tensors)

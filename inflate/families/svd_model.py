@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inflate.families.svd import SVD
+from inflate.families.svd_encoders import Encoders
 
 
 @dataclass
@@ -24,3 +25,7 @@ class Model:
     def load(self, frames: int) -> SVD:
         """The model, inflated where it is an image model, for clips of so many frames; CheckpointError."""
         return SVD.load(self.path, self.image_encoder, self.norm_epsilon, frames=frames)
+
+    def encoders(self) -> Encoders:
+        """Its VAE and image encoder alone; CheckpointError."""
+        return Encoders.load(self.path, self.image_encoder)

@@ -20,7 +20,7 @@ from inflate.data.preflight import Preflight, Progress, preflight, refuse_droppe
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
-from inflate.families.svd import SVD
+from inflate.families.svd_encoders import Encoding
 from inflate.families.svd_model import Model
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
@@ -43,10 +43,11 @@ class Caching:
 
     def encoder(self, device: torch.device) -> ClipEncoder:
         """The model's encoders, on the device."""
-        family = self.model.load(self.data.main.frames)
-        for network in (family.vae, family.image_encoder):
+        encoders = self.model.encoders()
+        encoders.decode_chunk = self.data.main.frames
+        for network in (encoders.vae, encoders.image_encoder):
             network.requires_grad_(False).eval().to(device)
-        return clip_encoder(family, self.data, self.image_to_video)
+        return clip_encoder(encoders, self.data, self.image_to_video)
 
 
 def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable[[str], Progress], say: Say) -> None:
@@ -133,7 +134,7 @@ def show_cached(settings: Caching, output: Path, count: int, say: Say) -> None:
     say(f"wrote {output}")
 
 
-def _show(folder: Path, item: Item, family: SVD, number: int) -> tuple[str, ...]:
+def _show(folder: Path, item: Item, family: Encoding, number: int) -> tuple[str, ...]:
     """Write one window's mp4 and contact sheet; its line of the table."""
     values: dict[str, Any] = dict(item)
     latents = values["latents"].to(family.vae.device, family.vae.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inflate.data.settings import Data
-from inflate.families.svd import SVD
+from inflate.families.svd_encoders import Encoding
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
 from inflate.training.image_to_video import ImageToVideo
@@ -19,7 +19,7 @@ from inflate.training.noise import seed_of
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def clip_encoder(family: SVD, data: Data, conditioning: ImageToVideo) -> ClipEncoder:
+def clip_encoder(family: Encoding, data: Data, conditioning: ImageToVideo) -> ClipEncoder:
     """The encoder that the settings of a run ask for."""
     aug = conditioning.noise_aug_mean, conditioning.noise_aug_std
     return ClipEncoder(family, data.cache_dtype, data.cache_draws, *aug)
@@ -34,7 +34,7 @@ class ClipEncoder:
 
     reads_captions = False
 
-    def __init__(self, family: SVD, precision: Precision, draws: int, aug_mean: float, aug_std: float) -> None:
+    def __init__(self, family: Encoding, precision: Precision, draws: int, aug_mean: float, aug_std: float) -> None:
         self.family, self.draws, self.aug = family, draws, (aug_mean, aug_std)
         self.precision, self.dtype = precision, getattr(torch, precision)
 

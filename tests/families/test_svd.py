@@ -18,8 +18,10 @@ from transformers import CLIPConfig, CLIPModel
 from helpers import CROSS, randomise, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files, svd_keys
-from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler, resize_antialiased
+from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
+from inflate.families.svd_encoders import Encoders, resize_antialiased
 from inflate.models.unet import TemporalSpec
+from inflate.models.weights import weights_sha256
 from inflate.objectives import EDM, schedule_sigmas
 from inflate.sampling.svd import Sampling, condition_of, initial_noise, sample_latents
 
@@ -473,3 +475,23 @@ def test_meta_models_take_over_without_a_copy(family: SVD) -> None:
 def test_an_image_encoder_that_would_not_be_used_is_refused(exported: Path) -> None:
     with pytest.raises(CheckpointError, match="leave image_encoder out"):
         SVD.load(exported, image_encoder=exported / "image_encoder")
+
+
+def test_encoders_alone_are_those_of_the_whole_model(
+    family: SVD, image_model: Path, exported: Path, sgm_file: Path, tmp_path: Path
+) -> None:
+    (image_model / "image_encoder" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    sources: list[tuple[Path, Path | None]] = [
+        (image_model, None), (exported, None), (sgm_file, image_model / "image_encoder")
+    ]  # fmt: skip
+    for path, inside in sources:
+        whole = SVD.from_sgm(sgm_file, inside, head_channels=16) if inside else SVD.load(path)
+        alone = Encoders.load(path, inside)
+        assert (alone.image_mean, alone.image_std) == (whole.image_mean, whole.image_std)
+        for ours, theirs in ((alone.vae, whole.vae), (alone.image_encoder, whole.image_encoder)):
+            assert weights_sha256(ours) == weights_sha256(theirs)
+    (image_model / "image_encoder" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="leave image_encoder out"):
+        Encoders.load(exported, exported / "image_encoder")
+    with pytest.raises(CheckpointError, match="give its folder as image_encoder"):
+        Encoders.load(sgm_file)
