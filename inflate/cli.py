@@ -280,7 +280,7 @@ def list_runs(
         list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look [default: output]")
     ] = None,
 ) -> None:
-    """List every run below FOLDER: steps done, how it ended, held-out numbers at its start and last."""
+    """List every run below FOLDER: steps done, how it ended, held-out numbers at its start and last, what overfits."""
     from inflate import runs
 
     for folder in folders or [Path("output")]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from inflate import config as configuration
 from inflate.errors import CheckpointError, ConfigError
+from inflate.measures import Overfitting, better, remark
 from inflate.tables import aligned
 
 CONFIG, METRICS, ENVIRONMENT = "config.yaml", "metrics.json", "environment.json"
@@ -40,6 +41,7 @@ class Run:
     held_out: list[Row]
     environment: dict[str, Any]
     """the record of its last start; empty where there is none"""
+    overfitting: list[Overfitting]
 
     @property
     def step(self) -> int:
@@ -102,15 +104,19 @@ def read(folder: Path) -> Run:
         raise CheckpointError(f"{folder}: not a run: {' and '.join(missing)} missing; `inflate runs` lists the runs")
     metrics = _json(folder / METRICS)
     history, held_out = (_rows(folder / METRICS, metrics.get(name)) for name in ("history", "held_out"))
-    return Run(folder, configuration.dotted(folder / CONFIG), history, held_out, _environment(folder / ENVIRONMENT))
+    settings, environment = configuration.dotted(folder / CONFIG), _environment(folder / ENVIRONMENT)
+    return Run(folder, settings, history, held_out, environment, _overfitting(folder / METRICS, metrics))
 
 
 def describe(run: Run) -> str:
-    """A run in a line, and its held-out numbers in a line each: at its first measurement, and at its last."""
+    """A run in a line; its held-out numbers at its first measurement and at its last, a line each; what overfits."""
     stage, steps = run.settings.get("stage"), run.settings.get("training.steps", "?")
     facts = [*([str(stage)] if stage else []), f"{run.step} of {steps} steps", run.state]
-    rows = [(f"    {name}", f"{number(first)} -> {number(last)}") for name, (first, last) in run.measures.items()]
-    return "\n".join([f"{run.folder}: {', '.join(facts)}", *aligned(rows)])
+    rows = [
+        (f"    {name}", f"{number(first)} -> {number(last)}", remark(name))
+        for name, (first, last) in run.measures.items()
+    ]
+    return "\n".join([f"{run.folder}: {', '.join(facts)}", *aligned(rows), *(f"    {one}" for one in run.overfitting)])
 
 
 def compare(runs: Sequence[Run]) -> str:
@@ -119,12 +125,12 @@ def compare(runs: Sequence[Run]) -> str:
     settings = [{name: value for name, value in run.settings.items() if name not in PLACES} for run in runs]
     kept = [{name: run.environment[name] for name in SURROUNDINGS if name in run.environment} for run in runs]
     surroundings = [dict(configuration.leaves(record)) for record in kept]
-    steps = ["step", *(number(run.held_out[-1]["step"]) if run.held_out else "-" for run in runs)]
+    steps = ["step", *(number(run.held_out[-1]["step"]) if run.held_out else "-" for run in runs), ""]
     measured = [{name: last for name, (_, last) in run.measures.items()} for run in runs]
-    numbers = [[name, *(number(row.get(name)) for row in measured)] for name in _names(measured)]
+    numbers = [[name, *(number(row.get(name)) for row in measured), better(name)] for name in _names(measured)]
     tables = [
         [["setting", *labels], *_differing(settings)], [["environment", *labels], *_differing(surroundings)],
-        [["held out", *labels], steps, *numbers],
+        [["held out", *labels, "better"], steps, *numbers],
     ]  # fmt: skip
     nothing = "the settings are the same"
     texts = ["\n".join(aligned(table)) for table in tables if len(table) > 1]
@@ -168,6 +174,13 @@ def _rows(path: Path, rows: Any) -> list[Row]:
     if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise CheckpointError(f"{path}: not a run's metrics: a list of numbers by name, with their step, is missing")
     return rows
+
+
+def _overfitting(path: Path, metrics: Mapping[str, Any]) -> list[Overfitting]:
+    try:
+        return [Overfitting(**one) for one in metrics.get("overfitting", [])]
+    except TypeError as error:
+        raise CheckpointError(f"{path}: not a run's metrics: what it says of overfitting is wrong ({error})") from error
 
 
 def _is_row(row: Any) -> bool:

@@ -27,10 +27,12 @@ from inflate.data.settings import Data
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_model import Model
+from inflate.measures import remark
 from inflate.training.card import write_card
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.encoding import clip_encoder
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
+from inflate.training.log import found_overfitting
 from inflate.training.loop import Result, check_output, fit
 from inflate.training.noise import seed_of
 from inflate.training.previews import compare_previews
@@ -145,10 +147,12 @@ def make_task(
         family.decode_chunk = main.frames  # the chunk of training is the chunk of decoding
         family.vae.to(device)  # the others stay where they take no memory of the GPU
         pixels = join(batches)["pixels"]
-        return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps)
+        known = [dataset[n]["pixels"] for n in numbers_in(dataset, main)[: config.decoder.train_clips]]
+        return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
+    known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
     task = ImageToVideoTask(
-        family, config.image_to_video, batches, config.sampling, training.lr, training.seed,
+        family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
         frames_encoded(config) if config.data.cache else "all",
     )  # fmt: skip
     family.frames, family.height, family.width = main.frames, main.height, main.width
@@ -159,12 +163,17 @@ def make_task(
 
 def held_out_in_main(held_out: ClipDataset, main: Bucket, most: int) -> list[Batch]:
     """The first held-out clips of the main bucket: a decoder is measured in one size, as its spectra are."""
-    numbers = [number for number, (_, window) in enumerate(held_out.windows) if window.bucket == main]
+    numbers = numbers_in(held_out, main)
     if not numbers:
         raise DataError(f"no held-out clip is in bucket {main}: list first, in data.buckets, a bucket that has some")
     if len(numbers) < len(held_out):
         logging.info("the decoder is measured on the held-out clips of bucket %s: %d", main, len(numbers))
     return [collate([held_out[number]]) for number in numbers[:most]]
+
+
+def numbers_in(clips: ClipDataset, bucket: Bucket) -> list[int]:
+    """The samples of a bucket in the first epoch."""
+    return [number for number, (_, window) in enumerate(clips.windows) if window.bucket == bucket]
 
 
 def finish(config: Config, result: Result) -> None:
@@ -199,10 +208,12 @@ def say(result: Result, config: Config) -> None:
     if not tells:
         return
     first, last = result.held_out[0], result.held_out[-1]
-    print(f"\n{config.stage}: {result.step} steps; on held-out clips, before -> after:")
+    print(f"\n{config.stage}: {result.step} steps; measured, before -> after:")
     for name in last:
         if name in first and name != "step" and not name.startswith("parent/"):
-            print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g}")
+            print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g} {remark(name)}".rstrip())
+    for one in found_overfitting(output, result.held_out):
+        print(f"  {one}")
     for name, path in (
         ("before/after video", output / "before_after.mp4"), ("as a picture", output / "before_after.png"),
         ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),

@@ -19,6 +19,7 @@ from helpers import load_recipe
 from inflate.config import load
 from inflate.data import video
 from inflate.data.demo_clips import build
+from inflate.measures import SHARES
 from inflate.training import caching, log
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,7 @@ def test_clips_and_images_train_together_in_buckets(mixed: Path, tmp_path: Path)
         "image_to_video", mixed, tmp_path / "run", buckets, "training.steps=3", "image_to_video.bands=1"
     )
     assert len(metrics["history"]) == 3
+    assert metrics["held_out"][-1]["training-clip loss"] > 0
     assert {"held-out loss in 4x32x64", "held-out loss in 6x32x32", "held-out loss in 1x32x64"} <= set(
         metrics["held_out"][-1]
     )
@@ -131,6 +133,7 @@ def test_a_decoder_trains_in_buckets_and_is_measured_in_the_first(mixed: Path, t
     buckets = ("data.buckets=[4x32x64,32x32@6]", "data.max_dropped=0.5", "decoder.discriminator_channels=8")
     metrics = in_buckets("decoder", mixed, tmp_path / "run", *buckets, "training.steps=4")
     assert [row["step"] for row in metrics["history"]] == [1, 2, 3, 4]
+    assert metrics["held_out"][-1]["training-clip noisy/psnr"] > 0
     table = (tmp_path / "run" / "clips.txt").read_text()
     assert "0-still.png 1 image 64x32 - dropped: an image, and no bucket has one frame" in " ".join(table.split())
     exported = json.loads((tmp_path / "run" / "export" / "inflate.json").read_text())
@@ -141,7 +144,8 @@ def measured(output: Path) -> dict[str, Any]:
     """What a run measured, without how long it took."""
     metrics = json.loads((output / "metrics.json").read_text())
     for row in metrics["history"]:
-        del row["clips_per_second"], row["data_wait"]
+        for name in ("clips_per_second", *SHARES):
+            del row[name]
     return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from inflate import cli, runs
+from inflate.measures import Overfitting
 
 ENDED = {"reason": "finished", "step": 20, "at": "2026-01-01T00:00:00Z"}
 
@@ -46,7 +48,7 @@ def test_every_run_below_the_folders_is_listed(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a" / "x"), write_run(tmp_path / "b", ended=None)
     result = inflate(tmp_path / "a", tmp_path / "b")
     assert result.exit_code == 0, result.output
-    numbers = ["    psnr  20 -> 25", "    loss  - -> 0.5"]
+    numbers = ["    psnr  20 -> 25  (higher is better)", "    loss  - -> 0.5  (lower is better)"]
     assert result.stdout.splitlines() == [
         f"{first}: decoder, 20 of 20 steps, finished", *numbers,
         f"{second}: decoder, 15 of 20 steps, cut off, or at work", *numbers,
@@ -83,6 +85,17 @@ def test_a_run_without_a_record_or_measures_is_listed_too(tmp_path: Path) -> Non
     assert not runs.read(folder).finished
 
 
+def test_overfitting_is_told_below_the_numbers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    found = Overfitting("noisy/psnr", 5, 25, 24, 26, 27, "checkpoint-6")
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"overfitting": [asdict(found)]}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert inflate(folder).stdout.splitlines()[-1] == (
+        "    overfitting: noisy/psnr was best at step 5 and went from 25 to 24, training-clip noisy/psnr from 26 to "
+        "27; the nearest checkpoint is checkpoint-6"
+    )
+
+
 def test_a_run_without_metrics_is_mentioned(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     young = write_run(tmp_path / "b")
@@ -99,13 +112,13 @@ def test_compare_shows_what_differs_and_the_last_numbers(tmp_path: Path) -> None
     assert result.stdout.split("\n\n") == [
         "setting      a      b\ntraining.lr  1e-05  0.001",
         'environment  a     b\ngit          null  -\ndevices      -     ["H200"]',
-        "held out  a    b\nstep      15   15\npsnr      25   25\nloss      0.5  0.25\n",
+        "held out  a    b     better\nstep      15   15\npsnr      25   25    higher\nloss      0.5  0.25  lower\n",
     ]
 
 
 def test_compare_says_where_no_setting_differs(tmp_path: Path) -> None:
     result = inflate("compare", write_run(tmp_path / "a"), write_run(tmp_path / "b"))
-    assert result.stdout.startswith("the settings are the same\n\nheld out  a    b\n")
+    assert result.stdout.startswith("the settings are the same\n\nheld out  a    b    better\n")
 
 
 def test_plot_draws_all_runs(tmp_path: Path) -> None:
@@ -140,6 +153,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         ("metrics.json", '{"history": []}', "metrics.json: not a run's metrics"),
         ("metrics.json", '{"history": [{"loss": 1}], "held_out": []}', "metrics.json: not a run's metrics"),
         ("metrics.json", '{"history": [{"step": "a"}], "held_out": []}', "metrics.json: not a run's metrics"),
+        ("metrics.json", '{"history": [], "held_out": [], "overfitting": [{}]}', "it says of overfitting is wrong"),
         ("environment.json", '{"ended": "yes"}', "environment.json: not a run's record"),
         ("config.yaml", "a: [", "config.yaml:1: not valid YAML"),
         ("config.yaml", "a: !!python/name:os.system x", "config.yaml:1: not valid YAML"),

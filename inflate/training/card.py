@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from inflate.files import write_text
+from inflate.measures import Overfitting, Rows, better
+from inflate.training.log import found_overfitting
 from inflate.training.record import device_name
-
-Rows = Sequence[Mapping[str, float]]
 
 
 def write_card(
@@ -26,7 +26,7 @@ def write_card(
     sections = [
         f"# {title}",
         "\n".join(f"- {name}: {value}" for name, value in {**facts, "hardware": hardware()}.items()),
-        _measured(held_out),
+        _measured(held_out, found_overfitting(folder, held_out)),
         _scored(scores),
         "## Use\n\n```bash\ninflate sample export image.png -o out.mp4\n```\n\n"
         "```python\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
@@ -46,17 +46,21 @@ def hardware() -> str:
     return f"{device_name(device)}, {threads}torch {torch.__version__}"
 
 
-def _measured(held_out: Rows) -> str:
+def _measured(held_out: Rows, overfitted: Sequence[Overfitting]) -> str:
     if not held_out:
         return ""
     first, last = held_out[0], held_out[-1]
-    rows = [f"| {name} | {first[name]:.4g} | {last[name]:.4g} |" for name in last if name != "step" and name in first]
-    head = f"| on held-out clips | step {int(first['step'])} | step {int(last['step'])} |\n|---|---|---|"
-    return "## Measured\n\n" + "\n".join([head, *rows])
+    rows = [
+        f"| {name} | {first[name]:.4g} | {last[name]:.4g} | {better(name)} |"
+        for name in last
+        if name != "step" and name in first
+    ]
+    head = f"| measure | step {int(first['step'])} | step {int(last['step'])} | better |\n|---|---|---|---|"
+    return "\n\n".join(["## Measured", "\n".join([head, *rows]), *(f"**{one}**" for one in overfitted)])
 
 
 def _scored(scores: Mapping[str, float]) -> str:
     if not scores:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in scores.items())
-    return f"## Samples\n\n| of the last preview | |\n|---|---|\n{rows}"
+    rows = "\n".join(f"| {name} | {value:.4g} | {better(name)} |" for name, value in scores.items())
+    return f"## Samples\n\n| of the last preview | | better |\n|---|---|---|\n{rows}"

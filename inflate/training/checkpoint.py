@@ -96,6 +96,13 @@ def numbered(output: Path) -> list[Path]:
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name and path.is_dir())]
 
 
+def nearest(output: Path, step: int) -> Path | None:
+    """The checkpoint whose step is nearest to one, of two equally near the earlier; None where there is none."""
+    return min(
+        numbered(output), key=lambda folder: abs(int(folder.name.removeprefix("checkpoint-")) - step), default=None
+    )
+
+
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its recorded digest."""
     try:

@@ -11,7 +11,7 @@ from latents with per-frame noise of a random level, some from clean ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from inflate.data.pixels import to_uint8, unit
 from inflate.data.video import contact_sheet, write
 from inflate.errors import ConfigError, TrainingError
+from inflate.measures import TRAINING
 from inflate.metrics.perceptual import perceptual_distance
 from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, spectrum_distance, ssim
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator
@@ -89,8 +90,9 @@ class DecoderTask:
 
     vae: a `VideoVAE`, or any AutoencoderKL where `settings.temporal` is off; its decoder is trained in place, all else
     is frozen. held_out: clips (N, F, 3, H, W) in [-1, 1] of the training length. export: writes the result into a new
-    folder. Make the task before training begins, with the VAE on the device it will run on: the VAE's frame-wise path
-    at that moment is the parent that results are compared with. Raises ConfigError.
+    folder. training: clips (F, 3, H, W) of one size that are trained on. Make the task before training begins, with the
+    VAE on the device it will run on: the VAE's frame-wise path at that moment is the parent that results are compared
+    with. Raises ConfigError.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class DecoderTask:
         export: Callable[[Path], None],
         seed: int = 0,
         fps: float = 8.0,
+        training: Sequence[Tensor] = (),
     ) -> None:
         check(settings)
         if settings.temporal and not isinstance(vae, VideoVAE):
@@ -116,6 +119,8 @@ class DecoderTask:
         self.frozen: list[nn.Module] = [self.perceptual] if settings.perceptual else []
         self.encoder_sha256 = encoder_sha256(vae)
         self.held_out = HeldOut(vae, held_out, settings.held_out_noise, seed)
+        shown = training[: settings.train_clips]
+        self.training = FixedClips(vae, torch.stack([*shown]), settings.held_out_noise, seed) if shown else None
         self._left: tuple[Batch, Tensor] | None = None
 
     def _decoder_loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, Logs]:
@@ -177,7 +182,8 @@ class DecoderTask:
             return at_least_float32(decode_clips(self.vae, latents, temporal=self.settings.temporal))
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out measures of the present decoder and of its parent (`parent/...`), on clean and on noisy latents.
+        """Held-out measures of the present decoder and of its parent (`parent/...`), on clean and on noisy latents; the
+        PSNR on training clips (`training-clip ...`).
 
         PSNR (dB), SSIM, flicker error, and over the upper half of the frequencies the sharpness (1 = as real) and the
         spectrum distance (decades), as `inflate.metrics.video` defines them. Raises TrainingError if the encoder has
@@ -185,6 +191,8 @@ class DecoderTask:
         """
         self.check_encoder()
         now = self.held_out.measure(self.vae, self.settings.temporal)
+        known = self.training.measure(self.vae, self.settings.temporal) if self.training else {}
+        now |= {TRAINING[name]: value for name, value in known.items() if name in TRAINING}
         return now | {f"parent/{name}": value for name, value in self.held_out.parent.items()}
 
     def preview(self, folder: Path) -> None:
@@ -226,8 +234,8 @@ class DecoderTask:
         return perceptual_distance(self.settings.vgg_weights, self.settings.lpips_heads, self.vae)
 
 
-class HeldOut:
-    """Fixed clips (N, F, 3, H, W) with fixed noise, and what the parent decoder, frame by frame, makes of them.
+class FixedClips:
+    """Fixed clips (N, F, 3, H, W) with noise fixed by the seed and their places.
 
     Everything is kept on the CPU and decoded one clip at a time on the VAE's device.
     """
@@ -240,8 +248,6 @@ class HeldOut:
         )  # (N, F, C, h, w)
         draws = Noise(seed, torch.arange(len(pixels))).normal("held-out noise", *self.latents.shape[1:])
         self.noise = noise * draws  # (N, F, C, h, w)
-        self.parent = self.measure(vae, False)
-        self.parent_clips = [self.decoded(vae, False, number, noisy=True) for number in range(len(self.pixels))]
 
     @torch.no_grad()
     def decoded(self, vae: AutoencoderKL, temporal: bool, number: int, noisy: bool) -> Tensor:
@@ -265,6 +271,15 @@ class HeldOut:
         sums["sharpness"] = float(sharpness(spectrum, true_spectrum))
         sums["spectrum_distance"] = float(spectrum_distance(spectrum, true_spectrum))
         return {f"{'noisy' if noisy else 'clean'}/{name}": value for name, value in sums.items()}
+
+
+class HeldOut(FixedClips):
+    """Clips that are not trained on, and what the parent decoder, frame by frame, makes of them."""
+
+    def __init__(self, vae: AutoencoderKL, pixels: Tensor, noise: float, seed: int) -> None:
+        super().__init__(vae, pixels, noise, seed)
+        self.parent = self.measure(vae, False)
+        self.parent_clips = [self.decoded(vae, False, number, noisy=True) for number in range(len(self.pixels))]
 
     def shown(self, vae: AutoencoderKL, temporal: bool, number: int) -> dict[str, npt.NDArray[np.uint8]]:
         """Rows to look at, by label: uint8 (F, H, W, 3), the reconstructions from noisy latents."""

@@ -57,6 +57,8 @@ class Decoder:
     """Standard deviation of the fixed noise on the held-out clips' noisy latents."""
     held_out_clips: int = 32
     """Held-out clips that the decoder is measured on."""
+    train_clips: int = 8
+    """Training clips that its PSNR is measured on as well, to tell overfitting; 0 = none."""
     previews: int = 4
     """Held-out clips shown in previews."""
 
@@ -70,6 +72,8 @@ def check(settings: Decoder) -> None:
             raise ConfigError(f"decoder.{name}={getattr(settings, name)}: must be 0 or more")
     if settings.held_out_clips < 1:
         raise ConfigError(f"decoder.held_out_clips={settings.held_out_clips}: must be 1 or more")
+    if settings.train_clips < 0:
+        raise ConfigError(f"decoder.train_clips={settings.train_clips}: must be 0 or more")
     if settings.image_adversarial and not settings.adversarial:
         raise ConfigError("decoder.image_adversarial=true has no effect while decoder.adversarial is 0: raise it")
     if settings.vgg_weights and not settings.perceptual:

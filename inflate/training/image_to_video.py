@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
@@ -23,8 +25,10 @@ from inflate.models.unet import VideoUNet
 from inflate.sampling.svd import Sampling, sample
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
+from inflate.training.player import Selected
 
 Batch = dict[str, Any]
+REMEDY = "cache what the frozen encoders make of the clips (`inflate data cache`)"
 
 
 @dataclass
@@ -52,7 +56,10 @@ class ImageToVideo:
     held_out_clips: int = 32
     """held-out clips that the loss is measured on"""
     bands: int = 4
-    """noise levels that the held-out loss is measured at: middles of this many equally likely shares of training"""
+    """bands of the noise level, equally likely in training: the training loss is told for each, the held-out loss at
+    its middle"""
+    train_clips: int = 8
+    """training clips that the same is measured on as on held-out ones, to tell overfitting; 0 = none"""
     preview_clips: int = 4
     """held-out clips that each preview animates; images are passed over"""
 
@@ -62,8 +69,10 @@ class ImageToVideo:
             raise ConfigError(
                 "image_to_video: drop_both, drop_embedding and drop_image are shares: not below 0, not above 1 together"
             )
-        if min(self.held_out_clips, self.bands, self.preview_clips) < 1:
-            raise ConfigError("image_to_video: held_out_clips, bands and preview_clips must be at least 1")
+        if min(self.held_out_clips, self.bands, self.preview_clips) < 1 or self.train_clips < 0:
+            raise ConfigError(
+                "image_to_video: held_out_clips, bands and preview_clips must be at least 1, train_clips at least 0"
+            )
 
 
 @dataclass
@@ -85,7 +94,8 @@ class ImageToVideoTask:
 
     `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`), of one or more sizes;
     some must have two frames or more, else DataError. A clip of one frame is an image: the temporal layers are
-    bypassed, and the UNet is shown its embedding but not its latent, which would be the answer.
+    bypassed, and the UNet is shown its embedding but not its latent, which would be the answer. `training` are such
+    batches of clips that are trained on.
 
     `frames` says which frames a step encodes: all; the first alone, whose noise is on its pixels, where batches hold
     the clips' `latents` and `context` and the `first` frame; or none, where they also hold `image_latents` (B, K, ...)
@@ -100,6 +110,7 @@ class ImageToVideoTask:
         sampling: Preview,
         lr: float,
         seed: int,
+        training: Sequence[Batch] = (),
         frames: Frames = "all",
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
@@ -110,16 +121,18 @@ class ImageToVideoTask:
         self.frozen = needed.get(frames, [])
         self._visiting = [one for one in needed["all"] if one not in self.frozen]
         self.held_out = held_out[: settings.held_out_clips]
+        self.training = [*training[: settings.train_clips]]
+        self.bands = self._bands()
         self.shown = [clip for clip in self.held_out if not is_image(clip)][: settings.preview_clips]
         if not self.shown:
             raise DataError("the held-out clips (data.held_out) are images: previews need clips of two frames or more")
         for module in needed["all"]:
             module.requires_grad_(False).eval()
         choose_trainable(family.unet, settings.trainable)
-        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss)]
+        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY)]
 
-    def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The EDM loss per sample (B,), fp32, of one batch."""
+    def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Selected]]:
+        """The EDM loss per sample (B,), fp32, of one batch; logged for each band of the noise level."""
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
         condition = self.condition(batch, noise).drop(
@@ -127,7 +140,8 @@ class ImageToVideoTask:
         )
         sigma = objective.sigma(noise.normal("sigma"))  # (B,)
         predict = family.predict(condition, self.players[0].network, is_image(batch))
-        return objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:])), {}
+        loss = objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:]))  # (B,)
+        return loss, {name: Selected(loss, (low <= sigma) & (sigma < high)) for name, (low, high) in self.bands.items()}
 
     def clean(self, batch: Batch, device: torch.device) -> Tensor:
         """The clips' scaled latents (B, F, C, h, w)."""
@@ -171,14 +185,19 @@ class ImageToVideoTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The held-out loss on fixed noise: its mean, per noise level, per size, and with temporal layers bypassed.
+        """The loss on fixed noise: its mean, per noise level, per size, and with temporal layers bypassed.
 
-        The means are over clips, whatever their size; sizes are told apart where there are several.
+        The means are over held-out clips, whatever their size; sizes are told apart where there are several. The mean
+        over clips of the training set is told as well.
         """
         levels = self.levels()
         with self._encoders():
-            losses, bypassed = self.held_out_losses(levels, False), self.held_out_losses(levels, True)  # (N, levels)
+            losses = self.fixed_losses(self.held_out, levels)  # (N, levels)
+            bypassed = self.fixed_losses(self.held_out, levels, image_only=True)  # (N, levels)
+            known = self.fixed_losses(self.training, levels)
         named = {"held-out loss": float(losses.mean())}
+        if self.training:
+            named["training-clip loss"] = float(known.mean())
         for place, sigma in enumerate(levels):
             named[f"held-out loss at sigma {sigma:.3g}"] = float(losses[:, place].mean())
         sizes = [size_of(clip) for clip in self.held_out]
@@ -188,16 +207,26 @@ class ImageToVideoTask:
         return {**named, "held-out loss, temporal layers bypassed": float(bypassed.mean())}
 
     def levels(self) -> list[float]:
-        """The noise levels of the held-out loss: equally likely ones under the training distribution."""
-        objective, bands = self.family.objective, self.settings.bands
-        quantiles = [NormalDist().inv_cdf((k + 0.5) / bands) for k in range(bands)]
-        return [float(objective.sigma(torch.tensor([q]))) for q in quantiles]
+        """The noise levels of the held-out loss: the middles of the bands."""
+        return [self._sigma((band + 0.5) / self.settings.bands) for band in range(self.settings.bands)]
 
-    def held_out_losses(self, levels: list[float], image_only: bool, together: int = 4) -> Tensor:
-        """The loss of each held-out clip at each noise level (N, levels), float64, on noise fixed by (seed, clip)."""
-        losses, device = torch.zeros(len(self.held_out), len(levels), dtype=torch.float64), self._device()
-        for places in same_size(self.held_out, together):
-            batch = join([self.held_out[place] for place in places])
+    def _bands(self) -> dict[str, tuple[float, float]]:
+        """Least noise level and limit of each band, by name; none where all are one."""
+        edges = [self._sigma(band / self.settings.bands) for band in range(1, self.settings.bands)]
+        limits = pairwise([0.0, *edges, math.inf]) if edges else ()
+        return {f"loss at sigma {band_name(low, high)}": (low, high) for low, high in limits}
+
+    def _sigma(self, share: float) -> float:
+        """The noise level that a share of training is below."""
+        return float(self.family.objective.sigma(torch.tensor([NormalDist().inv_cdf(share)])))
+
+    def fixed_losses(
+        self, clips: list[Batch], levels: list[float], image_only: bool = False, together: int = 4
+    ) -> Tensor:
+        """The loss of each clip at each noise level (N, levels), float64, on noise fixed by the seed and its number."""
+        losses, device = torch.zeros(len(clips), len(levels), dtype=torch.float64), self._device()
+        for places in same_size(clips, together):
+            batch = join([clips[place] for place in places])
             noise = Noise(self.seed, batch["number"], device)
             clean = self.clean(batch, device)
             predict = self.family.predict(
@@ -293,6 +322,13 @@ def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> 
         parameter.requires_grad_(name not in inert and (trainable == "all" or name in chosen))
 
 
+def band_name(low: float, high: float) -> str:
+    """A range of noise levels in words."""
+    if not low:
+        return f"below {high:.3g}"
+    return f"{low:.3g}-{high:.3g}" if math.isfinite(high) else f"above {low:.3g}"
+
+
 def is_image(batch: Batch) -> bool:
     """Whether a batch's clips have one frame."""
     return int(batch["latents" if "latents" in batch else "pixels"].shape[1]) == 1
@@ -305,8 +341,8 @@ def first_frame(batch: Batch) -> Tensor:
 
 
 def size_of(batch: Batch) -> tuple[int, int, int]:
-    """Frames, height and width of a batch's clips."""
-    _, frames, _, height, width = batch["pixels"].shape
+    """Frames, height and width of a batch's clips, or of their latents where it holds no pixels."""
+    _, frames, _, height, width = batch["pixels" if "pixels" in batch else "latents"].shape
     return frames, height, width
 
 

@@ -23,15 +23,27 @@ from inflate.errors import InflateError, TrainingError
 from inflate.files import new_folder, write_text
 from inflate.training import checkpoint, record
 from inflate.training.checkpoint import State
+from inflate.training.clock import Clock
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
-from inflate.training.player import Batch, Player, Task, Trainee, at_rest, check_players, in_full_precision, turn
+from inflate.training.player import (
+    Batch,
+    Player,
+    Selected,
+    Task,
+    Trainee,
+    at_rest,
+    check_players,
+    in_full_precision,
+    selected,
+    turn,
+)
 from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
-Terms = dict[str, list[Tensor]]
+Terms = dict[str, list[Selected]]
 
 
 class Dataset(Protocol):
@@ -94,10 +106,11 @@ def fit(
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
     restore(found, state, trainees, accelerator)
+    clock = Clock(accelerator.device, [network for one in trainees for network in (one.module, one.player.network)])
     stop, lost = Stop(settings.max_seconds), noticing_losses(settings.output)
     batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
     reason = ""
-    with lost, stop, Report(settings, accelerator, state) as report:
+    with lost, stop, Report(settings, accelerator, state, clock, task.players) as report:
         run = Run(task, settings, accelerator, trainees, report, state)
         if state.step == 0:
             with report.paused():
@@ -115,14 +128,19 @@ def fit(
                 with accelerator.accumulate(*(one.player.network for one in acting)):
                     for one in acting:
                         with turn(one, trainees):
+                            clock.begin("encode")
                             loss, logs = one.player.loss(batch, noise, state.step)  # (B,)
+                            clock.begin("backward")
                             accelerator.backward(loss.mean())
+                            clock.begin("other")
                         collect(terms, one, loss, logs)
+            clock.begin("update")
             norms = [one.gradient_norm(accelerator) for one in acting]
             check_step(accelerator, state.step, acting, terms, norms, numbers)
             for one, norm in zip(acting, norms, strict=True):
                 one.update(state.step, norm)
-                terms[f"gradient_norm/{one.player.name}"] = [norm]
+                terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
+            clock.begin("other")
             report.add(terms)
             state.step += 1
             report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
@@ -374,10 +392,10 @@ def leave_signals(over: Any, _: int) -> None:
 # --- within a step ----------------------------------------------------------------------------------------------------
 
 
-def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor]) -> None:
+def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor | Selected]) -> None:
     """Keep a micro-step's loss and logged tensors, without their graphs, under `name/player`."""
-    for name, values in {"loss": loss, **logs}.items():
-        terms.setdefault(f"{name}/{one.player.name}", []).append(values.detach())
+    for name, logged in {"loss": loss, **logs}.items():
+        terms.setdefault(f"{name}/{one.player.name}", []).append(selected(logged))
 
 
 def check_step(
@@ -394,8 +412,8 @@ def check_step(
     Reading one row per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
     may overflow: the scaler then skips the step, so only the losses count.
     """
-    watched = [values for name, values in terms.items() if name.startswith("loss/")]
-    flags = [value.isfinite().all() for values in watched for value in values]
+    watched = [losses for name, losses in terms.items() if name.startswith("loss/")]
+    flags = [loss.values.isfinite().all() for losses in watched for loss in losses]
     flags += [norm.isfinite() for norm in norms] if accelerator.scaler is None else []
     own = torch.stack([(~torch.stack(flags)).sum().float(), *(norm.float() for norm in norms)])  # (1 + players,)
     rows = accelerator.gather(own.unsqueeze(0)).tolist()  # (processes, 1 + players): all processes stop together
@@ -414,7 +432,7 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
             if not parameter.isfinite().all():
                 return f"parameter {one.player.name}.{name} is not finite"
     for name in sorted(terms, key=lambda name: name.startswith("loss/")):
-        finite = torch.cat([value.isfinite().reshape(-1) for value in terms[name]])
+        finite = torch.cat([(values.isfinite() | ~chosen).reshape(-1) for values, chosen in terms[name]])
         if not finite.all():
             samples = [n for n, good in zip(numbers, finite.tolist(), strict=False) if not good]
             where = f" for sample numbers {samples}" if len(finite) == len(numbers) else ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,25 @@ from inflate.training.settings import Training, rate
 Batch = dict[str, Any]
 
 
+class Selected(NamedTuple):
+    """A logged tensor of which only some samples count in the mean: values (B,), and whether each one counts (B,)."""
+
+    values: Tensor
+    chosen: Tensor
+
+
+def selected(logged: Tensor | Selected) -> Selected:
+    """A logged tensor without its graph; of a plain one every element counts."""
+    values, chosen = logged if isinstance(logged, Selected) else (logged, torch.ones_like(logged, dtype=torch.bool))
+    return Selected(values.detach(), chosen)
+
+
 @dataclass(eq=False)
 class Player:
     """A network with its own loss and optimiser. One player is ordinary training, two are adversarial training.
 
-    `loss(batch, noise, step)` returns per-sample losses (B,) and tensors to log, whose means are shown.
+    `loss(batch, noise, step)` returns per-sample losses (B,) and tensors to log, whose means are shown: of all their
+    elements, or of those `Selected`, so that a mean may be over some of the samples.
     The loop replaces `network` by accelerate's wrapper of it: the loss calls `player.network(...)`, by its `forward`,
     so that precision and gradient synchronisation take part. Another player's network is called as the bare module
     that the task holds; its parameters are frozen meanwhile. Parameters that require a gradient when `fit` begins are
@@ -32,11 +46,13 @@ class Player:
 
     name: str
     network: nn.Module
-    loss: Callable[[Batch, Noise, int], tuple[Tensor, dict[str, Tensor]]]
+    loss: Callable[[Batch, Noise, int], tuple[Tensor, Mapping[str, Tensor | Selected]]]
     lr: float | None = None
     """Its learning rate; None = the run's."""
     start: int = 0
     """First step at which it acts."""
+    remedy: str = ""
+    """What to do where much time goes into its loss outside the trained networks, or into waiting for its clips."""
 
 
 class Task(Protocol):

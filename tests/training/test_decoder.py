@@ -273,6 +273,17 @@ def test_evaluation_is_fixed_and_reports_the_parent_at_birth():
     assert all(moved[name] == first[name] for name in first if name.startswith("parent/"))
 
 
+def test_the_psnr_of_training_clips_is_measured_as_that_of_held_out_ones():
+    shown = clips(3, seed=9)
+    task = DecoderTask(vae(), replace(SMALL, train_clips=2), shown[:2], export, training=[*shown])
+    values = task.evaluate()
+    for kind in ("clean", "noisy"):
+        assert values[f"training-clip {kind}/psnr"] == values[f"{kind}/psnr"]
+    assert len(task.training.pixels) == 2
+    none = DecoderTask(vae(), replace(SMALL, train_clips=0), shown[:2], export, training=[*shown]).evaluate()
+    assert not any(name.startswith("training-clip") for name in none)
+
+
 def test_a_changed_encoder_stops_evaluation_and_export(tmp_path):
     task = make()
     with torch.no_grad():
@@ -313,6 +324,7 @@ def test_previews_are_a_playable_video_and_a_sheet(tmp_path):
         ({"temporal": False}, "decoder.trainable=decoder"),
         ({"l1": 0.0, "perceptual": 0.0}, "nothing asks"),
         ({"l1": -1.0}, "decoder.l1=-1.0"),
+        ({"train_clips": -1}, "decoder.train_clips=-1"),
         ({"clean_share": 1.5}, "decoder.clean_share=1.5"),
         ({"latent_noise": (0.3, 0.1)}, "decoder.latent_noise"),
         ({"adaptive_bounds": (2.0, 1.0)}, "decoder.adaptive_bounds"),

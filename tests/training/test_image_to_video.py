@@ -77,6 +77,53 @@ def test_the_loss_is_the_objective_on_the_drawn_levels(family: SVD) -> None:
     torch.testing.assert_close(loss.detach(), weighted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_loss_of_each_band_is_of_the_samples_that_drew_it(family: SVD) -> None:
+    task = make(family, P_mean=0.0, P_std=1.0)
+    data = batch(*range(6))
+    noise = Noise(3, data["number"])
+    with torch.no_grad():
+        loss, logs = task.loss(data, noise, 0)
+    assert list(logs) == ["loss at sigma below 1", "loss at sigma above 1"]
+    below, above = logs.values()
+    assert torch.equal(below.values, loss)
+    assert below.chosen.tolist() == (noise.normal("sigma") < 0).tolist()
+    assert torch.equal(above.chosen, ~below.chosen)
+    assert 0 < int(above.chosen.sum()) < 6
+
+
+@pytest.mark.parametrize("P_mean", [0.7, 4.5])
+def test_bands_are_equally_likely_and_cover_every_noise_level(family: SVD, P_mean: float) -> None:
+    settings = ImageToVideo(bands=5, preview_clips=1, P_mean=P_mean)
+    task = ImageToVideoTask(family, settings, [batch(100)], Preview(steps=2), lr=1e-3, seed=3)
+    limits = [*task.bands.values()]
+    assert all(low <= middle < high for (low, high), middle in zip(limits[:3], task.levels(), strict=False))
+    draws = task.family.objective.sigma(torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
+    shares = [float(((low <= draws) & (draws < high)).float().mean()) for low, high in limits]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[:3] == pytest.approx([0.2] * 3, abs=0.02)
+
+
+def test_a_single_band_is_not_told_beside_the_loss(family: SVD) -> None:
+    task = ImageToVideoTask(family, ImageToVideo(bands=1), [batch(100)], Preview(), lr=1e-3, seed=3)
+    assert task.bands == {}
+    assert len(task.levels()) == 1
+
+
+def test_training_clips_are_measured_as_held_out_ones_are(family: SVD) -> None:
+    clips = [batch(100), batch(101)]
+    shape = {"held_out_clips": 2, "bands": 2, "preview_clips": 1}
+    for count, others in ((8, clips), (1, [clips[0], batch(5)])):
+        task = ImageToVideoTask(
+            family, ImageToVideo(train_clips=count, **shape), clips, Preview(), lr=1e-3, seed=3, training=others
+        )
+        values = task.evaluate()
+        if count == 8:
+            assert values["training-clip loss"] == values["held-out loss"]
+    alone = ImageToVideoTask(family, ImageToVideo(**shape), clips[:1], Preview(), lr=1e-3, seed=3).evaluate()
+    assert values["training-clip loss"] == pytest.approx(alone["held-out loss"], rel=1e-5)
+    assert "training-clip loss" not in alone
+
+
 def test_a_sample_draws_the_same_alone_and_in_a_batch(family: SVD) -> None:
     task = make(family)
     both, _ = task.loss(batch(4, 7), Noise(3, torch.tensor([4, 7])), 0)
@@ -216,7 +263,14 @@ def test_join() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"drop_both": 0.9, "drop_image": 0.2}, {"drop_image": -0.1}, {"bands": 0}, {"preview_clips": 0}]
+    "wrong",
+    [
+        {"drop_both": 0.9, "drop_image": 0.2},
+        {"drop_image": -0.1},
+        {"bands": 0},
+        {"preview_clips": 0},
+        {"train_clips": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be|shares"):

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from inflate.errors import CheckpointError, ConfigError, DataError, TrainingError
+from inflate.measures import SHARES
 from inflate.training import log, loop
 from inflate.training.checkpoint import numbered
 from inflate.training.loop import Numbers, Result, fit
@@ -43,7 +44,7 @@ def exported(result: Result) -> dict[str, torch.Tensor]:
 
 
 def step_and_time_free(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in ("clips_per_second", "data_wait")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("clips_per_second", *SHARES)} for row in rows]
 
 
 def test_measuring_and_saving_do_not_count_as_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
