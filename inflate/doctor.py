@@ -33,6 +33,7 @@ from inflate.files import write_text
 from inflate.findings import Checks, Finding, all_pass, failed, quieten, warning
 from inflate.installation import LAUNCH, MACHINE, SVD_PARAMETERS, nearest
 from inflate.training.checkpoint import State
+from inflate.training.clock import Clock
 from inflate.training.log import Report
 from inflate.training.loop import Run, find_checkpoint, place, restore
 from inflate.training.noise import Noise
@@ -227,7 +228,8 @@ class Rehearsal:
         """That what all save, all load."""
         state, modules = State(), [one.module for one in self.trainees]
         saved = same_for_all(digest(modules))
-        with Report(self.settings, self.accelerator, state) as report:
+        clock = Clock(self.accelerator.device, [])
+        with Report(self.settings, self.accelerator, state, clock, self.task.players) as report:
             Run(self.task, self.settings, self.accelerator, self.trainees, report, state).save()
         with torch.no_grad():
             for parameter in (parameter for one in self.trainees for parameter in one.parameters.values()):

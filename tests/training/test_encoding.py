@@ -67,7 +67,7 @@ def encoded(settings: Data, encoder: ClipEncoder, frames: Frames) -> ClipDataset
 
 
 def task(family: SVD, dataset: ClipDataset, frames: Frames = "all") -> ImageToVideoTask:
-    made = ImageToVideoTask(family, CONDITIONING, [collate([dataset[0]])], Preview(steps=1), 1e-3, 3, frames)
+    made = ImageToVideoTask(family, CONDITIONING, [collate([dataset[0]])], Preview(steps=1), 1e-3, 3, frames=frames)
     made.family.unet.eval()
     return made
 
