@@ -25,9 +25,20 @@ from inflate.training import checkpoint, record
 from inflate.training.checkpoint import State
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
-from inflate.training.player import Batch, Player, Task, Trainee, at_rest, check_players, in_full_precision, turn
+from inflate.training.player import (
+    Batch,
+    Player,
+    Task,
+    Trainee,
+    at_rest,
+    check_players,
+    check_shardable,
+    in_full_precision,
+    turn,
+)
 from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
+from inflate.training.sharding import local
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
@@ -90,6 +101,7 @@ def fit(
     check(settings)
     check_players(task.players, settings)
     accelerator = start_accelerator(settings)
+    check_shardable(task.players, settings, accelerator.state.sharding)
     state, found = claim_output(task, dataset, settings, accelerator, {"config.yaml": config, "clips.txt": clips})
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
@@ -165,10 +177,9 @@ class Run:
         """Measure on held-out data and write a preview."""
         if not (evaluate or preview):
             return
-        with together():
+        with together(), at_rest(self.trainees):
             if self.accelerator.is_main_process:
-                with at_rest(self.trainees):
-                    self._look(evaluate, preview)
+                self._look(evaluate, preview)
 
     def _look(self, evaluate: bool, preview: bool) -> None:
         if evaluate:
@@ -180,19 +191,20 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""
         with together():
+            contents = [checkpoint.contents(one) for one in self.trainees]
             if self.accelerator.is_main_process:
                 if self.accelerator.scaler is not None:
                     self.state.scaler = self.accelerator.scaler.state_dict()
-                checkpoint.save(self.settings.output, self.state, self.trainees, self.settings.keep)
+                checkpoint.save(self.settings.output, self.state, contents, self.settings.keep)
                 self.report.write()
 
     def finish(self) -> Path:
         """Preview the final model and export it; the exported folder."""
         self.look(evaluate=False)
         folder = self.settings.output / "export"
-        with together():
+        with together(), at_rest(self.trainees), in_full_precision(self.trainees):
             if self.accelerator.is_main_process:
-                with at_rest(self.trainees), in_full_precision(self.trainees), new_folder(folder) as aside:
+                with new_folder(folder) as aside:
                     self.task.export(aside)
         return folder
 
@@ -411,7 +423,7 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
     """Which tensor is not finite, the earliest in the computation first: weights, logged terms, losses, gradients."""
     for one in acting:
         for name, parameter in one.parameters.items():
-            if not parameter.isfinite().all():
+            if not local(parameter).isfinite().all():
                 return f"parameter {one.player.name}.{name} is not finite"
     for name in sorted(terms, key=lambda name: name.startswith("loss/")):
         finite = torch.cat([value.isfinite().reshape(-1) for value in terms[name]])
@@ -421,7 +433,7 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
             return f"{name} is not finite{where}"
     for one in acting:
         for name, parameter in one.parameters.items():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            if parameter.grad is not None and not local(parameter.grad).isfinite().all():
                 return f"the gradient of {one.player.name}.{name} is not finite"
     return "a gradient norm overflowed, or another process met a value that is not finite"
 
