@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from inflate.errors import CheckpointError
 from inflate.files import discard, new_folder, remove_leftovers, sha256
 from inflate.training.player import Trainee
-from inflate.training.sharding import local, share, spread, spread_like, whole
+from inflate.training.sharding import share, whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -69,10 +70,31 @@ def contents(one: Trainee) -> Contents:
     state = one.optimizer.state_dict()["state"]
     return Contents(
         one.player.name,
-        {name: whole(tensor) for name, tensor in (one.parameters | one.buffers()).items()},
-        {name: whole(tensor) for name, tensor in one.average.items()},
-        {place: {name: whole(value) for name, value in values.items()} for place, values in state.items()},
+        {name: whole(tensor, one.spread.get(name)) for name, tensor in (one.parameters | one.buffers()).items()},
+        {name: whole(tensor, one.spread.get(name)) for name, tensor in one.average.items()},
+        {
+            place: _whole_state(values, one, name)
+            for place, name in enumerate(one.places())
+            if (values := state.get(place))
+        },
     )
+
+
+def _whole_state(values: Mapping[str, Any], one: Trainee, name: str) -> dict[str, Any]:
+    """What the optimiser keeps for a parameter: tensors of its share's shape are shares, the others are as they are."""
+    like, shape = one.spread.get(name), one.parameters[name].shape
+    return {
+        key: whole(value, like) if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in values.items()
+    }
+
+
+def _own_state(values: Mapping[str, Any], like: DTensor) -> dict[str, Any]:
+    """The reverse of `_whole_state` for a parameter that is spread."""
+    return {
+        key: share(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+        for key, value in values.items()
+    }
 
 
 def save(output: Path, state: State, trained: Sequence[Contents], keep: int = 0) -> Path:
@@ -185,25 +207,24 @@ def load(folder: Path, trainees: Sequence[Trainee]) -> None:
 
 def _load_trainee(folder: Path, one: Trainee) -> list[Callable[[], None]]:
     name = one.player.name
-    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers())]
+    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers(), one.spread)]
     if one.average:
-        steps.append(_copier(folder / f"{name}.average.safetensors", one.average))
+        steps.append(_copier(folder / f"{name}.average.safetensors", one.average, one.spread))
     path = folder / f"{name}.optimizer.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(spread(one.player.network)))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(one.spread))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     # the groups hold settings, and those are the present run's
     groups = one.optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
-    own = {
-        place: {key: spread_like(value, parameters[place]) for key, value in values.items()}
-        for place, values in state.items()
-    }
-    return [*steps, lambda: one.optimizer.load_state_dict({"state": own, "param_groups": groups})]
+    for place, name in enumerate(one.places()):
+        if place in state and name in one.spread:
+            state[place] = _own_state(state[place], one.spread[name])
+    return [*steps, lambda: one.optimizer.load_state_dict({"state": state, "param_groups": groups})]
 
 
-def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
+def _copier(path: Path, targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]) -> Callable[[], None]:
+    shapes = {name: spread.get(name, target).shape for name, target in targets.items()}
     try:
         tensors = load_file(path)
     except OSError as error:
@@ -211,9 +232,9 @@ def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
     faults = [f"missing {name}" for name in targets.keys() - tensors.keys()]
     faults += [f"surplus {name}" for name in tensors.keys() - targets.keys()]
     faults += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(target.shape)}"
-        for name, target in targets.items()
-        if name in tensors and tensors[name].shape != target.shape
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     if faults:
         raise CheckpointError(f"{path} does not fit the network: {'; '.join(sorted(faults))}")
@@ -221,6 +242,6 @@ def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
     def copy() -> None:
         with torch.no_grad():
             for name, target in targets.items():
-                local(target).copy_(share(tensors[name], target))
+                target.copy_(share(tensors[name], spread.get(name)))
 
     return copy

@@ -38,7 +38,6 @@ from inflate.training.player import (
 )
 from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
-from inflate.training.sharding import local
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
@@ -423,7 +422,7 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
     """Which tensor is not finite, the earliest in the computation first: weights, logged terms, losses, gradients."""
     for one in acting:
         for name, parameter in one.parameters.items():
-            if not local(parameter).isfinite().all():
+            if not parameter.isfinite().all():
                 return f"parameter {one.player.name}.{name} is not finite"
     for name in sorted(terms, key=lambda name: name.startswith("loss/")):
         finite = torch.cat([value.isfinite().reshape(-1) for value in terms[name]])
@@ -433,7 +432,7 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
             return f"{name} is not finite{where}"
     for one in acting:
         for name, parameter in one.parameters.items():
-            if parameter.grad is not None and not local(parameter.grad).isfinite().all():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {one.player.name}.{name} is not finite"
     return "a gradient norm overflowed, or another process met a value that is not finite"
 

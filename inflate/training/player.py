@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from inflate.errors import TrainingError
 from inflate.training.noise import Noise
 from inflate.training.settings import Training, rate
-from inflate.training.sharding import Sharding, local, spread, twin, units, whole
+from inflate.training.sharding import Sharding, own, spread, take_gradients, twin, units, whole
 
 Batch = dict[str, Any]
 
@@ -68,7 +69,11 @@ class Task(Protocol):
 
 
 class Trainee:
-    """One player's bare module, trainable parameters, optimiser and averaged weights."""
+    """One player's bare module, trainable parameters, optimiser and averaged weights.
+
+    Where weights are sharded, `parameters`, the optimiser's state and `average` are this process's shares, as plain
+    tensors; `spread` tells of what, trained or frozen.
+    """
 
     def __init__(self, player: Player, settings: Training) -> None:
         self.player, self.settings, self.module = player, settings, player.network
@@ -78,9 +83,9 @@ class Trainee:
         self.lr = settings.lr if player.lr is None else player.lr
         self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
+        self.spread: dict[str, DTensor] = {}
 
     def _adamw(self) -> torch.optim.AdamW:
-        """AdamW over the present parameters; spread ones in one call, for one call each takes five times as long."""
         decays = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
         groups = [(decays, self.settings.weight_decay), (others, 0.0)]
@@ -88,7 +93,6 @@ class Trainee:
             [{"params": group, "weight_decay": decay} for group, decay in groups if group],
             lr=self.lr,
             betas=self.settings.betas,
-            fused=True if spread(self.player.network) else None,
         )
 
     def prepare(self, accelerator: Any) -> None:
@@ -96,8 +100,8 @@ class Trainee:
         self.module.train()
         if accelerator.state.sharding:
             self.player.network = twin(self.module, accelerator, accelerator.state.sharding)
-            spread_weights = spread(self.player.network)
-            self.parameters = {name: spread_weights[name] for name in self.parameters}
+            self.spread = spread(self.player.network)
+            self.parameters = {name: nn.Parameter(own(self.spread[name])) for name in self.parameters}
             self.optimizer = accelerator.prepare_optimizer(self._adamw())
         else:
             self.player.network, self.optimizer = accelerator.prepare(self.module, self.optimizer)
@@ -110,12 +114,18 @@ class Trainee:
         kept = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
+    def places(self) -> list[str]:
+        """The names of the parameters, by their places in the optimiser's state."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def gradient_norm(self, accelerator: Any) -> Tensor:
         """Norm of all gradients as one vector, unscaled; the gradients stay as they are.
 
         Raises TrainingError where there are none, and, under several processes, where one is missing: they exchange
         gradients in fixed groups, and would wait for it or leave its group out.
         """
+        take_gradients(self.parameters, self.spread)
         accelerator.unscale_gradients(self.optimizer)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         missing = sorted(self.parameters.keys() - gradients.keys())
@@ -127,7 +137,8 @@ class Trainee:
                 f"player '{self.player.name}': no gradient reached {names}, for which other processes would wait; "
                 "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
             )
-        return whole(get_total_norm(list(gradients.values())), accelerator.device, everywhere=True)
+        norm = get_total_norm(list(gradients.values()))
+        return accelerator.reduce(norm.square(), reduction="sum").sqrt() if self.spread else norm
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""
@@ -140,22 +151,21 @@ class Trainee:
         acted = step - self.player.start
         decay = min(self.settings.ema, (1 + acted) / (10 + acted))  # early on, the average follows quickly
         for name, average in self.average.items():
-            now = local(self.parameters[name].detach())
-            local(average).lerp_(now.to(average.dtype), 1 - decay)
+            average.lerp_(self.parameters[name].detach().to(average.dtype), 1 - decay)
 
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
         return self.lr * rate(self.settings, step, self.player.start)
 
     def shown(self) -> dict[str, Tensor]:
-        """What the bare module lacks when it is looked at: spread weights, averages in place of trained ones."""
-        return spread(self.player.network) | self.average
+        """What the bare module lacks when it is looked at: sharded weights, averages in place of trained ones."""
+        return {name: own(weight) for name, weight in self.spread.items()} | self.average
 
     def release(self, accelerator: Any) -> None:
         """Give the player back its bare module, with whole weights, in full precision and eval mode, after the run."""
         parameters = dict(self.module.named_parameters())
-        for name, tensor in spread(self.player.network).items():
-            parameters[name].data = whole(tensor, accelerator.device, everywhere=True)
+        for name, weight in self.spread.items():
+            parameters[name].data = whole(own(weight), weight, accelerator.device, everywhere=True)
         self.player.network = accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval()
 
 
@@ -186,7 +196,8 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
             for name, tensor in one.shown().items():
                 parameter = parameters[name]
                 held.append((parameter, parameter.data))
-                parameter.data = whole(tensor, parameter.device).to(parameter.dtype)
+                full = whole(tensor, one.spread.get(name), parameter.device)
+                parameter.data = full.to(parameter.dtype)
             one.player.network = one.module.eval()
         with torch.no_grad():
             yield

@@ -66,14 +66,20 @@ def asked(environment: Mapping[str, str]) -> Sharding | None:
             raise TrainingError(f"{name} ({variable}) is not supported; {REMEDY}")
     if not sharded:
         return None
-    if environment.get("FSDP_VERSION", "1") != "2":
-        raise TrainingError(f"FSDP_VERSION={environment.get('FSDP_VERSION', '1')} is not supported, only 2; {REMEDY}")
-    return Sharding(per_layer=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
+    _one_of(environment, "FSDP_VERSION", "1", ["2"])
+    return Sharding(_one_of(environment, "FSDP_RESHARD_AFTER_FORWARD", "true", ["true", "false"]) == "true")
 
 
 def keep_from_accelerate(environment: MutableMapping[str, str]) -> None:
     """Take the wish for FSDP out of an environment: accelerate and transformers would act on it as well."""
     environment.pop(FSDP, None)
+
+
+def _one_of(environment: Mapping[str, str], variable: str, default: str, known: list[str]) -> str:
+    value = environment.get(variable, default).lower()
+    if value not in known:
+        raise TrainingError(f"{variable}={value} is not supported, only {' and '.join(known)}; {REMEDY}")
+    return value
 
 
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:
@@ -92,57 +98,70 @@ def units(network: nn.Module) -> list[nn.Module]:
 def twin(module: nn.Module, accelerator: Any, sharding: Sharding) -> nn.Module:
     """A copy of `module` on the device whose weights, trained or frozen, are spread; `module` is left empty.
 
-    They share their buffers. Both run at the run's precision. Every process calls it, with equal weights.
+    All processes start from the main one's weights. The two share their buffers, and run at the run's precision.
     """
     module.to(accelerator.device)
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    network = copy.deepcopy(module, shared)
+    tensors = [*module.parameters(), *module.buffers()]
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor.detach(), 0)
+    network = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     for one in (module, network):  # evaluation mode: autocast, but no distributed data parallel
         accelerator.prepare_model(one, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Video layers end in a flatten, and nothing changes what a layer gave back in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for unit in units(network):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=sharding.per_layer)
+        # None: each layer gives its weights up after its forward pass, but the root, whose backward pass begins at once
+        fully_shard(unit, mesh=mesh, reshard_after_forward=None if sharding.per_layer else False)
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
     return network
 
 
-def spread(network: nn.Module) -> dict[str, Tensor]:
+def spread(network: nn.Module) -> dict[str, DTensor]:
     """The weights of which each process holds a share, by name; none of a network that is not sharded."""
     return {name: parameter for name, parameter in network.named_parameters() if isinstance(parameter, DTensor)}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's share of a spread tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def own(tensor: DTensor) -> Tensor:
+    """This process's share of a spread tensor, in the same memory; there may be nothing in it."""
+    local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]  # torch calls what detach() gives a Tensor
+    return local
 
 
-def whole(tensor: Tensor, device: torch.device | str = "cpu", everywhere: bool = False) -> Tensor:
-    """A spread tensor, gathered, on `device` of the main process, or of all; any other tensor as it is.
+def take_gradients(shares: Mapping[str, nn.Parameter], weights: Mapping[str, DTensor]) -> None:
+    """Move the gradients of spread weights to the plain parameters that optimisers know this process's shares by.
 
-    Every process calls it, for the same tensors in the same order, and holds this one tensor whole for a moment; the
-    others keep an empty one.
+    The memory of a share is looked up anew: torch moves it in the first forward pass.
     """
-    if not isinstance(tensor, DTensor):
+    for name, weight in weights.items():
+        if name in shares:
+            shares[name].data = own(weight)
+            shares[name].grad = own(weight.grad) if isinstance(weight.grad, DTensor) else None
+            weight.grad = None
+
+
+def whole(tensor: Tensor, like: DTensor | None, device: torch.device | str = "cpu", everywhere: bool = False) -> Tensor:
+    """What the processes hold of a tensor that is spread as `like`, joined, on `device` of the main process or of all.
+
+    Every process calls it, for the same tensors in the same order, and holds this one whole for a moment; processes
+    that are not to keep it get an empty one. With no `like` to be spread as, the tensor as it is.
+    """
+    if like is None:
         return tensor
-    full = tensor.detach().full_tensor()
-    return full.to(device) if everywhere or tensor.device_mesh.get_rank() == 0 else full.new_empty(0)
+    joined = as_spread(tensor, like).full_tensor()
+    return joined.to(device) if everywhere or like.device_mesh.get_rank() == 0 else joined.new_empty(0)
 
 
-def share(full: Tensor, like: Tensor) -> Tensor:
-    """What of a whole tensor this process holds where `like` is spread; all of it where `like` is not."""
-    if not isinstance(like, DTensor):
+def as_spread(tensor: Tensor, like: DTensor) -> DTensor:
+    """A share as part of what is spread as `like` is."""
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def share(full: Tensor, like: DTensor | None) -> Tensor:
+    """A copy of what of a whole tensor this process holds where `like` is spread; all of it with no `like`."""
+    if like is None:
         return full
     parts = full.chunk(like.device_mesh.size())  # as torch shards: by rows, the last processes may get none
     rank = like.device_mesh.get_local_rank()
-    return parts[rank] if rank < len(parts) else full[:0]
-
-
-def spread_like(value: Any, like: Tensor) -> Any:
-    """What an optimiser keeps for the parameter `like`, spread as that is; anything of another shape as it is."""
-    if not (isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape):
-        return value
-    own = share(value, like).to(like.device, copy=True)
-    return DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return parts[rank].clone() if rank < len(parts) else full[:0]

@@ -103,7 +103,7 @@ def test_a_checkpoint_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = trainees(Regression())
+    task = saved(Regression())
     save(tmp_path, State(step=1), task)
 
     def full_disk(*_: Any) -> None:

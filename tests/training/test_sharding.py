@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from helpers import randomise
 from inflate.errors import TrainingError
-from inflate.training import log
+from inflate.training import checkpoint, log
 from inflate.training.loop import fit
-from inflate.training.player import check_shardable
-from inflate.training.processes import join_processes
-from inflate.training.sharding import Sharding, asked, local, units
+from inflate.training.player import Trainee, check_shardable
+from inflate.training.processes import join_processes, start_accelerator
+from inflate.training.sharding import Sharding, asked, own, units
 from launch import launch
 from tiny_svd import Clips, image_to_video, largest_difference
 from toy import Adversarial, Points, Regression, send, settings
@@ -34,25 +37,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 ZERO2 = FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
-STEPS = 3
+STEPS = 2
+PART = {"trainable": "temporal", "gradient_checkpointing": True}
+"""Most weights frozen, activations recomputed."""
 
 
 @pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
+def _alone() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trained(
-    environment: dict[str, str], output: Path, run: dict[str, Any], image: int = 0, stop: int = -1, **changes: Any
-) -> dict[str, Any]:
-    """A run's final weights, held-out measures, log, and how much each process held while it trained."""
-    os.environ.update(environment)
+def held(tensor: Tensor) -> Tensor:
+    return own(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def trained(output: Path, run: dict[str, Any], image: int = 0, stop: int = -1, **changes: Any) -> dict[str, Any]:
+    """A run's final weights, held-out measures, log, and how much this process held while it trained."""
     task, lines = image_to_video(**changes), []
     player, unet = task.players[0], task.family.unet
+    if join_processes().process_index:
+        randomise(unet, seed=9)  # only the main process's weights count
     task.preview = lambda folder: None
     task.export = lambda folder: unet.save_pretrained(folder)
     sizes: dict[str, int] = {}
@@ -60,13 +66,13 @@ def trained(
 
     def loss(batch: Any, noise: Any, step: int) -> Any:
         hook(step)
-        sizes["weights"] = sum(local(p).numel() for p in player.network.parameters())
+        sizes["weights"] = sum(held(p).numel() for p in player.network.parameters())
         sizes["bare"] = sum(p.numel() for p in unet.parameters())
         return task.loss(batch, noise, step)
 
     def stepped(optimizer: Any, *_: Any) -> None:
         tensors = [value for values in optimizer.state.values() for value in values.values() if value.ndim]
-        sizes["optimizer"] = sum(local(tensor).numel() for tensor in tensors)
+        sizes["optimizer"] = sum(tensor.numel() for tensor in tensors)
 
     player.loss = loss
     handler = logging.Handler()
@@ -76,79 +82,114 @@ def trained(
     removable = register_optimizer_step_post_hook(stepped)
     result = fit(task, Clips(image), settings(output, **{"steps": STEPS, "lr": 1e-3, "ema": 0.9} | run))
     removable.remove()
-    weights = {name: p.detach() for name, p in unet.named_parameters()}
+    logging.getLogger("inflate.training.processes").removeHandler(handler)
     assert all(type(p) is nn.Parameter for p in unet.parameters())
+    weights = {name: p.detach() for name, p in unet.named_parameters()}
     return {"weights": weights, "held out": result.held_out, "sizes": sizes, "log": lines, "step": result.step}
 
 
-def exported(output: Path) -> dict[str, Tensor]:
-    assert json.loads((output / "export/config.json").read_text())["_class_name"] == "VideoUNet"
-    return load_file(output / "export/diffusion_pytorch_model.safetensors")
+def sharded(folder: Path) -> dict[str, dict[str, Any]]:
+    """What two processes do one after the other, for starting them takes longest."""
+    os.environ.update(FSDP2)
+    whole = trained(folder / "sharded", {})
+    stopped = trained(folder / "two first", {}, stop=0)
+    save_again(folder / "one first/checkpoint-1", folder)
+    os.environ.update(ZERO2)
+    resumed = trained(folder / "one first", {"resume": "latest"})
+    part = trained(folder / "sharded part", {"ema": 0.0}, 2, **PART)
+    return {"whole": whole, "stopped": stopped, "resumed": resumed, "part": part}
+
+
+def save_again(found: Path, output: Path) -> None:
+    """Load a checkpoint in shares and write what was loaded as OUTPUT/checkpoint-7."""
+    training = settings(output, ema=0.9)
+    accelerator = start_accelerator(training)
+    trainee = Trainee(image_to_video().players[0], training)
+    trainee.prepare(accelerator)
+    checkpoint.load(found, [trainee])
+    contents = checkpoint.contents(trainee)
+    if accelerator.is_main_process:
+        checkpoint.save(output, checkpoint.State(step=7), [contents])
+
+
+@dataclass
+class Runs:
+    """The same runs by one process, which accumulates what two would see, and by two that share the weights."""
+
+    folder: Path
+    alone: dict[str, Any]
+    part: dict[str, Any]
+    first: dict[str, Any]
+    second: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The run that the others should equal: one process, which accumulates what two would see."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    output = tmp_path_factory.mktemp("alone") / "run"
-    return output, trained({}, output, {"accumulate": 2})
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    folder, two = tmp_path_factory.mktemp("runs"), {"accumulate": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
+        alone, part = trained(folder / "alone", two), trained(folder / "part", {**two, "ema": 0.0}, 2, **PART)
+        trained(folder / "one first", {**two, "steps": 1})
+        yield Runs(folder, alone, part, *launch(sharded, folder))
 
 
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("environment", "gathered"), [(FSDP2, "layer"), (ZERO2, "forward and backward pass")])
-def test_each_process_holds_half_and_the_run_is_the_same(
-    environment: dict[str, str], gathered: str, tmp_path: Path, alone: tuple[Path, dict[str, Any]]
-) -> None:
-    first, second = launch(trained, environment, tmp_path / "run", {})
-    output, whole = alone
-    assert largest_difference(whole["weights"], first["weights"]) < 1e-9
-    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
-    assert largest_difference(exported(output), exported(tmp_path / "run")) < 1e-9
-    assert largest_difference(exported(output), whole["weights"]) > 1e-6  # it holds the averages
-    for row, expected in zip(first["held out"], whole["held out"], strict=True):
-        assert row == pytest.approx(expected, abs=1e-9, rel=0)
-    for kind in ("weights", "optimizer"):
-        assert first["sizes"][kind] + second["sizes"][kind] == whole["sizes"][kind]
-        assert first["sizes"][kind] == pytest.approx(second["sizes"][kind], rel=0.1)
-    assert (first["sizes"]["bare"], second["sizes"]["bare"]) == (0, 0)
-    assert first["log"][1] == f"weights: sharded over 2 processes, gathered per {gathered}"
+def test_each_process_holds_half_of_weights_and_optimiser_state(runs: Runs) -> None:
+    for name, alone in (("whole", runs.alone), ("part", runs.part)):
+        first, second = runs.first[name]["sizes"], runs.second[name]["sizes"]
+        for kind in ("weights", "optimizer"):
+            assert first[kind] + second[kind] == alone["sizes"][kind]
+            assert first[kind] == pytest.approx(second[kind], rel=0.1)
+        assert (first["bare"], second["bare"]) == (0, 0)
+    assert 0 < runs.part["sizes"]["optimizer"] < runs.alone["sizes"]["optimizer"]
 
 
-def test_frozen_layers_images_and_recomputation_change_nothing(tmp_path: Path) -> None:
+def test_the_run_says_how_weights_are_held(runs: Runs) -> None:
+    assert runs.first["whole"]["log"][1:] == ["weights: sharded over 2 processes, gathered per layer"]
+    assert runs.first["part"]["log"][1] == "weights: sharded over 2 processes, gathered per forward and backward pass"
+    assert runs.second["whole"]["log"] == []
+
+
+def test_the_trajectory_is_that_of_whole_weights(runs: Runs) -> None:
+    first, second = runs.first["whole"]["weights"], runs.second["whole"]["weights"]
+    assert largest_difference(runs.alone["weights"], first) < 1e-9
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_layers_images_and_recomputation_change_nothing(runs: Runs) -> None:
     """One process sees nothing but images, which give the temporal layers a gradient of zero."""
-    options = (2, -1)
-    changes = {"trainable": "temporal", "gradient_checkpointing": True}
-    whole = trained({}, tmp_path / "alone", {"accumulate": 2}, *options, **changes)
-    first, second = launch(trained_in_part, tmp_path / "run")
-    assert largest_difference(whole["weights"], first["weights"]) < 1e-9
-    assert first["sizes"]["optimizer"] + second["sizes"]["optimizer"] == whole["sizes"]["optimizer"]
-    assert 0 < whole["sizes"]["optimizer"] < whole["sizes"]["weights"]
+    start = dict(image_to_video().family.unet.named_parameters())
+    moved = [name for name, tensor in runs.first["part"]["weights"].items() if not torch.equal(tensor, start[name])]
+    assert 0 < len(moved) < len(start)
+    assert largest_difference(runs.part["weights"], runs.first["part"]["weights"]) < 1e-9
 
 
-def trained_in_part(output: Path) -> dict[str, Any]:
-    return trained(FSDP2, output, {}, 2, trainable="temporal", gradient_checkpointing=True)
+def exported(folder: Path) -> dict[str, Tensor]:
+    assert json.loads((folder / "export/config.json").read_text())["_class_name"] == "VideoUNet"
+    return load_file(folder / "export/diffusion_pytorch_model.safetensors")
+
+
+def test_what_is_measured_and_exported_are_the_whole_averages(runs: Runs) -> None:
+    ours = exported(runs.folder / "sharded")
+    assert largest_difference(exported(runs.folder / "alone"), ours) < 1e-9
+    assert largest_difference(runs.alone["weights"], ours) > 1e-6
+    for row, expected in zip(runs.first["whole"]["held out"], runs.alone["held out"], strict=True):
+        assert row == pytest.approx(expected, abs=1e-9, rel=0)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_in_one_process_leaves_a_checkpoint_that_one_process_goes_on_with(
-    tmp_path: Path, alone: tuple[Path, dict[str, Any]]
-) -> None:
-    parts = launch(trained, FSDP2, tmp_path / "run", {}, 0, 1)
-    assert [part["step"] for part in parts] == [2, 2]
-    resumed = trained({}, tmp_path / "run", {"accumulate": 2, "resume": "latest"})
-    assert largest_difference(alone[1]["weights"], resumed["weights"]) < 1e-9
+def test_a_signal_in_one_process_leaves_a_checkpoint_that_one_process_goes_on_with(runs: Runs) -> None:
+    assert (runs.first["stopped"]["step"], runs.second["stopped"]["step"]) == (1, 1)
+    resumed = trained(runs.folder / "two first", {"accumulate": 2, "resume": "latest"})
+    assert largest_difference(runs.alone["weights"], resumed["weights"]) < 1e-9
 
 
-def test_sharded_processes_go_on_with_the_checkpoint_of_one(
-    tmp_path: Path, alone: tuple[Path, dict[str, Any]]
-) -> None:
-    trained({}, tmp_path / "run", {"accumulate": 2}, 0, 1)
-    resumed, _ = launch(trained, ZERO2, tmp_path / "run", {"resume": "latest"})
-    assert largest_difference(alone[1]["weights"], resumed["weights"]) < 1e-9
+def test_sharded_processes_go_on_with_the_checkpoint_of_one(runs: Runs) -> None:
+    assert largest_difference(runs.alone["weights"], runs.first["resumed"]["weights"]) < 1e-9
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -161,11 +202,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    trained({}, tmp_path / "run", {"accumulate": 2, "steps": 1})
-    before = tensors(tmp_path / "run/checkpoint-1")
-    launch(trained, FSDP2, tmp_path / "run", {"steps": 1, "resume": "latest"})
-    after = tensors(tmp_path / "run/checkpoint-1")
+def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(runs: Runs) -> None:
+    before, after = tensors(runs.folder / "one first/checkpoint-1"), tensors(runs.folder / "checkpoint-7")
     assert len(before) > 100
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -177,7 +215,9 @@ def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(tmp_pat
 @pytest.mark.parametrize(("name", "sharding"), [("fsdp2", Sharding(True)), ("zero2", Sharding(False))])
 def test_the_launch_configurations_ask_for_it(name: str, sharding: Sharding) -> None:
     file = Path(__file__).parents[2] / f"recipes/accelerate/{name}.yaml"
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "3", "script.py"])
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(file), "--num_processes", "3", "--main_process_port", "0", "script.py"]
+    )
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     assert arguments.nproc_per_node == "3"
     assert asked(environment) == sharding
@@ -191,7 +231,8 @@ def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
 @pytest.mark.parametrize(
     ("environment", "name"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION=1"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, "FSDP_VERSION=1 is not supported, only 2"),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "=full_shard is not supported, only true and false"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         (FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism config"),
@@ -232,11 +273,11 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
         check_shardable(Regression().players, settings(tmp_path), Sharding(True))
 
 
-def test_layers_within_layers_are_units_of_their_own_and_come_first() -> None:
+def test_inner_layers_come_before_those_that_hold_them() -> None:
     unet = image_to_video().family.unet
-    kinds = [type(unit).__name__ for unit in units(unet)]
-    assert kinds[-1] == "VideoUNet"
-    assert {"VideoResnet", "VideoBlock", "VideoTransformer", "CrossAttnUpBlock2D"} < set(kinds)
-    for unit in unet.modules():
-        inner = [kinds.index(type(one).__name__) for one in unit.modules() if type(one).__name__ in kinds]
-        assert type(unit).__name__ not in kinds or max(inner) <= len(kinds)
+    found = units(unet)
+    assert found[-1] is unet
+    kinds = {"VideoResnet", "VideoBlock", "VideoTransformer", "CrossAttnUpBlock2D", "VideoUNet"}
+    assert {type(unit).__name__ for unit in found} == kinds
+    places = {id(unit): place for place, unit in enumerate(found)}
+    assert all(places.get(id(inner), -1) <= places[id(unit)] for unit in found for inner in unit.modules())
