@@ -97,7 +97,23 @@ def sharded(folder: Path) -> dict[str, dict[str, Any]]:
     os.environ.update(ZERO2)
     resumed = trained(folder / "one first", {"resume": "latest"})
     part = trained(folder / "sharded part", {"ema": 0.0}, 2, **PART)
-    return {"whole": whole, "stopped": stopped, "resumed": resumed, "part": part}
+    error = {"text": broken(folder / "broken")}
+    return {"whole": whole, "stopped": stopped, "resumed": resumed, "part": part, "broken": error}
+
+
+def broken(output: Path) -> str:
+    """The error of a run whose last process meets a loss that is not finite."""
+    task, factor = image_to_video(), torch.nan if join_processes().is_last_process else 1.0
+    task.evaluate, task.preview = dict, lambda folder: None
+
+    def loss(*arguments: Any) -> Any:
+        losses, logs = task.loss(*arguments)
+        return losses * factor, logs
+
+    task.players[0].loss = loss
+    with pytest.raises(TrainingError) as caught:
+        fit(task, Clips(), settings(output, steps=1))
+    return str(caught.value)
 
 
 def save_again(found: Path, output: Path) -> None:
@@ -164,6 +180,13 @@ def test_frozen_layers_images_and_recomputation_change_nothing(runs: Runs) -> No
     moved = [name for name, tensor in runs.first["part"]["weights"].items() if not torch.equal(tensor, start[name])]
     assert 0 < len(moved) < len(start)
     assert largest_difference(runs.part["weights"], runs.first["part"]["weights"]) < 1e-9
+
+
+def test_a_value_that_is_not_finite_ends_both_processes(runs: Runs) -> None:
+    assert (
+        "step 0: loss/unet is not finite for sample numbers [1]; nothing was updated" in runs.second["broken"]["text"]
+    )
+    assert "the gradient of unet.conv_in.weight is not finite" in runs.first["broken"]["text"]
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
