@@ -19,14 +19,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from inflate.errors import CheckpointError
 from inflate.files import discard, new_folder, remove_leftovers, sha256
 from inflate.training.player import Trainee
+from inflate.training.sharding import share, whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -47,7 +50,54 @@ class State:
     scaler: dict[str, float] = field(default_factory=dict)
 
 
-def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds of one trainee, in whole tensors."""
+
+    name: str
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    optimizer: Mapping[int, Mapping[str, Any]]
+
+
+def contents(one: Trainee) -> Contents:
+    """What of a trainee is to be saved. Every process calls it; the main one may then save alone.
+
+    Spread tensors are gathered one by one into the main process's memory: trained in fp32, a weight takes 12 bytes
+    there, 16 with an average, until they are written. All is gathered before anything is written, so that a full disk
+    leaves no process waiting for a tensor.
+    """
+    state = one.optimizer.state_dict()["state"]
+    return Contents(
+        one.player.name,
+        {name: whole(tensor, one.spread.get(name)) for name, tensor in (one.parameters | one.buffers()).items()},
+        {name: whole(tensor, one.spread.get(name)) for name, tensor in one.average.items()},
+        {
+            place: _whole_state(values, one, name)
+            for place, name in enumerate(one.places())
+            if (values := state.get(place))
+        },
+    )
+
+
+def _whole_state(values: Mapping[str, Any], one: Trainee, name: str) -> dict[str, Any]:
+    """What the optimiser keeps for a parameter: tensors of its share's shape are shares, the others are as they are."""
+    like, shape = one.spread.get(name), one.parameters[name].shape
+    return {
+        key: whole(value, like) if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in values.items()
+    }
+
+
+def _own_state(values: Mapping[str, Any], like: DTensor) -> dict[str, Any]:
+    """The reverse of `_whole_state` for a parameter that is spread."""
+    return {
+        key: share(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+        for key, value in values.items()
+    }
+
+
+def save(output: Path, state: State, trained: Sequence[Contents], keep: int = 0) -> Path:
     """Write `checkpoint-<step>` into the output folder, then remove all but it and the newest, `keep` in all (0 = all).
 
     Those of later steps go first: a run passes over them only where they are damaged.
@@ -57,8 +107,8 @@ def save(output: Path, state: State, trainees: Sequence[Trainee], keep: int = 0)
     try:
         remove_leftovers(output, "checkpoint-*")
         with new_folder(folder) as aside:
-            for one in trainees:
-                _write_trainee(aside, one)
+            for one in trained:
+                _write(aside, one)
             (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
             manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -78,12 +128,11 @@ def superseded(folder: Path, keep: int) -> list[Path]:
     return [*every[now + 1 :], *every[:now]][: max(0, len(every) - keep)]
 
 
-def _write_trainee(folder: Path, one: Trainee) -> None:
-    name = one.player.name
-    save_file(_portable(one.parameters | one.buffers()), folder / f"{name}.safetensors")
+def _write(folder: Path, one: Contents) -> None:
+    save_file(_portable(one.weights), folder / f"{one.name}.safetensors")
     if one.average:
-        save_file(_portable(one.average), folder / f"{name}.average.safetensors")
-    torch.save(one.optimizer.state_dict()["state"], folder / f"{name}.optimizer.pt")
+        save_file(_portable(one.average), folder / f"{one.name}.average.safetensors")
+    torch.save(one.optimizer, folder / f"{one.name}.optimizer.pt")
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,20 +214,24 @@ def load(folder: Path, trainees: Sequence[Trainee]) -> None:
 
 def _load_trainee(folder: Path, one: Trainee) -> list[Callable[[], None]]:
     name = one.player.name
-    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers())]
+    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers(), one.spread)]
     if one.average:
-        steps.append(_copier(folder / f"{name}.average.safetensors", one.average))
+        steps.append(_copier(folder / f"{name}.average.safetensors", one.average, one.spread))
     path = folder / f"{name}.optimizer.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(one.spread))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     # the groups hold settings, and those are the present run's
     groups = one.optimizer.state_dict()["param_groups"]
+    for place, name in enumerate(one.places()):
+        if place in state and name in one.spread:
+            state[place] = _own_state(state[place], one.spread[name])
     return [*steps, lambda: one.optimizer.load_state_dict({"state": state, "param_groups": groups})]
 
 
-def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
+def _copier(path: Path, targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]) -> Callable[[], None]:
+    shapes = {name: spread.get(name, target).shape for name, target in targets.items()}
     try:
         tensors = load_file(path)
     except OSError as error:
@@ -186,9 +239,9 @@ def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
     faults = [f"missing {name}" for name in targets.keys() - tensors.keys()]
     faults += [f"surplus {name}" for name in tensors.keys() - targets.keys()]
     faults += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(target.shape)}"
-        for name, target in targets.items()
-        if name in tensors and tensors[name].shape != target.shape
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     if faults:
         raise CheckpointError(f"{path} does not fit the network: {'; '.join(sorted(faults))}")
@@ -196,6 +249,6 @@ def _copier(path: Path, targets: Mapping[str, Tensor]) -> Callable[[], None]:
     def copy() -> None:
         with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(tensors[name])
+                target.copy_(share(tensors[name], spread.get(name)))
 
     return copy

@@ -34,6 +34,7 @@ from inflate.training.player import (
     Trainee,
     at_rest,
     check_players,
+    check_shardable,
     in_full_precision,
     selected,
     turn,
@@ -102,6 +103,7 @@ def fit(
     check(settings)
     check_players(task.players, settings)
     accelerator = start_accelerator(settings)
+    check_shardable(task.players, settings, accelerator.state.sharding)
     state, found = claim_output(task, dataset, settings, accelerator, {"config.yaml": config, "clips.txt": clips})
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
@@ -183,10 +185,9 @@ class Run:
         """Measure on held-out data and write a preview."""
         if not (evaluate or preview):
             return
-        with together():
+        with together(), at_rest(self.trainees):
             if self.accelerator.is_main_process:
-                with at_rest(self.trainees):
-                    self._look(evaluate, preview)
+                self._look(evaluate, preview)
 
     def _look(self, evaluate: bool, preview: bool) -> None:
         if evaluate:
@@ -198,19 +199,20 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""
         with together():
+            contents = [checkpoint.contents(one) for one in self.trainees]
             if self.accelerator.is_main_process:
                 if self.accelerator.scaler is not None:
                     self.state.scaler = self.accelerator.scaler.state_dict()
-                checkpoint.save(self.settings.output, self.state, self.trainees, self.settings.keep)
+                checkpoint.save(self.settings.output, self.state, contents, self.settings.keep)
                 self.report.write()
 
     def finish(self) -> Path:
         """Preview the final model and export it; the exported folder."""
         self.look(evaluate=False)
         folder = self.settings.output / "export"
-        with together():
+        with together(), at_rest(self.trainees), in_full_precision(self.trainees):
             if self.accelerator.is_main_process:
-                with at_rest(self.trainees), in_full_precision(self.trainees), new_folder(folder) as aside:
+                with new_folder(folder) as aside:
                     self.task.export(aside)
         return folder
 

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from inflate.errors import TrainingError
 from inflate.training.noise import Noise
 from inflate.training.settings import Training, rate
+from inflate.training.sharding import Sharding, own, spread, take_gradients, twin, units, whole
 
 Batch = dict[str, Any]
 
@@ -41,7 +43,7 @@ class Player:
     The loop replaces `network` by accelerate's wrapper of it: the loss calls `player.network(...)`, by its `forward`,
     so that precision and gradient synchronisation take part. Another player's network is called as the bare module
     that the task holds; its parameters are frozen meanwhile. Parameters that require a gradient when `fit` begins are
-    trained.
+    trained. A network that can be sharded names its layers in `_no_split_modules`, as diffusers' models do.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Task(Protocol):
 
     `evaluate`, `preview` and `export` run on the main process, without gradients, in eval mode, with the averaged
     weights if the run keeps an average; players' networks are then the bare modules, at the run's precision in the
-    first two, at full precision in `export`.
+    first two, at full precision in `export`. Where weights are sharded, the main process's device holds them whole
+    meanwhile, beside its share of weights, average and optimiser state.
     """
 
     @property
@@ -82,7 +85,11 @@ class Task(Protocol):
 
 
 class Trainee:
-    """One player's bare module, trainable parameters, optimiser and averaged weights."""
+    """One player's bare module, trainable parameters, optimiser and averaged weights.
+
+    Where weights are sharded, `parameters`, the optimiser's state and `average` are this process's shares, as plain
+    tensors; `spread` tells of what, trained or frozen.
+    """
 
     def __init__(self, player: Player, settings: Training) -> None:
         self.player, self.settings, self.module = player, settings, player.network
@@ -92,6 +99,7 @@ class Trainee:
         self.lr = settings.lr if player.lr is None else player.lr
         self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
+        self.spread: dict[str, DTensor] = {}
 
     def _adamw(self) -> torch.optim.AdamW:
         decays = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -106,7 +114,13 @@ class Trainee:
     def prepare(self, accelerator: Any) -> None:
         """Move to the device, wrap for precision and processes, and start the average at the present weights."""
         self.module.train()
-        self.player.network, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+        if accelerator.state.sharding:
+            self.player.network = twin(self.module, accelerator, accelerator.state.sharding)
+            self.spread = spread(self.player.network)
+            self.parameters = {name: nn.Parameter(own(self.spread[name])) for name in self.parameters}
+            self.optimizer = accelerator.prepare_optimizer(self._adamw())
+        else:
+            self.player.network, self.optimizer = accelerator.prepare(self.module, self.optimizer)
         if self.settings.ema:  # in float32 at least: a 16-bit average would not move
             wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
             self.average = {name: p.detach().to(wide[name], copy=True) for name, p in self.parameters.items()}
@@ -116,12 +130,18 @@ class Trainee:
         kept = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
+    def places(self) -> list[str]:
+        """The names of the parameters, by their places in the optimiser's state."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def gradient_norm(self, accelerator: Any) -> Tensor:
         """Norm of all gradients as one vector, unscaled; the gradients stay as they are.
 
         Raises TrainingError where there are none, and, under several processes, where one is missing: they exchange
         gradients in fixed groups, and would wait for it or leave its group out.
         """
+        take_gradients(self.parameters, self.spread)
         accelerator.unscale_gradients(self.optimizer)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         missing = sorted(self.parameters.keys() - gradients.keys())
@@ -133,7 +153,8 @@ class Trainee:
                 f"player '{self.player.name}': no gradient reached {names}, for which other processes would wait; "
                 "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
             )
-        return get_total_norm(list(gradients.values()))
+        norm = get_total_norm(list(gradients.values()))
+        return accelerator.reduce(norm.square(), reduction="sum").sqrt() if self.spread else norm
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""
@@ -152,9 +173,16 @@ class Trainee:
         """The learning rate at a step."""
         return self.lr * rate(self.settings, step, self.player.start)
 
+    def shown(self) -> dict[str, Tensor]:
+        """What the bare module lacks when it is looked at: sharded weights, averages in place of trained ones."""
+        return {name: own(weight) for name, weight in self.spread.items()} | self.average
+
     def release(self, accelerator: Any) -> None:
-        """Give the player back its bare module, in full precision and eval mode, when the run is over."""
-        self.player.network = accelerator.unwrap_model(self.player.network, keep_fp32_wrapper=False).eval()
+        """Give the player back its bare module, with whole weights, in full precision and eval mode, after the run."""
+        parameters = dict(self.module.named_parameters())
+        for name, weight in self.spread.items():
+            parameters[name].data = whole(own(weight), weight, accelerator.device, everywhere=True)
+        self.player.network = accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval()
 
 
 @contextmanager
@@ -172,22 +200,29 @@ def turn(one: Trainee, trainees: Sequence[Trainee]) -> Iterator[None]:
 
 @contextmanager
 def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
-    """Bare networks in eval mode, with averaged weights if there are any, and no gradients; put back afterwards."""
+    """Bare networks in eval mode, with averaged weights if there are any, and no gradients; put back afterwards.
+
+    Every process enters it; where weights are sharded, the main process alone then has them, whole.
+    """
     wrapped = [one.player.network for one in trainees]
-    trained = [{name: one.parameters[name].data for name in one.average} for one in trainees]
+    held: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for one in trainees:
+            parameters = dict(one.module.named_parameters())
+            for name, tensor in one.shown().items():
+                parameter = parameters[name]
+                held.append((parameter, parameter.data))
+                full = whole(tensor, one.spread.get(name), parameter.device)
+                parameter.data = full.to(parameter.dtype)
             one.player.network = one.module.eval()
-            for name, average in one.average.items():
-                one.parameters[name].data = average.to(one.parameters[name].dtype)
         with torch.no_grad():
             yield
     finally:
-        for one, network, weights in zip(trainees, wrapped, trained, strict=True):
+        for one, network in zip(trainees, wrapped, strict=True):
             one.player.network = network
             one.module.train()
-            for name, data in weights.items():
-                one.parameters[name].data = data
+        for parameter, data in held:
+            parameter.data = data
 
 
 @contextmanager
@@ -212,3 +247,20 @@ def check_players(players: Sequence[Player], settings: Training) -> None:
     trained = [p for player in players for p in player.network.parameters() if p.requires_grad]
     if len({id(p) for p in trained}) < len(trained):
         raise TrainingError(f"players {names} train the same weights; freeze them in all but one")
+
+
+def check_shardable(players: Sequence[Player], settings: Training, sharding: Sharding | None) -> None:
+    """Raise TrainingError if weights are to be sharded that cannot be."""
+    if sharding is None:
+        return
+    remedy = "launch with --multi_gpu for whole weights in every process"
+    if settings.precision == "fp16":
+        raise TrainingError(
+            f"training.precision=fp16 cannot scale the losses of sharded weights; use bf16, or {remedy}"
+        )
+    names = [player.name for player in players]
+    if len(names) > 1:
+        raise TrainingError(f"players {names} call each other's networks, which cannot be sharded; {remedy}")
+    if len(units(players[0].network)) == 1:
+        kind = type(players[0].network).__name__
+        raise TrainingError(f"player '{names[0]}': {kind} names no layers (_no_split_modules) to shard by; {remedy}")

@@ -23,6 +23,7 @@ from torch.distributed import DistError
 
 from inflate.errors import InflateError, TrainingError
 from inflate.training.settings import Training
+from inflate.training.sharding import asked, keep_from_accelerate
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,6 @@ by the launcher, which then ends the others."""
 MPI_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *MPI_COUNTS, "SLURM_STEP_NUM_TASKS")
 """Where torchrun and accelerate, three kinds of MPI and srun write how many processes they started."""
-
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
-}
-"""What accelerate's launcher sets for each way of sharding the weights."""
 
 SAME_NORM = 1e-3
 """Largest relative difference of one gradient's norm between processes: GPUs of different makes round differently."""
@@ -53,21 +46,18 @@ def join_processes() -> Any:
     """Join the processes of this run; accelerate's state of them, the same at each call.
 
     A script that uses accelerate before the training loop calls this first. Raises TrainingError where the launcher
-    asked for what this process does not see, or for sharded weights.
+    asked for what this process does not see, or for another way of sharding weights than `inflate.training.sharding`.
     """
     environment = dict(os.environ)  # accelerate writes its own counts into it
-    check_sharding(environment)
+    sharding = asked(environment)
+    keep_from_accelerate(os.environ)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     check_launch(environment, state.num_processes)
+    if sharding and state.num_processes == 1:
+        logger.warning("one process: there is nobody to spread the weights over, they stay whole")
+        sharding = None
+    state.sharding = sharding or getattr(state, "sharding", None)  # the first call took it out of the environment
     return state
-
-
-def check_sharding(environment: Mapping[str, str]) -> None:
-    """Raise TrainingError if the launcher was configured to shard weights; on CPUs accelerate would silently not."""
-    for variable, name in SHARDING.items():
-        if environment.get(variable, "").lower() == "true":
-            remedy = "launch with --multi_gpu, or --config_file recipes/accelerate/ddp.yaml"
-            raise TrainingError(f"{name} ({variable}) shards the weights, which is not supported; {remedy}")
 
 
 def check_launch(environment: Mapping[str, str], seen: int) -> None:
@@ -128,6 +118,8 @@ def announce(accelerator: Any, settings: Training) -> None:
     how = f"{accelerator.device.type}, {accelerator.state.backend or 'alone'}"
     passes = f"{settings.accumulate * count} = training.accumulate {settings.accumulate} x {count}"
     logger.info("processes: %d (%s); forward passes per optimiser step: %s", count, how, passes)
+    if accelerator.state.sharding:
+        logger.info("weights: sharded over %d processes, %s", count, accelerator.state.sharding)
     here, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if accelerator.device.type == "cuda" and here > used:
         logger.warning("%d of the %d visible GPUs are used; --multi_gpu --num_processes %d uses all", used, here, here)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from inflate.errors import CheckpointError
 from inflate.files import sha256
 from inflate.training import checkpoint, log
-from inflate.training.checkpoint import MANIFEST, State, latest, load, numbered, save, verify
+from inflate.training.checkpoint import MANIFEST, Contents, State, contents, latest, load, numbered, save, verify
 from inflate.training.loop import fit
 from inflate.training.player import Trainee
 from inflate.training.settings import Training
@@ -30,6 +30,10 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trainees(task: Regression) -> list[Trainee]:
     return [Trainee(player, Training()) for player in task.players]
+
+
+def saved(task: Regression) -> list[Contents]:
+    return [contents(one) for one in trainees(task)]
 
 
 @pytest.fixture
@@ -99,7 +103,7 @@ def test_a_checkpoint_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = trainees(Regression())
+    task = saved(Regression())
     save(tmp_path, State(step=1), task)
 
     def full_disk(*_: Any) -> None:
@@ -118,7 +122,7 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monk
 def test_later_checkpoints_go_first_and_the_one_just_written_stays(tmp_path: Path, keep: int, left: list[str]) -> None:
     for step in (1, 2, 9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    folder = save(tmp_path, State(step=3), trainees(Regression()), keep)
+    folder = save(tmp_path, State(step=3), saved(Regression()), keep)
     verify(folder)
     assert [path.name for path in numbered(tmp_path)] == left
 
@@ -130,7 +134,7 @@ def reseal(folder: Path) -> None:
 
 
 def test_keys_and_shapes_must_match_and_nothing_changes_if_not(tmp_path: Path) -> None:
-    folder = save(tmp_path, State(step=1), trainees(Regression()))
+    folder = save(tmp_path, State(step=1), saved(Regression()))
     tensors = load_file(folder / "map.safetensors")
     tensors["3.extra"] = tensors.pop("3.bias")
     tensors["0.weight"] = torch.zeros(8, 5)
@@ -144,7 +148,7 @@ def test_keys_and_shapes_must_match_and_nothing_changes_if_not(tmp_path: Path) -
 
 
 def test_the_second_player_is_checked_before_the_first_is_changed(tmp_path: Path) -> None:
-    folder = save(tmp_path, State(step=1), trainees(Adversarial()))
+    folder = save(tmp_path, State(step=1), saved(Adversarial()))
     (folder / "critic.optimizer.pt").unlink()
     task = Adversarial()
     with torch.no_grad():
@@ -161,7 +165,7 @@ class Payload:
 
 
 def test_a_pickled_payload_is_refused_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(tmp_path, State(step=1), trainees(Regression()))
+    folder = save(tmp_path, State(step=1), saved(Regression()))
     torch.save(Payload(), folder / "map.optimizer.pt", pickle_module=pickle)
     reseal(folder)
     with pytest.raises(CheckpointError, match=r"map\.optimizer\.pt cannot be read"):

@@ -15,20 +15,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from helpers import randomise, tiny_unet, tiny_vae
 from inflate.errors import DataError, InflateError, TrainingError
-from inflate.families.svd import SVD
-from inflate.models.unet import TemporalSpec
-from inflate.surgery import inflate_unet, inflate_vae
 from inflate.training import checkpoint, log
 from inflate.training.decoder import Decoder, DecoderTask
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable
+from inflate.training.image_to_video import choose_trainable
 from inflate.training.loop import fit
 from inflate.training.player import Player
-from inflate.training.processes import check_launch, check_same_norms, check_sharding, join_processes
+from inflate.training.processes import check_launch, check_same_norms, join_processes
 from launch import launch
+from tiny_svd import FRAMES, Clips, family, image_to_video, largest_difference
 from toy import Points, Regression, send, settings, weights
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
@@ -107,48 +103,6 @@ def test_processes_see_different_clips_and_noise_and_stay_equal_at_every_step(tm
 
 # --- the same trajectory on any number of processes -------------------------------------------------------------------
 
-FRAMES, SIDE = 2, 12
-
-
-class Clips:
-    """Five clips in float64; every `image`-th is one frame only (0 = none)."""
-
-    def __init__(self, image: int = 0) -> None:
-        self.image = image
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(number % 5)
-        frames = 1 if self.image and number % self.image == 0 else FRAMES
-        pixels = torch.rand(frames, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) * 2 - 1
-        return {"pixels": pixels, "fps": torch.tensor(8.0), "motion": torch.tensor(0.2), "number": torch.tensor(number)}
-
-
-def family() -> SVD:
-    """All kinds of layers, of one level each, in float64."""
-    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    unet = tiny_unet(True, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=8, **kinds)
-    video_unet, _ = inflate_unet(unet, TemporalSpec(), in_channels=8)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    vae, _ = inflate_vae(tiny_vae(block_out_channels=(8,), norm_num_groups=4, **kinds))
-    torch.manual_seed(3)
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
-        projection_dim=8,
-    )  # fmt: skip
-    made = SVD(video_unet, vae, CLIPVisionModelWithProjection(vision), frames=FRAMES)
-    for network in (made.unet, made.vae, made.image_encoder):
-        randomise(network.double())
-    return made
-
-
-def image_to_video() -> ImageToVideoTask:
-    batch = {name: value[None] for name, value in Clips()[100].items()}
-    small = ImageToVideo(held_out_clips=1, bands=1, preview_clips=1)
-    return ImageToVideoTask(family(), small, [batch], Preview(steps=1), lr=1e-3, seed=3)
-
 
 def decoder() -> DecoderTask:
     small = Decoder(
@@ -168,11 +122,6 @@ def trained(make: Callable[[], Any], output: Path, batch: int, accumulate: int, 
     fit(task, Clips(), settings(output, steps=steps, batch=batch, accumulate=accumulate, lr=1e-3, ema=0.9))
     named = {f"{player.name}.{name}": p for player in task.players for name, p in player.network.named_parameters()}
     return {name: parameter.detach() for name, parameter in named.items() if parameter.requires_grad}
-
-
-def largest_difference(ours: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    assert ours.keys() == others.keys()
-    return max(float((ours[name] - others[name]).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize("make", [image_to_video, decoder])
@@ -424,15 +373,6 @@ def test_processes_that_believe_to_be_alone_are_refused(environment: dict[str, s
     with pytest.raises(TrainingError, match=message) as caught:
         check_launch(environment, 1)
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in str(caught.value)
-
-
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_weights_are_refused(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_sharding({variable: "false"})
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(TrainingError, match=rf"\({variable}\) shards the weights, which is not supported"):
-        fit(Regression(), Points(), settings(tmp_path / "run", steps=1))
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_accumulation_of_the_launchers_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
