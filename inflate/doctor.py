@@ -8,7 +8,6 @@ machine's installation, in one process.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
@@ -26,12 +25,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from inflate.errors import InflateError, TrainingError, report_errors
 from inflate.files import write_text
 from inflate.findings import Checks, Finding, all_pass, failed, quieten, warning
 from inflate.installation import LAUNCH, MACHINE, SVD_PARAMETERS, nearest
+from inflate.models.weights import tensors_sha256
 from inflate.training.checkpoint import State
 from inflate.training.clock import Clock
 from inflate.training.log import Report
@@ -41,6 +42,7 @@ from inflate.training.player import Batch, Task, Trainee
 from inflate.training.processes import SAME_NORM, agree, join_processes, noticing_losses, start_accelerator, together
 from inflate.training.record import device_name, versions
 from inflate.training.settings import Training
+from inflate.training.sharding import own, whole
 
 LAUNCHED = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_CPU")
 """What accelerate's launcher sets on each machine, as ACCELERATE_..."""
@@ -124,7 +126,8 @@ class Rehearsal:
 
     def weights(self) -> Finding:
         """That all begin with the same weights, frozen ones too, which nothing would make equal later; places them."""
-        digests = gather_object([digest([*self.task.frozen, *(one.module for one in self.trainees)])])
+        modules = [*self.task.frozen, *(one.module for one in self.trainees)]
+        digests = gather_object([tensors_sha256(named for module in modules for named in module.state_dict().items())])
         place(self.task, self.trainees, self.accelerator)
         if odd := [process for process, one in enumerate(digests) if one != digests[0]]:
             remedy = "all must load the same files and create new layers from the same seed"
@@ -134,8 +137,9 @@ class Rehearsal:
     def gradients(self) -> Finding:
         """That the gradients are the same everywhere, and the mean of what each process computes from its own batch."""
         (one,) = self.trainees
-        with locally():
+        with self.filled(one), locally():
             alone = self.alone(one)
+        with locally():
             loss, called = self.loss(one)
         if bare := [process for process, calls in enumerate(gather_object([called])) if not calls]:
             remedy = "a loss must call player.network(...), not the module inside it"
@@ -143,8 +147,25 @@ class Rehearsal:
         self.accelerator.backward(loss.mean())
         with locally():
             one.gradient_norm(self.accelerator)
-        exchanged = flat(parameter.grad for parameter in one.parameters.values() if parameter.grad is not None)
+        gradients = {name: parameter.grad for name, parameter in one.parameters.items() if parameter.grad is not None}
+        exchanged = flat(self.joined(gradient, one.spread.get(name)) for name, gradient in gradients.items())
         return self.judge_gradients(exchanged, alone)
+
+    def joined(self, tensor: Tensor, like: DTensor | None) -> Tensor:
+        """All of a tensor of which each process may hold a share."""
+        return whole(tensor, like, self.accelerator.device, everywhere=True)
+
+    @contextmanager
+    def filled(self, one: Trainee) -> Iterator[None]:
+        """Have whole weights in the bare module, which is empty where they are sharded."""
+        parameters = dict(one.module.named_parameters())
+        for name, weight in one.spread.items():
+            parameters[name].data = self.joined(own(weight), weight)
+        try:
+            yield
+        finally:
+            for name in one.spread:
+                parameters[name].data = parameters[name].data.new_empty(0)
 
     def judge_gradients(self, exchanged: Tensor, alone: Tensor) -> Finding:
         """What the exchanged gradient (P,) and the one computed from this process's batch alone (P,) mean."""
@@ -169,7 +190,8 @@ class Rehearsal:
         wrapped, one.player.network = one.player.network, one.module
         try:
             loss, _ = one.player.loss(self.batches[0], self.draw(self.batches[0]), 0)  # (B,)
-            return flat(torch.autograd.grad(loss.mean(), list(one.parameters.values())))
+            parameters = dict(one.module.named_parameters())
+            return flat(torch.autograd.grad(loss.mean(), [parameters[name] for name in one.parameters]))
         finally:
             one.player.network = wrapped
 
@@ -226,21 +248,24 @@ class Rehearsal:
 
     def checkpoint(self) -> Finding:
         """That what all save, all load."""
-        state, modules = State(), [one.module for one in self.trainees]
-        saved = same_for_all(digest(modules))
+        state = State()
+        saved = self.held()
         clock = Clock(self.accelerator.device, [])
         with Report(self.settings, self.accelerator, state, clock, self.task.players) as report:
             Run(self.task, self.settings, self.accelerator, self.trainees, report, state).save()
-        with torch.no_grad():
-            for parameter in (parameter for one in self.trainees for parameter in one.parameters.values()):
-                parameter.zero_()
+        for parameter in (parameter for one in self.trainees for parameter in one.parameters.values()):
+            parameter.data.zero_()
         with together():
             found = find_checkpoint(self.settings)
         agree({"the checkpoint that was just saved": found and found.name})
         restore(found, state, self.trainees, self.accelerator)
-        if odd := [process for process, one in enumerate(gather_object([digest(modules)])) if one != saved]:
-            return failed(f"{named(odd)} loaded other weights than process 0 saved", "is the disk sound?")
+        if odd := [process for process, same in enumerate(gather_object([self.held() == saved])) if not same]:
+            return failed(f"{named(odd)} loaded other weights than were saved", "is the disk sound?")
         return Finding("saved by all and loaded by all, with equal weights")
+
+    def held(self) -> str:
+        """A digest of what this process holds of the trained weights."""
+        return tensors_sha256(named for one in self.trainees for named in (one.parameters | one.buffers()).items())
 
 
 @contextmanager
@@ -358,14 +383,6 @@ def near(one: Tensor, other: Tensor) -> bool:
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """Tensors as one vector of float32."""
     return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
-
-
-def digest(modules: Sequence[nn.Module]) -> str:
-    """SHA-256 of all weights and buffers."""
-    sha = hashlib.sha256()
-    for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
-        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ ARROWS = {
     "sweep": {"runs"} | BASE,
     "findings": {"errors"},
     "installation": MIDDLE | {"families", "training", "findings"},
-    "doctor": {"training", "installation", "findings"} | BASE,
+    "doctor": {"models", "training", "installation", "findings"} | BASE,
     "cli": MIDDLE
     | {
         "families",

@@ -253,7 +253,7 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
     """Raise TrainingError if weights are to be sharded that cannot be."""
     if sharding is None:
         return
-    remedy = "launch with --multi_gpu for whole weights in every process"
+    remedy = "launch with --config_file recipes/accelerate/ddp.yaml for whole weights in every process"
     if settings.precision == "fp16":
         raise TrainingError(
             f"training.precision=fp16 cannot scale the losses of sharded weights; use bf16, or {remedy}"
