@@ -292,7 +292,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
         check_shardable(unet.players, settings(tmp_path, precision="fp16"), Sharding(True))
     with pytest.raises(TrainingError, match=r"players \['map', 'critic'\] call each other's networks"):
         check_shardable(Adversarial().players, settings(tmp_path), Sharding(True))
-    with pytest.raises(TrainingError, match="player 'map': Sequential names no layers .* --multi_gpu"):
+    with pytest.raises(TrainingError, match="player 'map': Sequential names no layers .* recipes/accelerate/ddp.yaml"):
         check_shardable(Regression().players, settings(tmp_path), Sharding(True))
 
 
