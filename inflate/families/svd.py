@@ -173,7 +173,7 @@ class SVD:
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
         export exactly. `frames` is its clip length. A video model has both already.
         """
-        if str(path).endswith(".safetensors"):
+        if str(path).endswith(svd_files.SAFETENSORS):
             if image_encoder is None:
                 raise CheckpointError(
                     f"{path} holds no image encoder in a form that is read: give its folder as image_encoder"

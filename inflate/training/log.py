@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inflate.curves import plot
-from inflate.errors import InflateError
+from inflate.errors import DiskError, InflateError
 from inflate.files import write_text
-from inflate.training.checkpoint import State
+from inflate.training.checkpoint import State, writing
 from inflate.training.player import Batch
 from inflate.training.settings import Training
 
@@ -35,11 +36,16 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.bar.close()
-        self.write()
-        for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group as well
-            tracker.finish()
+        try:
+            with self._writing("logs"):
+                for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group too
+                    tracker.finish()
+        except DiskError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def draw(self, batches: Iterator[Batch | InflateError]) -> Batch:
         """The next batch; the time spent waiting for it is counted. An InflateError in its place is raised."""
@@ -64,7 +70,7 @@ class Report:
         if step % self.settings.log_every == 0 or step == self.settings.steps:
             entry = self._means() | {f"lr/{name}": value for name, value in rates.items()} | self._speed()
             self.state.history.append({"step": step, **entry})
-            self.accelerator.log(entry, step=step)
+            self._track(entry, step)
             shown = {name[5:]: f"{value:.4f}" for name, value in entry.items() if name.startswith("loss/")}
             speed = {"clips/s": f"{entry['clips_per_second']:.3g}", "wait": f"{entry['data_wait']:.0%}"}
             self.bar.set_postfix({**shown, **speed})
@@ -95,13 +101,21 @@ class Report:
         """Record held-out measurements of a step, in place of earlier ones of the same step."""
         self.state.held_out[:] = [row for row in self.state.held_out if row["step"] != step]
         self.state.held_out.append({"step": step, **{name: float(value) for name, value in values.items()}})
-        self.accelerator.log({f"held_out/{name}": float(value) for name, value in values.items()}, step=step)
+        self._track({f"held_out/{name}": float(value) for name, value in values.items()}, step)
 
     def write(self) -> None:
         """Write metrics.json and metrics.png into the output folder, from the main process, if there is news."""
         rows = {"history": self.state.history, "held_out": self.state.held_out}
         text = json.dumps(rows, indent=1)
         if self.accelerator.is_main_process and any(rows.values()) and text != self.written:
-            write_text(self.settings.output / "metrics.json", text)
-            plot(self.settings.output / "metrics.png", {"": rows})
+            with self._writing("metrics.json"):
+                write_text(self.settings.output / "metrics.json", text)
+                plot(self.settings.output / "metrics.png", {"": rows})
             self.written = text
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        with self._writing("logs"):
+            self.accelerator.log(values, step=step)
+
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return writing(self.settings.output / name, self.settings.output)

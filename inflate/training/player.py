@@ -76,6 +76,8 @@ class Trainee:
         self.lr = settings.lr if player.lr is None else player.lr
         self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
+        self.resting = False
+        """Whether the averaged weights stand, or may stand, in place of the trained ones; see `at_rest`."""
 
     def _adamw(self) -> torch.optim.AdamW:
         decays = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -161,6 +163,7 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
     trained = [{name: one.parameters[name].data for name in one.average} for one in trainees]
     try:
         for one in trainees:
+            one.resting = True
             one.player.network = one.module.eval()
             for name, average in one.average.items():
                 one.parameters[name].data = average.to(one.parameters[name].dtype)
@@ -172,6 +175,7 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
             one.module.train()
             for name, data in weights.items():
                 one.parameters[name].data = data
+            one.resting = False
 
 
 @contextmanager
