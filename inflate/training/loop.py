@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -420,8 +422,13 @@ def leave_signals(over: Any, _: int) -> None:
         if over.is_set():
             os._exit(128 + signal.SIGTERM)
 
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
+    sys.excepthook = tell  # the thread that hands batches over would tell of a training process that lets go of one
 
 
 # --- within a step ----------------------------------------------------------------------------------------------------
