@@ -151,7 +151,7 @@ def help_text(schema: Schema, defaults: Path | None = None) -> str:
 
 @report_errors()
 def from_command_line(schema: type[T], defaults: Path | None = None, arguments: Sequence[str] | None = None) -> T:
-    """Read a recipe's settings from its command line; answer --help; end with one line and status 1 on an error."""
+    """Read a recipe's settings from its command line; answer --help; end with status 1 on an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
         name = Path(sys.argv[0]).name

@@ -150,7 +150,9 @@ class Keeper:
             self.stop.ending = True
             told = str(error).splitlines()
             lines = dict.fromkeys(line for text in self._last_words(error) for line in text.splitlines())
-            error.add_note("\n".join(line for line in lines if line not in told))
+            for line in lines:
+                if line not in told:
+                    error.add_note(line)
 
     @contextmanager
     def completing(self) -> Iterator[None]:
@@ -225,7 +227,8 @@ def check_room(settings: Training, state: State, trainees: Sequence[Trainee]) ->
     if usage.total and usage.free < count * each:  # some network file systems tell nothing
         room = f"{_gigabytes(usage.free)} are free for training.output={settings.output}"
         if usage.free < each:
-            raise DiskError(f"a checkpoint takes about {_gigabytes(each)}, but {room}; free space or name another")
+            last = checkpoint.to_go_on_from(settings.output)
+            raise DiskError(f"a checkpoint takes about {_gigabytes(each)}, but {room}; free space or name another\n{last}")
         need = f"{count} checkpoints take about {_gigabytes(count * each)} (training.keep={settings.keep})"
         logger.warning("%s, but %s; free space, or lower training.keep", need, room)
 
