@@ -228,7 +228,9 @@ def check_room(settings: Training, state: State, trainees: Sequence[Trainee]) ->
         room = f"{_gigabytes(usage.free)} are free for training.output={settings.output}"
         if usage.free < each:
             last = checkpoint.to_go_on_from(settings.output)
-            raise DiskError(f"a checkpoint takes about {_gigabytes(each)}, but {room}; free space or name another\n{last}")
+            raise DiskError(
+                f"a checkpoint takes about {_gigabytes(each)}, but {room}; free space or name another\n{last}"
+            )
         need = f"{count} checkpoints take about {_gigabytes(count * each)} (training.keep={settings.keep})"
         logger.warning("%s, but %s; free space, or lower training.keep", need, room)
 
