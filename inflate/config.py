@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigError", "check", "dotted", "dump", "flat", "from_command_line", "help_text", "is_argument", "leaves", "load",
-    "names", "report_errors", "translate",
+    "names", "parse", "report_errors", "translate",
 ]  # fmt: skip
 
 NOT_SET = "???"
@@ -114,10 +114,15 @@ def translate(schema: Schema, arguments: Sequence[str]) -> list[str]:
 
 def dotted(file: Path) -> dict[str, Any]:
     """Return what a YAML file sets, by dotted name, whatever its schema; raises `ConfigError` if it cannot be read."""
+    return parse(_text(str(file)), str(file))
+
+
+def parse(text: str, name: str) -> dict[str, Any]:
+    """Return what YAML text sets, by dotted name, as `dotted` of a file called `name`."""
     try:
-        return dict(leaves(_Loader("").construct_document(_file(str(file)).entries)))
+        return dict(leaves(_Loader("").construct_document(_composed(text, name).entries)))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}{_line(error)}: not valid YAML: {_problem(error)}") from None
+        raise ConfigError(f"{name}{_line(error)}: not valid YAML: {_problem(error)}") from None
 
 
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,7 +151,7 @@ def help_text(schema: Schema, defaults: Path | None = None) -> str:
 
 @report_errors()
 def from_command_line(schema: type[T], defaults: Path | None = None, arguments: Sequence[str] | None = None) -> T:
-    """Read a recipe's settings from its command line; answer --help; end with one line and status 1 on an error."""
+    """Read a recipe's settings from its command line; answer --help; end with status 1 on an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
         name = Path(sys.argv[0]).name
@@ -206,13 +211,24 @@ def _scalar(value: str, tag: str) -> yaml.ScalarNode:
 
 
 def _file(name: str) -> _Source:
+    return _composed(_text(name), name)
+
+
+def _text(name: str) -> str:
     try:
-        node = yaml.compose(Path(name).read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}{_line(error)}: not valid YAML: {_problem(error)}") from None
+        return Path(name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{name}: no such file{_other_file(name)}") from None
     except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
+
+
+def _composed(text: str, name: str) -> _Source:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}{_line(error)}: not valid YAML: {_problem(error)}") from None
+    except ValueError as error:
         raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{name}: expected lines of `setting: value`")

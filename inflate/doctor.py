@@ -35,8 +35,9 @@ from inflate.installation import LAUNCH, MACHINE, SVD_PARAMETERS, nearest
 from inflate.models.weights import tensors_sha256
 from inflate.training.checkpoint import State
 from inflate.training.clock import Clock
+from inflate.training.endings import Keeper, Stop
 from inflate.training.log import Report
-from inflate.training.loop import Run, find_checkpoint, place, restore
+from inflate.training.loop import find_checkpoint, place, restore
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Task, Trainee
 from inflate.training.processes import SAME_NORM, agree, join_processes, noticing_losses, start_accelerator, together
@@ -252,13 +253,16 @@ class Rehearsal:
         saved = self.held()
         clock = Clock(self.accelerator.device, [])
         with Report(self.settings, self.accelerator, state, clock, self.task.players) as report:
-            Run(self.task, self.settings, self.accelerator, self.trainees, report, state).save()
+            stop = Stop(None, self.accelerator.is_main_process)
+            keeper = Keeper(self.settings, self.accelerator, self.trainees, report, state, stop, set())
+            with together():
+                keeper.save()
         for parameter in (parameter for one in self.trainees for parameter in one.parameters.values()):
             parameter.data.zero_()
         with together():
             found = find_checkpoint(self.settings)
         agree({"the checkpoint that was just saved": found and found.name})
-        restore(found, state, self.trainees, self.accelerator)
+        restore(found, state, self.settings, self.trainees, self.accelerator)
         if odd := [process for process, same in enumerate(gather_object([self.held() == saved])) if not same]:
             return failed(f"{named(odd)} loaded other weights than were saved", "is the disk sound?")
         return Finding("saved by all and loaded by all, with equal weights")
@@ -396,7 +400,7 @@ def main(
 ) -> None:
     """Check the processes that were launched with this command: that together they train one model. Status 1 if not."""
     quieten()
-    with noticing_losses(output), machine_errors(naming=True):
+    with noticing_losses(), machine_errors(naming=True):
         with limited("processes"):
             state = join_processes()
         if state.num_processes == 1:

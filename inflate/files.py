@@ -73,6 +73,11 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
             path.unlink()
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a path is named as what is being written, or as what a killed process left of it."""
+    return path.name.startswith(".") and path.suffix in (".partial", ".old")
+
+
 def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 

@@ -26,9 +26,11 @@ from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
+from inflate.families.svd_files import check_place
 from inflate.families.svd_model import Model
 from inflate.measures import remark
 from inflate.training.card import write_card
+from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.encoding import clip_encoder
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
@@ -105,6 +107,8 @@ def train(config: Config) -> Result:
     with together():
         if join_processes().is_main_process:
             check_output(config.training)
+        for place in filter(None, (config.model.path, config.model.image_encoder)):
+            check_place(place)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
@@ -117,7 +121,8 @@ def train(config: Config) -> Result:
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
     if result.export and join_processes().is_main_process:
-        finish(config, result)
+        with writing(config.training.output, config.training.output):
+            finish(config, result)
     return result
 
 
@@ -203,7 +208,8 @@ def say(result: Result, config: Config) -> None:
     output, tells = config.training.output, join_processes().is_main_process
     if result.export is None:
         if tells:
-            print(f"stopped by {result.stopped} at step {result.step}; go on with training.resume=latest")
+            last = output / f"checkpoint-{result.step}"
+            print(f"stopped by {result.stopped} at step {result.step}; {last} is whole: training.resume=latest goes on")
         sys.exit(130 if result.stopped == "SIGINT" else 143)
     if not tells:
         return

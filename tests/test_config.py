@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Literal
 import pytest
 
 from inflate.config import check, dump, from_command_line, help_text, load, report_errors
-from inflate.errors import ConfigError, TrainingError
+from inflate.errors import ConfigError, Interrupted, TrainingError
 
 
 class Colour(enum.Enum):
@@ -309,7 +310,7 @@ def test_the_command_line_prints_help_with_the_recipes_defaults(
     assert "  path: demo  # folder of clips" in capsys.readouterr().out
 
 
-def test_the_command_line_reports_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_an_error_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         from_command_line(Config, None, ["data.pth=x"])
     output = capsys.readouterr()
@@ -318,9 +319,22 @@ def test_the_command_line_reports_one_line_and_status_1(capsys: pytest.CaptureFi
     assert output.err == "error: argument data.pth=x: unknown setting data.pth; did you mean data.path?\n"
 
 
-@pytest.mark.parametrize(("raised", "status"), [(TrainingError("a\n  b"), 1), (KeyboardInterrupt(), 130)])
-def test_report_errors_ends_with_a_status(
-    raised: BaseException, status: int, capsys: pytest.CaptureFixture[str]
+def noted(error: BaseException) -> BaseException:
+    error.add_note("a note")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [
+        (TrainingError("a"), 1, "error: a\n"),
+        (noted(TrainingError("two clips:\nb.mp4\n  c.mp4\n")), 1, "error: two clips:\n  b.mp4\n  c.mp4\n  a note\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (noted(Interrupted(signal.SIGTERM)), 143, "SIGTERM again: stopped at once\n  a note\n"),
+    ],
+)
+def test_report_errors_tells_every_line_and_ends_with_a_status(
+    raised: BaseException, status: int, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @report_errors()
     def fail() -> None:
@@ -329,7 +343,7 @@ def test_report_errors_ends_with_a_status(
     with pytest.raises(SystemExit) as caught:
         fail()
     assert caught.value.code == status
-    assert capsys.readouterr().err in ("error: a b\n", "interrupted\n")
+    assert capsys.readouterr().err == told
 
 
 def test_a_part_of_the_settings_is_read_from_whole_files(tmp_path: Path) -> None:

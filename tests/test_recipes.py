@@ -180,11 +180,13 @@ def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
         (["trainng.lr=1"], "did you mean training.lr"),
         (["stage=decoder", "data.path=nowhere"], "nowhere"),
         (["stage=decoder", "data.path=nowhere", "training.lr=fast"], "training.lr"),
+        (["stage=decoder", "data.path=nowhere", "model.path=no_model"], "no_model does not exist; give a folder, or"),
+        (["stage=decoder", "data.path=nowhere", "model.path=no.safetensors"], "no.safetensors does not exist"),
         (["stage=decoder", "data.buckets=[4x32x64,1x32x64]"], "bucket 1x32x64 has one frame; stage=decoder needs two"),
         (["stage=image_to_video", "data.buckets=[1x32x64]"], "no bucket has two frames or more, only 1x32x64"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_1(arguments: list[str], message: str) -> None:
+def test_a_mistake_is_told_plainly_with_status_1(arguments: list[str], message: str) -> None:
     result = recipe(*arguments)
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -14,7 +14,7 @@ from inflate.data.settings import Data
 from inflate.data.video import Media
 from inflate.errors import DataError
 
-_WHERE = (
+WHERE = (
     "path", "source", "split", "held_out", "revision", "video_column", "caption_column", "captions", "max_dropped",
     "seconds_per_clip", "memory_megabytes", "cache",
 )  # fmt: skip
@@ -29,7 +29,7 @@ def digest(used: Sequence[Checked], settings: Data) -> str:
     It does not cover the pixels: a file changed in place at the same length and with the same times goes unnoticed.
     Raises DataError for a file that is gone.
     """
-    windows = {name: value for name, value in asdict(settings).items() if name not in _WHERE}
+    windows = {name: value for name, value in asdict(settings).items() if name not in WHERE}
     text = json.dumps([windows, *map(_facts, used)], sort_keys=True, default=str)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

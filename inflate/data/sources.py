@@ -50,22 +50,29 @@ def find_clips(settings: Data) -> list[Clip]:
     root = Path(settings.path).expanduser()
     if root.is_file():
         return _from_table(root, settings)
-    folder = _split_folder(root, settings.split)
+    folder = _split_folder(root, settings)
     tables = [folder / f"metadata{kind}" for kind in TABLES if (folder / f"metadata{kind}").is_file()]
     if len(tables) > 1:
         raise DataError(f"{folder}: has {_listed(t.name for t in tables)}; keep one, or name it in data.path")
     return _from_table(tables[0], settings) if tables else _from_pairs(folder, settings)
 
 
-def _split_folder(root: Path, split: str | None) -> Path:
+def _split_folder(root: Path, settings: Data) -> Path:
+    split = settings.split
     if not root.is_dir():
         hint = "; `python datasets/build_demo.py` builds the demo clips" if root.name == "demo" else ""
         raise DataError(f"{root}: no such folder or metadata file (data.path){hint}")
     if split is None:
         return root
     if not (root / split).is_dir():
-        raise DataError(f"{root}: no sub-folder {split!r} (data.split); it has {_listed(_folders(root)) or 'none'}")
+        others = _listed(_folders(root)) or "none"
+        raise DataError(f"{root}: no sub-folder {split!r} ({_split_setting(settings)}); it has {others}")
     return root / split
+
+
+def _split_setting(settings: Data) -> str:
+    """The setting that the split comes from; `Data.evaluation` takes the held-out one for it."""
+    return "data.split" if settings.split != settings.held_out else "data.held_out"
 
 
 # ---------------------------------------------------------------------------------------------------- pairs
@@ -227,7 +234,8 @@ def _open_dataset(settings: Data) -> Any:
     if settings.split is None and len(found) == 1:
         return next(iter(found.values()))
     if settings.split not in found:
-        asked = "set data.split" if settings.split is None else f"no split {settings.split!r} (data.split)"
+        missing = f"no split {settings.split!r} ({_split_setting(settings)})"
+        asked = "set data.split" if settings.split is None else missing
         raise DataError(f"{settings.path}: {asked}; it has {names}")
     return found[settings.split]
 

@@ -180,7 +180,7 @@ class SVD(Encoding):
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
         export exactly. `frames` is its clip length. A video model has both already.
         """
-        if str(path).endswith(".safetensors"):
+        if str(path).endswith(svd_files.SAFETENSORS):
             return cls.from_sgm(path, needed_encoder(path, image_encoder))
         folder = svd_files.resolve(path)
         if svd_files.is_image_model(folder):

@@ -74,7 +74,7 @@ class Encoders(Encoding):
     @classmethod
     def load(cls, path: str | Path, image_encoder: str | Path | None = None) -> Self:
         """The encoders of what `SVD.load` loads, with the weights that it gives them; CheckpointError as there."""
-        if str(path).endswith(".safetensors"):
+        if str(path).endswith(svd_files.SAFETENSORS):
             inside = svd_files.encoder_folder(needed_encoder(path, image_encoder))
             vae = svd_files.load_sgm_vae(Path(path).expanduser())
             return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))

@@ -38,6 +38,7 @@ PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
 PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
+SAFETENSORS = ".safetensors"
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
 """Tensors of a whole CLIP model that its image encoder does without."""
 UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
@@ -95,6 +96,18 @@ def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
 
     Of the last, `files` are downloaded. CheckpointError where there is none.
     """
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
+    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
+
+
+def local_folder(path: str | Path) -> Path | None:
+    """The folder that `path` or `pocket` names; None for owner/name on the Hub, CheckpointError for anything else."""
     folder = POCKET if str(path) == "pocket" else Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -102,11 +115,15 @@ def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
         raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
-    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
+    return None
+
+
+def check_place(path: str | Path) -> None:
+    """Raise CheckpointError for a path of a model that does not exist; nothing is read or downloaded."""
+    if not str(path).endswith(SAFETENSORS):
+        local_folder(path)
+    elif not Path(path).expanduser().is_file():
+        raise CheckpointError(f"{path} does not exist; give the original's {SAFETENSORS} file, or a model's folder")
 
 
 def read_json(file: Path) -> dict[str, Any]:

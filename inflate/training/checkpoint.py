@@ -4,7 +4,7 @@
         unet.safetensors             trainable parameters and buffers of the player `unet`
         unet.average.safetensors     its averaged weights, if the run keeps them
         unet.optimizer.pt            its optimiser's state
-        state.json                   step, fingerprint of the settings that fix the data order, history
+        state.json                   step, fingerprint of what fixes the data order, settings, history
         manifest.json                SHA-256 of every other file; written last
 
 `inflate.files` writes them aside: a process killed at any time leaves the last one whole.
@@ -16,17 +16,19 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from inflate.errors import CheckpointError
+from inflate.errors import CheckpointError, DiskError, InflateError
 from inflate.files import discard, new_folder, remove_leftovers, sha256
 from inflate.training.player import Trainee
 from inflate.training.sharding import share, whole
@@ -45,6 +47,10 @@ class State:
 
     step: int = 0
     fingerprint: dict[str, int | str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All that the run was started with, by dotted name."""
+    directory: str = ""
+    """The folder that relative paths among them start from."""
     history: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
@@ -97,14 +103,16 @@ def _own_state(values: Mapping[str, Any], like: DTensor) -> dict[str, Any]:
     }
 
 
-def save(output: Path, state: State, trained: Sequence[Contents], keep: int = 0) -> Path:
-    """Write `checkpoint-<step>` into the output folder, then remove all but it and the newest, `keep` in all (0 = all).
+def save(
+    output: Path, state: State, trained: Sequence[Contents], keep: int = 0, known: set[Path] | None = None
+) -> Path:
+    """Write `checkpoint-<step>` into the output folder, then remove all but the newest whole ones, `keep` (0 = all).
 
-    Those of later steps go first: a run passes over them only where they are damaged.
-    Raises CheckpointError if the folder cannot be written; an older checkpoint is then untouched.
+    `known` are folders that need no reading to be called whole; those found whole join them.
+    Raises DiskError if the folder cannot be written; an older checkpoint is then untouched.
     """
-    folder = output / f"checkpoint-{state.step}"
-    try:
+    folder, known = output / f"checkpoint-{state.step}", set() if known is None else known
+    with writing(folder, output):
         remove_leftovers(output, "checkpoint-*")
         with new_folder(folder) as aside:
             for one in trained:
@@ -112,27 +120,44 @@ def save(output: Path, state: State, trained: Sequence[Contents], keep: int = 0)
             (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
             manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for stale in superseded(folder, keep) if keep else []:
+        known.add(folder)
+        for stale in superseded(folder, keep, known) if keep else []:
             discard(stale)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error}; free space or name another training.output"
-        ) from error
     return folder
 
 
-def superseded(folder: Path, keep: int) -> list[Path]:
-    """The checkpoints beside the one just written that make them more than `keep`: of later steps, then the oldest."""
+def superseded(folder: Path, keep: int, known: set[Path]) -> list[Path]:
+    """What `keep` whole checkpoints up to the one just written make needless; nothing while there are fewer of them.
+
+    Later ones are needless, too: a run passes over them only where they are damaged.
+    """
     every = numbered(folder.parent)
-    now = every.index(folder)
-    return [*every[now + 1 :], *every[:now]][: max(0, len(every) - keep)]
+    kept: list[Path] = []
+    for one in reversed(every[: every.index(folder) + 1]):
+        if len(kept) < keep and (one in known or is_whole(one)):
+            known.add(one)
+            kept.append(one)
+    return [one for one in every if one not in kept] if len(kept) == keep else []
+
+
+def size(trainees: Sequence[Trainee]) -> int:
+    """Bytes of a checkpoint, about: weights, buffers and averages, and the two moments that AdamW keeps of a weight."""
+    return sum(
+        3 * _bytes(one.parameters, one) + _bytes(one.buffers(), one) + _bytes(one.average, one) for one in trainees
+    )
+
+
+def _bytes(tensors: Mapping[str, Tensor], one: Trainee) -> int:
+    """Bytes of tensors, those of which this process holds a share counted whole."""
+    return sum(one.spread.get(name, tensor).numel() * tensor.element_size() for name, tensor in tensors.items())
 
 
 def _write(folder: Path, one: Contents) -> None:
     save_file(_portable(one.weights), folder / f"{one.name}.safetensors")
     if one.average:
         save_file(_portable(one.average), folder / f"{one.name}.average.safetensors")
-    torch.save(one.optimizer, folder / f"{one.name}.optimizer.pt")
+    with (folder / f"{one.name}.optimizer.pt").open("wb") as file:  # by name, torch would not say why it cannot write
+        torch.save(one.optimizer, file)
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,6 +188,15 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} is damaged: {', '.join(damaged)} changed; resume from another one")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as it was written."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def latest(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None if it has none at all.
 
@@ -182,6 +216,42 @@ def latest(output: Path) -> Path | None:
     return None
 
 
+def to_go_on_from(output: Path) -> str:
+    """In words for an error: the last whole checkpoint of a run and how to go on from it, or that there is none."""
+    try:
+        found = latest(output)
+    except CheckpointError:
+        return f"none of the checkpoints in {output} is whole"
+    if found is None:
+        return f"there is no checkpoint in {output}"
+    return f"the last whole checkpoint is {found}: training.resume=latest goes on from it"
+
+
+@contextmanager
+def writing(path: Path, output: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a DiskError that names `path`, which the block writes, and what is safe.
+
+    `output` is the run's folder. What else goes wrong inside is left as it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, InflateError, RuntimeError) as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        remedy = "free space, or make it writable, or name another training.output"
+        raise DiskError(f"{path} cannot be written: {reason}; {remedy}\n{to_go_on_from(output)}") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the system said, where it is why an error came about: torch and the encoders raise errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError | SafetensorError):
+            return (isinstance(error, OSError) and error.strerror) or str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def read_state(folder: Path) -> State:
     """Where the run stood when a checkpoint, already verified, was written."""
     try:
@@ -190,9 +260,8 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}") from error
 
 
-def check_fingerprint(folder: Path, state: State, now: Mapping[str, int | str]) -> None:
-    """Raise CheckpointError naming every setting whose change would alter what the resumed run sees or holds."""
-    then = state.fingerprint
+def check_fingerprint(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming every fact whose change would alter what the resumed run sees or holds."""
     changed = [name for name in [*now, *(then.keys() - now.keys())] if then.get(name) != now.get(name)]
     if changed:
         changes = "; ".join(f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in changed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inflate.curves import plot
-from inflate.errors import InflateError
+from inflate.errors import DiskError, InflateError
 from inflate.files import write_text
 from inflate.measures import Overfitting, Rows, overfitting
-from inflate.training.checkpoint import State, nearest
+from inflate.training.checkpoint import State, nearest, writing
 from inflate.training.clock import Clock
 from inflate.training.player import Batch, Player, Selected
 from inflate.training.settings import Training
@@ -47,12 +48,17 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.bar.close()
         self.clock.stop()
-        self.write()
-        for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group as well
-            tracker.finish()
+        try:
+            with self._writing("logs"):
+                for tracker in self.accelerator.trackers:  # not end_training(), which would end the process group too
+                    tracker.finish()
+        except DiskError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def draw(self, batches: Iterator[Batch | InflateError]) -> Batch:
         """The next batch; the time spent waiting for it is counted. An InflateError in its place is raised."""
@@ -77,7 +83,7 @@ class Report:
         if step % self.settings.log_every == 0 or step == self.settings.steps:
             entry = self._entry() | {f"lr/{name}": value for name, value in rates.items()}
             self.state.history.append({"step": step, **entry})
-            self.accelerator.log(entry, step=step)
+            self._track(entry, step)
             self._show(entry)
             self._advise(entry)
 
@@ -123,7 +129,7 @@ class Report:
         """Record held-out measurements of a step, in place of earlier ones of the same step."""
         self.state.held_out[:] = [row for row in self.state.held_out if row["step"] != step]
         self.state.held_out.append({"step": step, **{name: float(value) for name, value in values.items()}})
-        self.accelerator.log({f"held_out/{name}": float(value) for name, value in values.items()}, step=step)
+        self._track({f"held_out/{name}": float(value) for name, value in values.items()}, step)
         for one in found_overfitting(self.settings.output, self.state.held_out):
             self._warn(f"{one.measure} at step {one.step}", str(one))
 
@@ -133,15 +139,23 @@ class Report:
         overfitted = [asdict(one) for one in found_overfitting(self.settings.output, self.state.held_out)]
         text = json.dumps({**rows, "overfitting": overfitted}, indent=1)
         if self.accelerator.is_main_process and any(rows.values()) and text != self.written:
-            write_text(self.settings.output / "metrics.json", text)
-            plot(self.settings.output / "metrics.png", {"": rows})
+            with self._writing("metrics.json"):
+                write_text(self.settings.output / "metrics.json", text)
+                plot(self.settings.output / "metrics.png", {"": rows})
             self.written = text
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        with self._writing("logs"):
+            self.accelerator.log(values, step=step)
+
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return writing(self.settings.output / name, self.settings.output)
 
 
 def remedies(players: Sequence[Player]) -> dict[str, str]:
     """What a share of time goes into, and what lessens it, for those that something does."""
     own = dict.fromkeys(player.remedy for player in players if player.remedy)
-    general = "waiting for clips: raise training.workers, or data.cache_megabytes if the clips fit into memory"
+    general = "waiting for clips: raise training.workers, or data.memory_megabytes if the clips fit into memory"
     found = {"data_wait": ", or ".join([general, *own])}
     return found | {"encode": "what losses do outside the trained networks: " + ", or ".join(own)} if own else found
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import logging
 import os
 import signal
-import threading
-import time
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,11 +18,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from inflate.errors import InflateError, TrainingError
-from inflate.files import new_folder, write_text
-from inflate.training import checkpoint, record
-from inflate.training.checkpoint import State
+from inflate.errors import CheckpointError, InflateError, NotFiniteError, TrainingError
+from inflate.files import is_leftover, new_folder, write_text
+from inflate.training import changes, checkpoint, record
+from inflate.training.checkpoint import State, writing
 from inflate.training.clock import Clock
+from inflate.training.endings import SIGNALS, Keeper, Stop, check_room
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import (
@@ -44,6 +44,7 @@ from inflate.training.settings import Training, check
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
+logger = logging.getLogger(__name__)
 Terms = dict[str, list[Selected]]
 
 
@@ -94,11 +95,13 @@ def fit(
 ) -> Result:
     """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
 
+    Where a step fails or is given up, too: the error then says so in a note (see `Keeper`).
     `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml,
     `clips`, which says what became of each clip, as clips.txt; `inflate.training.record` writes environment.json.
     Every process of a run calls it. Raises ConfigError for a setting out of range, TrainingError for an output that
     cannot be used, processes that do not see each other, drift apart or end, and a value that is not finite,
-    CheckpointError for a checkpoint that cannot be written or resumed.
+    CheckpointError for a checkpoint that cannot be resumed, DiskError for a file that cannot be written, Interrupted
+    for a second signal.
     """
     check(settings)
     check_players(task.players, settings)
@@ -107,16 +110,19 @@ def fit(
     state, found = claim_output(task, dataset, settings, accelerator, {"config.yaml": config, "clips.txt": clips})
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
-    restore(found, state, trainees, accelerator)
+    restore(found, state, settings, trainees, accelerator)
     clock = Clock(accelerator.device, [network for one in trainees for network in (one.module, one.player.network)])
-    stop, lost = Stop(settings.max_seconds), noticing_losses(settings.output)
+    stop = Stop(settings.max_seconds, accelerator.is_main_process)
+    report = Report(settings, accelerator, state, clock, task.players)
+    keeper = Keeper(settings, accelerator, trainees, report, state, stop, {found} if found else set())
     batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
     reason = ""
-    with lost, stop, Report(settings, accelerator, state, clock, task.players) as report:
-        run = Run(task, settings, accelerator, trainees, report, state)
+    with stop, keeper, noticing_losses(), report:
+        run = Run(task, settings, accelerator, trainees, report, state, keeper)
         if state.step == 0:
             with report.paused():
                 run.look()
+        stop.begin()
         while state.step < settings.steps and not (reason := stop.reason(accelerator)):
             acting = [one for one in trainees if state.step >= one.player.start]
             torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
@@ -139,12 +145,13 @@ def fit(
             clock.begin("update")
             norms = [one.gradient_norm(accelerator) for one in acting]
             check_step(accelerator, state.step, acting, terms, norms, numbers)
-            for one, norm in zip(acting, norms, strict=True):
-                one.update(state.step, norm)
-                terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
+            with keeper.completing():
+                for one, norm in zip(acting, norms, strict=True):
+                    one.update(state.step, norm)
+                    terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
+                state.step += 1
             clock.begin("other")
             report.add(terms)
-            state.step += 1
             report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
             run.keep_up()
         completes = reason not in SIGNALS
@@ -170,6 +177,7 @@ class Run:
     trainees: Sequence[Trainee]
     report: Report
     state: State
+    keeper: Keeper
 
     def keep_up(self) -> None:
         """Do what is due after a step; what is due at the end is done at the end."""
@@ -193,18 +201,14 @@ class Run:
         if evaluate:
             self.report.held_out(self.state.step, self.task.evaluate())
         if preview:
-            with new_folder(self.settings.output / "samples" / f"step-{self.state.step:06}") as folder:
-                self.task.preview(folder)
+            folder = self.settings.output / "samples" / f"step-{self.state.step:06}"
+            with writing(folder, self.settings.output), new_folder(folder) as aside:
+                self.task.preview(aside)
 
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""
         with together():
-            contents = [checkpoint.contents(one) for one in self.trainees]
-            if self.accelerator.is_main_process:
-                if self.accelerator.scaler is not None:
-                    self.state.scaler = self.accelerator.scaler.state_dict()
-                checkpoint.save(self.settings.output, self.state, contents, self.settings.keep)
-                self.report.write()
+            self.keeper.save()
 
     def finish(self) -> Path:
         """Preview the final model and export it; the exported folder."""
@@ -212,7 +216,7 @@ class Run:
         folder = self.settings.output / "export"
         with together(), at_rest(self.trainees), in_full_precision(self.trainees):
             if self.accelerator.is_main_process:
-                with new_folder(folder) as aside:
+                with writing(folder, self.settings.output), new_folder(folder) as aside:
                     self.task.export(aside)
         return folder
 
@@ -231,52 +235,86 @@ def claim_output(
     """Make sure that the output is writable and holds no other run; the state to start from and its checkpoint."""
     if not len(dataset):
         raise TrainingError("the dataset has no clip to train on")
+    with together():
+        if accelerator.is_main_process:
+            check_output(settings)
+    with together():
+        digest = record.digest(dataset)
+        fingerprint = fingerprint_of(task, dataset, settings, accelerator, digest)
+        now = changes.all_settings(settings, texts["config.yaml"])
+        found = find_checkpoint(settings)
+        state = checkpoint.read_state(found) if found else State(fingerprint=dict(fingerprint))
+        if found:
+            checkpoint.check_fingerprint(found, state.fingerprint, fingerprint)
+            changes.refuse(found, state.settings, now, state.directory)
+    agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
+    if found and accelerator.is_main_process:
+        for change in changes.told(state.settings, now, state.directory, state.step):
+            logger.warning("%s", change)
+    state.settings, state.directory = now, str(Path.cwd())
+    record.begin(settings.output, len(dataset), digest, accelerator, state.step)
+    with together():
+        if accelerator.is_main_process:
+            for name, text in texts.items():
+                if text:
+                    with writing(settings.output / name, settings.output):
+                        write_text(settings.output / name, text)
+    accelerator.init_trackers("inflate")
+    return state, found
+
+
+def fingerprint_of(
+    task: Task, dataset: Dataset, settings: Training, accelerator: Any, digest: str | None
+) -> dict[str, int | str]:
+    """What decides which clips each step sees and what a checkpoint holds; a run that goes on must find it the same."""
     first = step_numbers(dataset, 0, settings.accumulate * accelerator.num_processes, settings.batch)
-    fingerprint: dict[str, int | str] = {
+    return {
         "training.seed": settings.seed, checkpoint.CLIPS_PER_STEP: len(first),
         "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
         "averaged weights": "yes" if settings.ema else "no",
         **({**dataset.fingerprint(), "order of clips": seed_of(*first)} if isinstance(dataset, Stepwise) else {}),
+        **({"digest of the clips": digest} if digest else {}),
     }  # fmt: skip
-    with together():
-        if accelerator.is_main_process:
-            check_output(settings)
-    with together():
-        found, state = find_checkpoint(settings), State(fingerprint=dict(fingerprint))
-        if found:
-            state = checkpoint.read_state(found)
-            checkpoint.check_fingerprint(found, state, fingerprint)
-    agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
-    if accelerator.is_main_process:
-        for name, text in texts.items():
-            if text:
-                write_text(settings.output / name, text)
-    record.begin(settings.output, dataset, accelerator, state.step)
-    accelerator.init_trackers("inflate")
-    return state, found
 
 
 def check_output(settings: Training) -> None:
-    """Create the output folder; TrainingError if it cannot be written, or holds what this run would not go on with."""
+    """Create the output folder; raise DiskError if it cannot be written, TrainingError if it holds what is not to be
+    gone on with.
+    """
     output = settings.output
-    inside = settings.resume is not None and Path(settings.resume).resolve().parent == output.resolve()
-    try:
-        if output.is_dir() and any(output.iterdir()) and not (inside or settings.resume == "latest"):
-            remedy = "set training.resume=latest to go on with its run, or name another folder"
-            raise TrainingError(f"training.output={output} is not empty; {remedy}")
+    with writing(output, output):
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".probe"
+        if any(path != probe and not is_leftover(path) for path in output.iterdir()):
+            check_contents(settings)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise TrainingError(f"training.output={output} cannot be written: {error}; name another folder") from error
+
+
+def check_contents(settings: Training) -> None:
+    """Raise TrainingError unless `resume` says to go on with the run in the output folder, and it holds one."""
+    output, resume = settings.output, settings.resume
+    if resume is None:
+        remedy = "set training.resume=latest to go on with its run, or name another folder"
+        raise TrainingError(f"training.output={output} is not empty; {remedy}")
+    checkpoints = checkpoint.numbered(output)
+    if not checkpoints and not (output / record.NAME).is_file():
+        raise TrainingError(f"training.output={output} holds other files and no run to go on with; name another folder")
+    if checkpoints and resume != "latest" and Path(resume).resolve().parent != output.resolve():
+        remedy = "set training.resume=latest to go on with that one, or name another folder"
+        raise TrainingError(f"training.output={output} holds a run with checkpoints of its own; {remedy}")
 
 
 def find_checkpoint(settings: Training) -> Path | None:
     """The whole checkpoint that `resume` means, or None to start afresh."""
-    if settings.resume is None or settings.resume == "latest":
-        return checkpoint.latest(settings.output) if settings.resume else None
+    if settings.resume is None:
+        return None
+    if settings.resume == "latest":
+        found = checkpoint.latest(settings.output)
+        if not found:
+            check_beginning(settings.output)
+        return found
     folder = Path(settings.resume)
     checkpoint.verify(folder)
     existing = checkpoint.numbered(settings.output)
@@ -288,6 +326,18 @@ def find_checkpoint(settings: Training) -> Path | None:
     return folder
 
 
+def check_beginning(output: Path) -> None:
+    """Say that a run without a checkpoint starts afresh; CheckpointError if it had begun from one elsewhere."""
+    starts = record.starts(output / record.NAME)
+    if starts and starts[-1]["step"]:
+        raise CheckpointError(
+            f"{output} holds no checkpoint, but its run had begun from one of step {starts[-1]['step']}; "
+            "name that one in training.resume"
+        )
+    if starts:
+        logger.warning("%s holds a run that was cut off before its first checkpoint: it starts afresh", output)
+
+
 def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
     """Move everything to the device; wrap what is trained."""
     for module in task.frozen:
@@ -296,13 +346,17 @@ def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
         one.prepare(accelerator)
 
 
-def restore(found: Path | None, state: State, trainees: Sequence[Trainee], accelerator: Any) -> None:
-    """Load the checkpoint that was found, if any."""
-    if found:
-        with together():
+def restore(
+    found: Path | None, state: State, settings: Training, trainees: Sequence[Trainee], accelerator: Any
+) -> None:
+    """Load the checkpoint that was found, if any; make sure that there is room for the next ones."""
+    with together():
+        if found:
             checkpoint.load(found, trainees)
-        if accelerator.scaler is not None and state.scaler:
-            accelerator.scaler.load_state_dict(state.scaler)
+        if accelerator.is_main_process:
+            check_room(settings, state, trainees)
+    if found and accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
 
 
 class Numbers:
@@ -387,8 +441,13 @@ def leave_signals(over: Any, _: int) -> None:
         if over.is_set():
             os._exit(128 + signal.SIGTERM)
 
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
+    sys.excepthook = tell  # the thread that hands batches over would tell of a training process that lets go of one
 
 
 # --- within a step ----------------------------------------------------------------------------------------------------
@@ -408,8 +467,8 @@ def check_step(
     norms: Sequence[Tensor],
     numbers: Sequence[int],
 ) -> None:
-    """Raise TrainingError, before the optimisers touch the weights, for a value that is not finite, naming the first
-    such tensor, and for gradients that differ between the processes.
+    """Raise NotFiniteError, before the optimisers touch the weights, for a value that is not finite, naming the first
+    such tensor, and TrainingError for gradients that differ between the processes.
 
     Reading one row per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
     may overflow: the scaler then skips the step, so only the losses count.
@@ -423,7 +482,7 @@ def check_step(
         remedy = (
             "resume from the last checkpoint with a lower training.lr or another precision, or leave these clips out"
         )
-        raise TrainingError(f"step {step}: {name_not_finite(acting, terms, numbers)}; nothing was updated; {remedy}")
+        raise NotFiniteError(f"step {step}: {name_not_finite(acting, terms, numbers)}; nothing was updated; {remedy}")
     check_same_norms([one.player.name for one in acting], [found for _, *found in rows])
 
 
@@ -444,49 +503,3 @@ def name_not_finite(acting: Sequence[Trainee], terms: Terms, numbers: Sequence[i
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {one.player.name}.{name} is not finite"
     return "a gradient norm overflowed, or another process met a value that is not finite"
-
-
-# --- stopping early ---------------------------------------------------------------------------------------------------
-
-SIGNALS = ("SIGINT", "SIGTERM")
-REASONS = ("", "max_seconds", *SIGNALS)
-
-
-class Stop:
-    """Turns SIGINT, SIGTERM and a time limit into a stop between two steps; a second signal acts as it always did.
-
-    The event `over` tells other processes that the run has ended, well or not.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.signal, self.deadline = "", time.monotonic() + (seconds or float("inf"))
-        self.over = multiprocessing.Event()
-        self.former: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            for name in SIGNALS:
-                number = signal.Signals[name]
-                self.former[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._put_back()
-        self.over.set()
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        self.former = {}
-
-    def reason(self, accelerator: Any) -> str:
-        """Why to stop now, or an empty string; the same on every process."""
-        own = self.signal or ("max_seconds" if time.monotonic() >= self.deadline else "")
-        if accelerator.num_processes == 1:
-            return own
-        code = torch.tensor([REASONS.index(own)], device=accelerator.device)
-        return REASONS[int(accelerator.gather(code).max())]

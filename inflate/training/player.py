@@ -100,6 +100,8 @@ class Trainee:
         self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
         self.spread: dict[str, DTensor] = {}
+        self.resting = False
+        """Whether the averaged weights stand, or may stand, in place of the trained ones; see `at_rest`."""
 
     def _adamw(self) -> torch.optim.AdamW:
         decays = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -208,6 +210,7 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
     held: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for one in trainees:
+            one.resting = True
             parameters = dict(one.module.named_parameters())
             for name, tensor in one.shown().items():
                 parameter = parameters[name]
@@ -223,6 +226,8 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
             one.module.train()
         for parameter, data in held:
             parameter.data = data
+        for one in trainees:
+            one.resting = False
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,8 +170,8 @@ def check_same_norms(names: Sequence[str], rows: Sequence[Sequence[float]]) -> N
 
 
 @contextmanager
-def noticing_losses(output: Path) -> Iterator[None]:
-    """Turn the failure of a collective, which is another process's end, into a TrainingError that says how to go on."""
+def noticing_losses() -> Iterator[None]:
+    """Turn the failure of a collective, which is another process's end, into a TrainingError."""
     try:
         yield
     except RuntimeError as error:
@@ -180,5 +179,5 @@ def noticing_losses(output: Path) -> Iterator[None]:
             raise
         raise TrainingError(
             "another process has ended or cannot be reached; its own message, if it had time for one, stands above or "
-            f"below; go on from the last checkpoint in {output} with training.resume=latest ({error})"
+            f"below ({error})"
         ) from error

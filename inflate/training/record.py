@@ -29,6 +29,8 @@ from accelerate.utils import gather_object
 from inflate import __version__
 from inflate.errors import TrainingError
 from inflate.files import write_text
+from inflate.training.checkpoint import writing
+from inflate.training.processes import together
 
 NAME = "environment.json"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -42,17 +44,19 @@ class Digested(Protocol):
         """A hash of what it holds."""
 
 
-def begin(output: Path, dataset: Any, accelerator: Any, step: int) -> None:
+def begin(output: Path, samples: int, clips: str | None, accelerator: Any, step: int) -> None:
     """Record a start of the run in OUTPUT/environment.json; every process calls it, the main one writes.
 
-    Raises TrainingError for a record of an earlier start that cannot be read.
+    `clips` is their digest. Raises TrainingError for a record of an earlier start that cannot be read.
     """
     devices = gather_object([device_name(accelerator.device)])
-    if accelerator.is_main_process:
+    with together():
+        if not accelerator.is_main_process:
+            return
         earlier = starts(output / NAME)
-        data = {"samples": len(dataset), "digest": _digest(dataset)}
         now = {"started": utc_now(), "step": step, **command(), "versions": versions(), "platform": platform.platform()}
         place = {"devices": devices, "processes": accelerator.num_processes, "git": git_state(Path(sys.argv[0]))}
+        data = {"samples": samples, "digest": clips}
         _write(output / NAME, now | place | {"data": data, "ended": None, "earlier": earlier})
 
 
@@ -73,6 +77,11 @@ def starts(path: Path) -> list[dict[str, Any]]:
         return [*last.pop("earlier"), last]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: not a run's record ({error!r}); move it away or name another output") from error
+
+
+def digest(dataset: Any) -> str | None:
+    """The hash of a dataset's clips, where it has one."""
+    return dataset.digest() if isinstance(dataset, Digested) else None
 
 
 def command() -> dict[str, str]:
@@ -120,10 +129,6 @@ def _git(file: Path, *words: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def _digest(dataset: Any) -> str | None:
-    return dataset.digest() if isinstance(dataset, Digested) else None
-
-
 def _installed(name: str) -> str | None:
     try:
         return version(name)
@@ -132,4 +137,5 @@ def _installed(name: str) -> str | None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    with writing(path, path.parent):
+        write_text(path, json.dumps(record, indent=1) + "\n")

@@ -117,6 +117,8 @@ def test_clips_in_splits_ask_for_the_split(folder):
         write_rows(folder / name, "jsonl", ROWS)
     with pytest.raises(DataError, match=r"set data\.split to held_out or train"):
         find(folder)
+    with pytest.raises(DataError, match=r"no sub-folder 'val' \(data\.held_out\); it has held_out, train"):
+        find_clips(Data(path=str(folder), split="train", held_out="val").evaluation())
     with pytest.raises(DataError, match=r"no sub-folder 'test' \(data\.split\); it has held_out, train"):
         find(folder, split="test")
 

@@ -118,13 +118,34 @@ def test_a_failure_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, ["checkpoint-3"]), (2, ["checkpoint-2", "checkpoint-3"])])
-def test_later_checkpoints_go_first_and_the_one_just_written_stays(tmp_path: Path, keep: int, left: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("keep", "damaged", "left"),
+    [
+        (1, [], ["checkpoint-3"]),
+        (2, [], ["checkpoint-2", "checkpoint-3"]),
+        (2, [2], ["checkpoint-1", "checkpoint-3"]),
+        (2, [1, 2], ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-9", "checkpoint-10"]),
+    ],
+)
+def test_the_newest_whole_checkpoints_stay(tmp_path: Path, keep: int, damaged: list[int], left: list[str]) -> None:
+    """Later ones than the one just written are damaged, or the run would have gone on from them."""
     for step in (1, 2, 9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        folder = save(tmp_path, State(step=step), saved(Regression()))
+        if step in (*damaged, 9, 10):
+            (folder / "map.safetensors").write_bytes(b"")
     folder = save(tmp_path, State(step=3), saved(Regression()), keep)
     verify(folder)
     assert [path.name for path in numbered(tmp_path)] == left
+
+
+def test_what_a_process_wrote_or_verified_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, State(step=1), saved(Regression()))
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "verify", read.append)
+    known: set[Path] = set()
+    for step in (2, 3, 4):
+        save(tmp_path, State(step=step), saved(Regression()), 2, known)
+    assert read == [tmp_path / "checkpoint-1"]
 
 
 def reseal(folder: Path) -> None:

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from torch import nn
 
-from inflate.errors import CheckpointError, ConfigError, DataError, TrainingError
+from inflate.errors import CheckpointError, ConfigError, DataError, DiskError, TrainingError
 from inflate.measures import SHARES
 from inflate.training import log, loop
 from inflate.training.checkpoint import numbered
@@ -56,6 +56,19 @@ def test_measuring_and_saving_do_not_count_as_training_time(tmp_path: Path, monk
     fit(Regression(), Points(), settings(tmp_path / "run", steps=4, log_every=1, evaluate_every=1))
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["history"]
     assert min(row["clips_per_second"] for row in rows) > settings(tmp_path).batch / 0.3
+
+
+class Vanishing(Points):
+    """A sample that cannot be read."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number == self.number:
+            raise DataError("b.mp4 is gone; put it back")
+        return super().__getitem__(number)
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -155,14 +168,44 @@ def test_latest_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
     assert (result.step, task.seen) == (2, [0, 1])
 
 
+def test_a_run_cut_off_before_its_first_checkpoint_starts_afresh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError):
+        fit(Regression(), Vanishing(0), settings(tmp_path / "run", steps=2))
+    task = Regression()
+    assert fit(task, Points(), settings(tmp_path / "run", steps=2, resume="latest")).step == 2
+    assert task.seen == [0, 1]
+    assert f"{tmp_path}/run holds a run that was cut off before its first checkpoint: it starts afresh" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
+def test_latest_in_a_folder_that_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(TrainingError, match="holds other files and no run to go on with; name another folder"):
+        fit(Regression(), Points(), settings(tmp_path, steps=2, resume="latest"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_killed_process_left_of_its_first_file_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".environment.json.99999999.partial").write_text("{")
+    assert fit(Regression(), Points(), settings(tmp_path, steps=1)).step == 1
+
+
 def test_resume_from_a_named_checkpoint_into_a_new_output(tmp_path: Path) -> None:
     whole, branch = Regression(), Regression()
     fit(whole, Points(), settings(tmp_path / "a", steps=6, checkpoint_every=3, keep=0))
     old = str(tmp_path / "a/checkpoint-3")
+    with pytest.raises(DataError):
+        fit(Regression(), Vanishing(3), settings(tmp_path / "b", steps=6, resume=old))
+    with pytest.raises(CheckpointError, match=r"b holds no checkpoint, but its run had begun from one of step 3; name"):
+        fit(Regression(), Points(), settings(tmp_path / "b", steps=6, resume="latest"))
     fit(branch, Points(), settings(tmp_path / "b", steps=6, resume=old))
     assert weights(whole) == weights(branch)
     with pytest.raises(TrainingError, match="checkpoint-6 is later"):
         fit(Regression(), Points(), settings(tmp_path / "a", steps=6, resume=old))
+    with pytest.raises(TrainingError, match=r"b holds a run with checkpoints of its own; set training\.resume=latest"):
+        fit(Regression(), Points(), settings(tmp_path / "b", steps=6, resume=old))
 
 
 def test_a_finished_run_resumed_trains_no_further(tmp_path: Path) -> None:
@@ -171,6 +214,41 @@ def test_a_finished_run_resumed_trains_no_further(tmp_path: Path) -> None:
     result = fit(second, Points(), settings(tmp_path / "run", steps=3, resume="latest"))
     assert (result.step, second.seen) == (3, [])
     assert weights(first) == weights(second)
+
+
+class Known(Points):
+    """Clips that can be told from others."""
+
+    mark = "sha256:12"
+
+    def digest(self) -> str:
+        return self.mark
+
+
+def test_resume_refuses_other_clips(tmp_path: Path) -> None:
+    fit(Regression(), Known(), settings(tmp_path / "run", steps=1))
+    other = Known()
+    other.mark = "sha256:13"
+    with pytest.raises(CheckpointError, match="digest of the clips was sha256:12, is sha256:13"):
+        fit(Regression(), other, settings(tmp_path / "run", steps=2, resume="latest"))
+
+
+def test_resume_refuses_a_changed_task_and_tells_a_changed_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    fit(Regression(), Points(), settings(run, steps=2), config="decoder: {l1: 1.0}\n")
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 was made with other settings: decoder\.l1 was 1\.0, is 2"):
+        fit(Regression(), Points(), settings(run, steps=3, resume="latest"), config="decoder: {l1: 2}\n")
+    changed = settings(run, steps=3, lr=1e-3, resume="latest", preview_every=1)
+    fit(Regression(), Points(), changed, config="decoder: {l1: 1.0}\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        "training.steps was 2, is 3 from step 2 on", "training.lr was 0.01, is 0.001 from step 2 on",
+    ]  # fmt: skip
+    caplog.clear()
+    fit(Regression(), Points(), changed, config="decoder: {l1: 1.0}\n")
+    assert caplog.records == []
+    assert (run / "config.yaml").read_text() == "decoder: {l1: 1.0}\n"
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 4}, {"accumulate": 2}, {"ema": 0.9}])
@@ -454,20 +532,10 @@ def test_readers_heed_a_signal_once_the_run_is_over() -> None:
     assert reader.exitcode == 128 + signal.SIGTERM
 
 
-def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
-    task = Regression()
-
-    def hook(step: int) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    task.hook = hook
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process begun in the background ignores it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fit(task, Points(), settings(tmp_path / "run", steps=6))
-    finally:
-        signal.signal(signal.SIGINT, former)
+def test_max_seconds_count_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Regression, "preview", lambda *_: time.sleep(0.5))
+    result = fit(Regression(), Points(), settings(tmp_path / "run", steps=10**6, max_seconds=0.3))
+    assert result.step > 0
 
 
 def test_max_seconds_ends_with_checkpoint_evaluation_preview_and_export(tmp_path: Path) -> None:
@@ -522,7 +590,7 @@ def test_an_unwritable_output_is_refused_before_anything_runs(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
         task = Regression()
-        with pytest.raises(TrainingError, match="cannot be written"):
+        with pytest.raises(DiskError, match="cannot be written"):
             fit(task, Points(), settings(output, steps=1))
         assert task.looked == []
 
@@ -568,18 +636,11 @@ def test_settings_are_a_structured_config_with_a_docstring_each_and_need_no_torc
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-class Vanishing(Points):
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        if number == 3:
-            raise DataError("b.mp4 is gone; put it back")
-        return super().__getitem__(number)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_clip_that_cannot_be_read_is_told_plainly(tmp_path: Path, workers: int) -> None:
     task = Regression()
     with pytest.raises(DataError) as caught:
-        fit(task, Vanishing(), settings(tmp_path / "run", steps=6, batch=1, workers=workers))
+        fit(task, Vanishing(3), settings(tmp_path / "run", steps=6, batch=1, workers=workers))
     assert str(caught.value) == "b.mp4 is gone; put it back"
     assert task.seen == [0, 1, 2]
 
