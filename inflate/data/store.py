@@ -30,6 +30,9 @@ SHARD_BYTES = 2**28
 SHARD_SECONDS = 60.0
 """A shard is written at the latest when so long has passed since the last: what a killed process loses."""
 
+MOST_OPEN = 256
+"""Shards that one process has open: systems allow a process about a thousand files."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -136,6 +139,8 @@ class Store:
         from safetensors import safe_open
 
         if shard not in self._open:
+            while len(self._open) >= MOST_OPEN:
+                del self._open[next(iter(self._open))]
             self._open[shard] = safe_open(shard, framework="pt")
         return self._open[shard]
 

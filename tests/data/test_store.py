@@ -105,6 +105,17 @@ def test_what_is_not_kept_goes_and_the_rest_stays_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_so_many_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(store, "MOST_OPEN", 2)
+    made = Store(tmp_path)
+    for number in range(4):
+        made.put(str(number), {"latents": torch.full((1, 2), float(number))}, {})
+    for number in (0, 1, 2, 3, 0):
+        assert made.rows(str(number), "latents", [0]).tolist() == [[number, number]]
+        assert len(made._open) <= 2
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path
