@@ -262,7 +262,7 @@ def refuse_what_diffusers_lacks(unet: VideoUNet, vae: VideoVAE, image_size: int)
     spec = unet.spec
     wrong = [f"unet {name} {unet.config[name]}" for name, value in _UNET_FIXED.items() if unet.config[name] != value]
     wrong += [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
-    if not (spec.resnet and spec.block and spec.added_ids == 3):
+    if spec.input or not (spec.resnet and spec.block and spec.added_ids == 3):
         wrong.append(f"temporal specification {spec}")
     if image_size != 224:
         wrong.append(f"image encoder of {image_size} pixels, where the pipeline always gives 224")
