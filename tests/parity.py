@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from inflate.errors import InflateError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import Condition, euler_scheduler, predictor
+from inflate.models import exchange
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator, load_published
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -185,11 +186,11 @@ def load_decoder(folder: Path, stem: str) -> VideoVAE:
         "use_post_quant_conv": False,
     }
     vae = svd_files.build_vae(image)
-    wanted = svd_files.shapes(vae.decoder)
+    wanted = exchange.shapes(vae.decoder)
     names = svd_keys.vae_to_sgm([f"decoder.{key}" for key in wanted], len(widths))
     back = {theirs.removeprefix("decoder."): ours.removeprefix("decoder.") for ours, theirs in names.items()}
     tensors = _weights(folder / f"{stem}{WEIGHTS}")
-    svd_files.adopt(vae.decoder, svd_keys.convert(tensors, back, wanted, stem))
+    exchange.adopt(vae.decoder, exchange.convert(tensors, back, wanted, stem))
     return vae.requires_grad_(False)
 
 
@@ -343,10 +344,10 @@ def sgm_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     """Our real-size models named as sgm's have exactly sgm's keys and shapes."""
     listed = _json(folder / f"{stem}.json")
     unet, vae = _real_models(listed)
-    layout = svd_keys.UNetLayout.of(unet.config)
+    layout = exchange.UNetLayout.of(unet.config)
     ours = {
-        "unet": _named(unet, svd_keys.unet_to_sgm(svd_files.shapes(unet), layout)),
-        **_sides(_named(vae, svd_keys.vae_to_sgm(svd_files.shapes(vae), len(vae.config.block_out_channels)))),
+        "unet": _named(unet, svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
+        **_sides(_named(vae, svd_keys.vae_to_sgm(exchange.shapes(vae), len(vae.config.block_out_channels)))),
     }
     yield from _list_cases(stem, ours, listed)
 
@@ -355,11 +356,11 @@ def diffusers_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     """Our real-size models named as diffusers' have exactly its keys and shapes."""
     listed = _json(folder / f"{stem}.json")
     config, spec = svd_files.image_unet_config(listed["unet_config"])
-    unet = svd_files.build_unet(config, spec)
+    unet = exchange.build_unet(config, spec)
     vae = svd_files.build_vae(svd_files.image_vae_config(listed["vae_config"]))
     ours = {
-        "unet": _named(unet, svd_keys.unet_to_diffusers(svd_files.shapes(unet))),
-        "vae": _named(vae, svd_keys.vae_to_diffusers(svd_files.shapes(vae))),
+        "unet": _named(unet, svd_keys.unet_to_diffusers(exchange.shapes(unet))),
+        "vae": _named(vae, svd_keys.vae_to_diffusers(exchange.shapes(vae))),
     }
     yield from _list_cases(stem, ours, listed)
 
@@ -371,21 +372,21 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
     theirs = _json(folder / "state_keys_svd_diffusers.json")
     sgm_vae = {f"{side}.{key}": shape for side in ("decoder", "encoder") for key, shape in listed[side].items()}
     unet, vae = _real_models(listed)
-    layout, levels = svd_keys.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
+    layout, levels = exchange.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
     traced = _trace(
         listed["unet"],
-        svd_keys.inverse(svd_keys.unet_to_sgm(svd_files.shapes(unet), layout)),
-        svd_files.shapes(unet),
-        svd_keys.unet_to_diffusers(svd_files.shapes(unet)),
+        exchange.inverse(svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
+        exchange.shapes(unet),
+        svd_keys.unet_to_diffusers(exchange.shapes(unet)),
         theirs["unet"],
     )
     yield Case(f"{stem}.unet", _disagreements(traced, expected["unet"]), EXACT)
     without_quant = {key: shape for key, shape in theirs["vae"].items() if not key.startswith("quant_conv.")}
     traced = _trace(
         sgm_vae,
-        svd_keys.inverse(svd_keys.vae_to_sgm(svd_files.shapes(vae), levels)),
-        svd_files.shapes(vae),
-        svd_keys.vae_to_diffusers(svd_files.shapes(vae)),
+        exchange.inverse(svd_keys.vae_to_sgm(exchange.shapes(vae), levels)),
+        exchange.shapes(vae),
+        svd_keys.vae_to_diffusers(exchange.shapes(vae)),
         without_quant,
     )
     decoder = {key.removeprefix("decoder."): value for key, value in traced.items() if key.startswith("decoder.")}
@@ -399,7 +400,7 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
 def _real_models(listed: dict[str, Any]) -> tuple[VideoUNet, VideoVAE]:
     stand_ins = {key: _stand_in(shape) for key, shape in listed["unet"].items()}
     config = svd_keys.sgm_unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
-    unet = svd_files.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
+    unet = exchange.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
     sides = {f"{side}.{key}": _stand_in(listed[side][key]) for side in ("encoder", "decoder") for key in listed[side]}
     return unet, svd_files.build_vae(svd_keys.sgm_vae_config(sides))
 
@@ -413,9 +414,9 @@ def _trace(
 ) -> dict[str, str]:
     names = list(source)
     constants = {key: _stand_in(source[key], number) for number, key in enumerate(names)}
-    ours = svd_keys.convert(constants, to_ours, our_shapes, "sgm")
+    ours = exchange.convert(constants, to_ours, our_shapes, "sgm")
     targets = {key: torch.Size(shape) for key, shape in their_shapes.items()}
-    theirs = svd_keys.convert(ours, to_theirs, targets, "ours")
+    theirs = exchange.convert(ours, to_theirs, targets, "ours")
     return {names[int(tensor.flatten()[0])]: key for key, tensor in theirs.items()}
 
 
@@ -425,7 +426,7 @@ def _stand_in(shape: list[int], constant: int = 0) -> Tensor:
 
 
 def _named(model: nn.Module, names: dict[str, str]) -> dict[str, list[int]]:
-    return {names[key]: list(shape) for key, shape in svd_files.shapes(model).items()}
+    return {names[key]: list(shape) for key, shape in exchange.shapes(model).items()}
 
 
 def _sides(shapes: dict[str, list[int]]) -> dict[str, dict[str, list[int]]]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import randomise
 from inflate.families import svd_keys
+from inflate.models import exchange
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
@@ -48,12 +49,12 @@ def test_unknown_or_incomplete_file_fails(name: str, tmp_path: Path, capsys: pyt
 def test_another_epsilon_fails_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in FIXTURES.glob("unet_c*"):
         shutil.copy(file, tmp_path)
-    build = parity.svd_files.build_unet
+    build = exchange.build_unet
 
     def other(config: dict[str, object], spec: parity.TemporalSpec) -> object:
         return build(config, parity.TemporalSpec(added_id_dim=spec.added_id_dim, cross_attention_resnet_eps=1e-6))
 
-    monkeypatch.setattr(parity.svd_files, "build_unet", other)
+    monkeypatch.setattr(exchange, "build_unet", other)
     results = list(parity.cases(tmp_path))
     assert any("io64" in case.name and not case.passed for case in results)
 
@@ -88,7 +89,7 @@ def write_sibling(folder: Path) -> None:
     torch.manual_seed(0)
     unet = inflate_unet(UNet2DConditionModel(**image), parity.TemporalSpec(added_id_dim=8))[0].eval()
     randomise(unet)
-    names = svd_keys.unet_to_sgm(unet.state_dict(), svd_keys.UNetLayout.of(unet.config))
+    names = svd_keys.unet_to_sgm(unet.state_dict(), exchange.UNetLayout.of(unet.config))
     save_file({names[key]: value for key, value in unet.state_dict().items()}, folder / "unet_b.safetensors")
     inputs = {
         "x": torch.randn(1, 2, 8, 8, 8),
