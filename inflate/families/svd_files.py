@@ -42,21 +42,10 @@ UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_s
 
 # What diffusers' classes have built in: a model that differs cannot be told to them.
 _UNET_FIXED: dict[str, Any] = {
+    **exchange.BUILT_IN,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "act_fn": "silu",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "center_input_sample": False,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_time_scale_shift": "default",
-    "addition_embed_type": None,
-    "encoder_hid_dim": None,
-    "dual_cross_attention": False,
-    "only_cross_attention": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "time_embedding_type": "positional",
     "class_embed_type": "projection",
 }
 _VAE_FIXED: dict[str, Any] = {
@@ -190,7 +179,7 @@ def image_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_what_diffusers_lacks(unet: VideoUNet, vae: VideoVAE, image_size: int) -> None:
     """CheckpointError, naming the settings, where diffusers' classes cannot hold these models."""
     spec = unet.spec
-    wrong = [f"unet {name} {unet.config[name]}" for name, value in _UNET_FIXED.items() if unet.config[name] != value]
+    wrong = exchange.differing(unet, _UNET_FIXED)
     wrong += [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
     if spec.input or not (spec.resnet and spec.block and spec.added_ids == 3):
         wrong.append(f"temporal specification {spec}")
@@ -283,7 +272,7 @@ def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
     surplus = [key for key in tensors if not key.startswith(known)]
     if surplus:
         raise CheckpointError(f"{file} holds tensors of no known part: {exchange.listing(surplus)}; nothing was loaded")
-    config = svd_keys.sgm_unet_config(parts[UNET_PREFIX], head_channels)
+    config = exchange.original_unet_config(parts[UNET_PREFIX], head_channels)
     return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
 
 

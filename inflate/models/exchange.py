@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -201,3 +202,104 @@ def with_defaults(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
 
 def detached(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+
+
+BUILT_IN: dict[str, Any] = {
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+    "addition_embed_type": None,
+    "encoder_hid_dim": None,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "time_embedding_type": "positional",
+}
+"""What every video UNet of diffusers has built in: a model that differs cannot be told to them."""
+
+
+def differing(unet: VideoUNet, built_in: Mapping[str, Any]) -> list[str]:
+    """The settings of a UNet that are not as a format has them built in, with their values."""
+    return [f"unet {name} {unet.config[name]}" for name, value in built_in.items() if unet.config[name] != value]
+
+
+def differing_spec(spec: TemporalSpec, built_in: TemporalSpec) -> list[str]:
+    """The settings of a temporal specification that are not as a format has them built in, with their values."""
+    own, theirs = spec.to_dict(), built_in.to_dict()
+    different = [name for name in own if own[name] != theirs[name] and _matters(name, spec, built_in)]
+    return [f"temporal {name} {own[name]}" for name in different]
+
+
+def _matters(name: str, *specs: TemporalSpec) -> bool:
+    """Whether the specs have the layers that a setting is about."""
+    about = {"each_up_to": "block", "dropout": "conv", "added_id_dim": "added_ids"}
+    layers = "motion" if name.startswith("motion_") else about.get(name)
+    return layers is None or all(getattr(spec, layers) for spec in specs)
+
+
+def transformers(unet: VideoUNet) -> list[Transformer2DModel]:
+    """The 2D transformers of a UNet."""
+    return [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
+
+
+def original_unet_config(tensors: Mapping[str, Tensor], head_channels: int = 64) -> dict[str, Any]:
+    """The 2D UNet configuration that fits tensors under latent diffusion's original names, which lack a head's width.
+
+    CheckpointError where a tensor is missing that it is read off.
+    """
+    levels = _levels(tensors)
+    channels = tuple(blocks[0][0] for blocks in levels)
+    attention = [blocks[0][1] for blocks in levels]
+    depths = [blocks[0][2] for blocks in levels]
+    middle = _depth(tensors, "middle_block.1.")
+    return {
+        "in_channels": size_of(tensors, "input_blocks.0.0.weight", 1),
+        "out_channels": size_of(tensors, "out.2.weight", 0),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
+        "block_out_channels": channels,
+        "layers_per_block": len(levels[0]),
+        "cross_attention_dim": size_of(tensors, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        "attention_head_dim": tuple(width // head_channels for width in channels),
+        "transformer_layers_per_block": tuple(depth or middle for depth in depths),
+        "use_linear_projection": tensor_of(tensors, "middle_block.1.proj_in.weight").ndim == 2,
+    }
+
+
+def _levels(tensors: Mapping[str, Tensor]) -> list[list[tuple[int, bool, int]]]:
+    """Per level, each input block's (channels, whether it has attention, depth of its transformer)."""
+    levels: list[list[tuple[int, bool, int]]] = [[]]
+    for number in range(1, count_of(tensors, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{number}.0.op.weight" in tensors:
+            levels.append([])
+            continue
+        channels = size_of(tensors, f"input_blocks.{number}.0.out_layers.3.weight", 0)
+        depth = _depth(tensors, f"input_blocks.{number}.1.")
+        levels[-1].append((channels, depth > 0, depth))
+    if not all(levels):
+        raise CheckpointError("these are not the tensors of a UNet under its original names: a level has no block")
+    return levels
+
+
+def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return count_of(tensors, re.escape(prefix) + r"transformer_blocks\.(\d+)\.")
+
+
+def count_of(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """How many values the first group of a pattern takes over the keys."""
+    return len({match[1] for key in tensors if (match := re.match(pattern, key))})
+
+
+def tensor_of(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """The tensor of a key; CheckpointError where it is missing."""
+    if key not in tensors:
+        raise CheckpointError(f"these are not a model's tensors under its original names: {key} is missing")
+    return tensors[key]
+
+
+def size_of(tensors: Mapping[str, Tensor], key: str, dimension: int) -> int:
+    """One dimension of the tensor of a key; CheckpointError where it is missing."""
+    return tensor_of(tensors, key).shape[dimension]

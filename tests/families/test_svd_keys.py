@@ -116,7 +116,7 @@ def test_round_trip_over_both_namings_is_bit_equal() -> None:
 def test_unet_configuration_is_read_off_the_tensors() -> None:
     model = unet()
     names = svd_keys.unet_to_sgm(exchange.shapes(model), exchange.UNetLayout.of(UNET))
-    config = svd_keys.sgm_unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
+    config = exchange.original_unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
     assert config == UNET
 
 
@@ -150,8 +150,8 @@ def test_two_keys_with_one_name_are_refused() -> None:
 
 
 def test_foreign_tensors_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="sgm"):
-        svd_keys.sgm_unet_config({"lora.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="under its original names: .* is missing"):
+        exchange.original_unet_config({"lora.weight": torch.zeros(1)})
 
 
 def test_unequal_levels_have_no_sgm_name() -> None:
