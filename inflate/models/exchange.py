@@ -173,10 +173,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def build_unet(config: Mapping[str, Any], spec: TemporalSpec) -> VideoUNet:
     """A VideoUNet without memory (on the meta device) from a 2D configuration."""
-    ids = {
-        "class_embed_type": "projection" if spec.added_ids else None,
-        "projection_class_embeddings_input_dim": spec.added_ids * spec.added_id_dim or None,
-    }
+    width = spec.added_ids * spec.added_id_dim
+    ids = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width} if width else {}
     with torch.device("meta"):
         return VideoUNet.from_config({**config, **ids, "temporal": spec.to_dict()})
 

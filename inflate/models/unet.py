@@ -11,7 +11,7 @@ import copy
 import inspect
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -103,6 +103,8 @@ class TemporalSpec:
     was trained, 1e-6 as diffusers runs it."""
 
     def __post_init__(self) -> None:
+        if self.motion_norm not in get_args(NormOver):
+            raise ConfigError(f"temporal: motion_norm={self.motion_norm} is neither {' nor '.join(get_args(NormOver))}")
         places = {
             "residual blocks": ("resnet", "conv", "motion"),
             "transformers": ("block", "transformer", "motion"),
@@ -133,7 +135,11 @@ MODELSCOPE = TemporalSpec(resnet=False, block=False, conv=True, transformer=True
 ANIMATEDIFF_V1 = TemporalSpec(
     resnet=False, block=False, motion=True, motion_middle=False, motion_frames=24, added_ids=0
 )
-"""AnimateDiff, motion modules of version 1."""
+"""AnimateDiff, motion modules of version 1.
+
+Its authors ran the 2D residual blocks of that version with group norms over the clip. Here, as in diffusers, they stay
+per frame, and the model is its parent's equal at birth.
+"""
 ANIMATEDIFF_V2 = replace(ANIMATEDIFF_V1, motion_middle=True, motion_frames=32)
 """AnimateDiff, motion modules of version 2; those of version 3 are as these, with motion_middle=False."""
 

@@ -150,7 +150,7 @@ def test_two_keys_with_one_name_are_refused() -> None:
 
 
 def test_foreign_tensors_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="under its original names: .* is missing"):
+    with pytest.raises(CheckpointError, match="under its original names"):
         exchange.original_unet_config({"lora.weight": torch.zeros(1)})
 
 

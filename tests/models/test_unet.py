@@ -306,6 +306,8 @@ def test_spec_round_trip_and_unknown_setting():
         TemporalSpec.from_dict({"resnets": True})
     with pytest.raises(ConfigError, match="block and motion would share the place at the transformers"):
         TemporalSpec(resnet=False, motion=True)
+    with pytest.raises(ConfigError, match="motion_norm=frames is neither clip nor frame"):
+        TemporalSpec(motion_norm="frames")
 
 
 def test_a_model_saved_before_the_slots_loads_as_before(tmp_path):
