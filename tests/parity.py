@@ -25,7 +25,7 @@ from inflate.errors import InflateError
 from inflate.families import modelscope, svd_files, svd_keys
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import Condition, euler_scheduler, predictor
-from inflate.models import exchange
+from inflate.models import exchange, original_names
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator, load_published
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -119,7 +119,7 @@ def load_unet(folder: Path, stem: str) -> VideoUNet:
     config = _json(folder / f"{stem}.json")["config"]
     tensors = _weights(folder / f"{stem}{WEIGHTS}")
     width, heads = config.get("num_head_channels", -1), config.get("num_heads", -1)
-    image = exchange.original_unet_config(tensors, width if width > 0 else 1)
+    image = original_names.unet_config(tensors, width if width > 0 else 1)
     if width <= 0:
         image["attention_head_dim"] = heads
     unet = svd_files.sgm_unet(tensors, image, stem)
@@ -219,12 +219,12 @@ def modelscope_cases(folder: Path, stem: str) -> Iterator[Case]:
     """The recorded forward calls, the training losses, and the end of the sampling."""
     recorded, described = load_file(folder / f"{stem}{RECORDED}"), _json(folder / f"{stem}.json")
     model = load_modelscope(folder, stem)
-    known = {"full": _forward_cases, "zero_image": _forward_cases, "train": _loss_case, "sample": _sample_case}
+    known = {"full": _forward_case, "zero_image": _forward_case, "train": _loss_case, "sample": _sample_case}
     for call in sorted({key.split(".")[0] for key in recorded}):
         yield Case(f"{stem}.{call}", *known[call](model, recorded, call, described["diffusion"]))
 
 
-def _forward_cases(
+def _forward_case(
     model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
 ) -> tuple[float, float]:
     inputs = {name: recorded.get(f"{call}.{name}", recorded[f"full.{name}"]) for name in ("x", "t", "y", "fps")}
@@ -456,7 +456,7 @@ def sgm_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     """Our real-size models named as sgm's have exactly sgm's keys and shapes."""
     listed = _json(folder / f"{stem}.json")
     unet, vae = _real_models(listed)
-    layout = exchange.UNetLayout.of(unet.config)
+    layout = original_names.UNetLayout.of(unet.config)
     ours = {
         "unet": _named(unet, svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
         **_sides(_named(vae, svd_keys.vae_to_sgm(exchange.shapes(vae), len(vae.config.block_out_channels)))),
@@ -492,7 +492,7 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
     theirs = _json(folder / "state_keys_svd_diffusers.json")
     sgm_vae = {f"{side}.{key}": shape for side in ("decoder", "encoder") for key, shape in listed[side].items()}
     unet, vae = _real_models(listed)
-    layout, levels = exchange.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
+    layout, levels = original_names.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
     traced = _trace(
         listed["unet"],
         exchange.inverse(svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
@@ -519,7 +519,7 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
 
 def _real_models(listed: dict[str, Any]) -> tuple[VideoUNet, VideoVAE]:
     stand_ins = {key: _stand_in(shape) for key, shape in listed["unet"].items()}
-    config = exchange.original_unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
+    config = original_names.unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
     unet = exchange.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
     sides = {f"{side}.{key}": _stand_in(listed[side][key]) for side in ("encoder", "decoder") for key in listed[side]}
     return unet, svd_files.build_vae(svd_keys.sgm_vae_config(sides))

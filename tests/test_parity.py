@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import randomise
 from inflate.families import svd_keys
-from inflate.models import exchange
+from inflate.models import exchange, original_names
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
@@ -107,7 +107,7 @@ def write_sibling(folder: Path) -> None:
     torch.manual_seed(0)
     unet = inflate_unet(UNet2DConditionModel(**image), parity.TemporalSpec(added_id_dim=8))[0].eval()
     randomise(unet)
-    names = svd_keys.unet_to_sgm(unet.state_dict(), exchange.UNetLayout.of(unet.config))
+    names = svd_keys.unet_to_sgm(unet.state_dict(), original_names.UNetLayout.of(unet.config))
     save_file({names[key]: value for key, value in unet.state_dict().items()}, folder / "unet_b.safetensors")
     inputs = {
         "x": torch.randn(1, 2, 8, 8, 8),

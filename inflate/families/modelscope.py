@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet3DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.families import modelscope_keys
+from inflate.files import new_file
 from inflate.layers.conditioning import ImageTokens
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, original_names
 from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 
 _SHARED_SETTINGS = (
@@ -98,6 +100,18 @@ def _refuse(unet: VideoUNet, slots: TemporalSpec, target: str, built_in: Mapping
         raise CheckpointError(f"{target} has no place for: {'; '.join(wrong)}")
 
 
+def load_vgen(file: Path) -> ImageToVideo:
+    """The UNet in a file under VGen's names, as `from_vgen` gives it."""
+    return from_vgen(exchange.read_tensors(file), str(file))
+
+
+def save_vgen(model: ImageToVideo, file: Path) -> None:
+    """Writes a .safetensors file under VGen's names; CheckpointError where they have no place for a layer."""
+    tensors = to_vgen(model)
+    with new_file(file) as aside:
+        save_file(tensors, aside)
+
+
 def from_vgen(tensors: Mapping[str, Tensor], origin: str) -> ImageToVideo:
     """The UNet of VGen's tensors and its image tokens' layers, if there are any.
 
@@ -131,7 +145,7 @@ def vgen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     width = modelscope_keys.head_width(tensors)
     # VGen's downsampling has no number of its own in its block.
     numbered = {key.replace(".op.", ".0.op."): tensor for key, tensor in tensors.items()}
-    return exchange.original_unet_config(numbered, width)
+    return original_names.unet_config(numbered, width)
 
 
 def _with_fps(width: int) -> TemporalSpec:

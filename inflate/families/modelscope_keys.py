@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from inflate.errors import CheckpointError
-from inflate.models.exchange import RESNET_NAMES, TOP_NAMES, Names, UNetLayout, rename_head
+from inflate.models.exchange import Names
+from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head
 
 _TOP_TO_VGEN = {
     "conv_in.temporal": "input_blocks.0.1",

@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
 from inflate.files import new_folder
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, original_names
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
@@ -272,7 +272,7 @@ def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
     surplus = [key for key in tensors if not key.startswith(known)]
     if surplus:
         raise CheckpointError(f"{file} holds tensors of no known part: {exchange.listing(surplus)}; nothing was loaded")
-    config = exchange.original_unet_config(parts[UNET_PREFIX], head_channels)
+    config = original_names.unet_config(parts[UNET_PREFIX], head_channels)
     return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
 
 
@@ -286,7 +286,7 @@ def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: s
     ids = svd_keys.sgm_added_ids(tensors)
     unet = exchange.build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
     wanted = exchange.shapes(unet)
-    names = exchange.inverse(svd_keys.unet_to_sgm(wanted, exchange.UNetLayout.of(config)))
+    names = exchange.inverse(svd_keys.unet_to_sgm(wanted, original_names.UNetLayout.of(config)))
     exchange.adopt(unet, exchange.convert(tensors, names, wanted, origin))
     return unet
 

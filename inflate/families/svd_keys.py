@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from inflate.models.exchange import RESNET_NAMES, TOP_NAMES, Names, UNetLayout, count_of, rename_head, size_of
+from inflate.models.exchange import Names
+from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, count_of, rename_head, size_of
 
 _VAE_ATTENTION_TO_SGM = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _TOP_TO_SGM = {

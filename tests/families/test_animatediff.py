@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,16 +133,28 @@ def test_the_original_names_go_there_and_back_and_mean_a_norm_per_frame(tmp_path
     again = animatediff.load_original(tiny_unet_sd1(), file)
     assert again.spec == ANIMATEDIFF_V2
     assert equal(animatediff.motion_modules(again), animatediff.motion_modules(ours))
-    save_file({f"module.{key}": tensor for key, tensor in written.items()}, file)
-    assert equal(
-        animatediff.motion_modules(animatediff.load_original(tiny_unet_sd1(), file)), animatediff.motion_modules(ours)
-    )
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in written.items()}}, tmp_path / "motion.ckpt")
+    prefixed = animatediff.load_original(tiny_unet_sd1(), tmp_path / "motion.ckpt")
+    assert equal(animatediff.motion_modules(prefixed), animatediff.motion_modules(ours))
     animatediff.save_original(again, file)
     assert equal(load_file(file), written)
-    written[f"{block}attention_blocks.1.pos_encoder.pe"] += 1
+
+
+def test_original_files_that_do_not_hold_motion_modules_are_refused(tmp_path):
+    file = tmp_path / "motion.safetensors"
+    animatediff.save_original(trained(ANIMATEDIFF_V2), file)
+    written = load_file(file)
+    written[next(key for key in written if key.endswith("attention_blocks.1.pos_encoder.pe"))] += 1
     save_file(written, file)
     with pytest.raises(CheckpointError, match="two attentions of a block other positions"):
         animatediff.load_original(tiny_unet_sd1(), file)
+    file.write_bytes(file.read_bytes()[:100])
+    torch.save(written, tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:100])
+    torch.save(Path("."), tmp_path / "object.ckpt")
+    for unreadable in (file, tmp_path / "cut.ckpt", tmp_path / "object.ckpt"):
+        with pytest.raises(CheckpointError, match=f"{unreadable.name} cannot be read"):
+            animatediff.load_original(tiny_unet_sd1(), unreadable)
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match="no motion modules of AnimateDiff"):
         animatediff.load_original(tiny_unet_sd1(), file)

@@ -3,7 +3,7 @@ import torch
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files, svd_keys
-from inflate.models import exchange
+from inflate.models import exchange, original_names
 from inflate.models.unet import TemporalSpec
 
 UNET = {
@@ -65,7 +65,7 @@ def filled(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     ],
 )
 def test_unet_names(ours: str, sgm: str, diffusers: str) -> None:
-    layout = exchange.UNetLayout.of(UNET)
+    layout = original_names.UNetLayout.of(UNET)
     assert svd_keys.unet_to_sgm([ours], layout) == {ours: sgm}
     assert svd_keys.unet_to_diffusers([ours]) == {ours: diffusers}
 
@@ -105,7 +105,7 @@ def test_vae_names(ours: str, sgm: str, diffusers: str) -> None:
 def test_round_trip_over_both_namings_is_bit_equal() -> None:
     shapes = exchange.shapes(unet())
     start = filled(shapes)
-    for names in (svd_keys.unet_to_sgm(shapes, exchange.UNetLayout.of(UNET)), svd_keys.unet_to_diffusers(shapes)):
+    for names in (svd_keys.unet_to_sgm(shapes, original_names.UNetLayout.of(UNET)), svd_keys.unet_to_diffusers(shapes)):
         there = {names[key]: tensor for key, tensor in start.items()}
         assert len(there) == len(start)
         back = exchange.convert(there, exchange.inverse(names), shapes, "test")
@@ -115,8 +115,8 @@ def test_round_trip_over_both_namings_is_bit_equal() -> None:
 
 def test_unet_configuration_is_read_off_the_tensors() -> None:
     model = unet()
-    names = svd_keys.unet_to_sgm(exchange.shapes(model), exchange.UNetLayout.of(UNET))
-    config = exchange.original_unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
+    names = svd_keys.unet_to_sgm(exchange.shapes(model), original_names.UNetLayout.of(UNET))
+    config = original_names.unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
     assert config == UNET
 
 
@@ -151,9 +151,9 @@ def test_two_keys_with_one_name_are_refused() -> None:
 
 def test_foreign_tensors_are_refused() -> None:
     with pytest.raises(CheckpointError, match="under its original names"):
-        exchange.original_unet_config({"lora.weight": torch.zeros(1)})
+        original_names.unet_config({"lora.weight": torch.zeros(1)})
 
 
 def test_unequal_levels_have_no_sgm_name() -> None:
     with pytest.raises(CheckpointError, match="layers_per_block"):
-        exchange.UNetLayout.of({**UNET, "layers_per_block": (1, 2, 2)})
+        original_names.UNetLayout.of({**UNET, "layers_per_block": (1, 2, 2)})

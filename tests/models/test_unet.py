@@ -235,12 +235,14 @@ def test_a_lora_of_the_parent_shifts_each_frame_as_it_shifts_the_parent(build, s
     assert not any(".temporal." in name for name in loaded)
 
 
-def test_a_temporal_lora_learns_by_peft():
-    unet = trained()
-    unet.add_adapter(LoraConfig(r=2, target_modules=r".*\.temporal\.attn1\.to_[qkv]"))
+@pytest.mark.parametrize("spec", PRESETS)
+def test_a_temporal_lora_learns_by_peft(spec):
+    unet = trained(spec)
+    unet.add_adapter(LoraConfig(r=2, target_modules=r".*\.temporal\.(transformer_blocks\.0\.)?attn1\.to_[qkv]"))
     unet(**unet_inputs()).sample.square().sum().backward()
     trainable = {name: value for name, value in unet.named_parameters() if value.requires_grad}
-    assert all(".temporal.attn1." in name and "lora_" in name for name in trainable)
+    assert trainable
+    assert all(".temporal." in name and ".attn1." in name and "lora_" in name for name in trainable)
     assert all(value.grad is not None for value in trainable.values())
     assert any(value.grad.abs().max() > 0 for value in trainable.values())
 
