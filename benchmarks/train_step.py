@@ -141,7 +141,8 @@ def our_unet(size: Size) -> nn.Module:
 
 def copy_weights(public: nn.Module, ours: nn.Module) -> None:
     """Load the public model's weights, adapters too, into ours by the key map; every key must find its place."""
-    from inflate.families.svd_keys import convert, inverse, unet_to_diffusers
+    from inflate.families.svd_keys import unet_to_diffusers
+    from inflate.models.exchange import convert, inverse
 
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     names = inverse(unet_to_diffusers(shapes))

@@ -9,6 +9,7 @@ For instance:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,14 +28,16 @@ IDENTITY = 1e-5
 """Largest difference between an inflated model and its parent that still counts as rounding."""
 
 CREATED = {
-    ".position.": "frame positions",
-    "resnets.": "temporal residual blocks",
-    "transformer_blocks.": "temporal transformer blocks",
-    "class_embedding.": "embedding of added ids",
-    "conv_out.": "temporal output convolution",
-    ".mix": "mixes",
+    r"\.(position|pos_embed)\.": "frame positions",
+    r"\.temporal\.(norm|proj_in|proj_out|transformer_blocks)\.": "transformers over frames",
+    r"\.temporal\.conv\d\.\d\.": "temporal convolutions",
+    r"resnets\.": "temporal residual blocks",
+    r"transformer_blocks\.": "temporal transformer blocks",
+    r"class_embedding\.": "embedding of added ids",
+    r"conv_out\.": "temporal output convolution",
+    r"\.mix$": "mixes",
 }
-"""What the parts of a new tensor's name say that it belongs to; the first that matches counts."""
+"""What patterns in a new tensor's name say that it belongs to; the first that matches counts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Row:
         """What the tensor belongs to, in words."""
         if self.action != "created":
             return "2D model" if self.action == "copied" else self.name
-        return next((words for part, words in CREATED.items() if part in self.name), "other")
+        return next((words for pattern, words in CREATED.items() if re.search(pattern, self.name)), "other")
 
 
 @dataclass(frozen=True)

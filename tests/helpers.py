@@ -50,6 +50,19 @@ def tiny_unet_sd2(seed: int = 0, **settings: Any) -> UNet2DConditionModel:
     return tiny_unet(True, seed, **settings)
 
 
+def tiny_unet_sdxl(seed: int = 0, **settings: Any) -> UNet2DConditionModel:
+    """Stable Diffusion XL: no attention at the first level, deep transformers, text and sizes as added conditions."""
+    defaults: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 3),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    }
+    return tiny_unet(True, seed, **{**defaults, **settings})
+
+
 def tiny_vae(seed: int = 0, **settings: Any) -> AutoencoderKL:
     """A two-level autoencoder (an image side is twice its latent's) with the quantisation convolutions of SD."""
     torch.manual_seed(seed)

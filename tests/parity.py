@@ -1,33 +1,38 @@
 """Compares this implementation with recorded outputs of the original one.
 
-    python tests/parity.py DIR
+    python tests/parity.py DIR [NAME ...]
 
-prints one line per case, `name difference tolerance`, and at the end `N cases`. A file that it does not recognise, a
-case that it cannot run, or none at all is a failure (exit status 1). Everything about a model is read from the
-configuration beside its recording, so that recordings of other sizes run as they are.
+prints one line per case, `name difference tolerance`, and at the end `N cases`. A file that it does not recognise, that
+of a model which is not built here included, a case that it cannot run, or none at all is a failure (exit status 1).
+With names, only the recordings that begin with one of them are compared, and a name that fits none is a failure.
+Everything about a model is read from the configuration beside its recording, so that recordings of other sizes run as
+they are.
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from inflate.errors import InflateError
-from inflate.families import svd_files, svd_keys
+from inflate.families import modelscope, svd_files, svd_keys
+from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import Condition, euler_scheduler, predictor
+from inflate.models import exchange, original_names
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator, load_published
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import EDM, hinge_discriminator_loss, hinge_generator_loss, vanilla_discriminator_loss
 from inflate.sampling.svd import euler
 
-SINGLE, DOUBLE, LOSS, EXACT = 2e-5, 1e-5, 1e-6, 0.0
+SINGLE, DOUBLE, LOSS, SAMPLE, EXACT = 2e-5, 1e-5, 1e-6, 1e-4, 0.0
 TABLE = 3e-6  # relative; the recorded noise levels were raised to the 7th power in float32, ours in float64
 WEIGHTS, RECORDED, RECORDED64 = ".safetensors", "_io.safetensors", "_io64.safetensors"
 
@@ -44,9 +49,18 @@ class Case(NamedTuple):
         return math.isfinite(self.difference) and self.difference <= self.tolerance
 
 
-def cases(folder: Path) -> Iterator[Case]:
-    """All cases of a folder; a file of no known kind, or a kind that cannot be run, is a case that fails."""
-    for stem in stems(folder):
+def cases(folder: Path, names: Sequence[str] = ()) -> Iterator[Case]:
+    """All cases of a folder, or those of recordings that begin with one of `names`.
+
+    A file of no known kind, a kind that cannot be run, or a name of no file is a case that fails.
+    """
+    found = stems(folder)
+    for name in names:
+        if not any(stem.startswith(name) for stem in found):
+            yield Case(f"{name}: no such recording", math.inf, EXACT)
+    for stem in found:
+        if names and not stem.startswith(tuple(names)):
+            continue
         runner = runner_of(folder, stem)
         if runner is None:
             yield Case(f"{stem}: unknown file", math.inf, EXACT)
@@ -83,12 +97,16 @@ def runner_of(folder: Path, stem: str) -> Runner | None:
         "state_keys_svd_sgm": sgm_key_cases,
         "state_keys_svd_diffusers": diffusers_key_cases,
         "key_map_svd_sgm_to_diffusers": key_map_cases,
+        "state_keys_modelscope_i2v": vgen_key_cases,
+        "state_keys_modelscope_v2v": vgen_key_cases,
+        "state_keys_vgen_sr600": vgen_key_cases,
     }
     by_prefix: dict[str, Runner] = {
         "unet": unet_cases,
         "decoder": decoder_cases,
         "edm": edm_cases,
         "disc": discriminator_cases,
+        "msbase": modelscope_cases,
     }
     return exact.get(stem) or by_prefix.get(stem.split("_")[0])
 
@@ -101,7 +119,7 @@ def load_unet(folder: Path, stem: str) -> VideoUNet:
     config = _json(folder / f"{stem}.json")["config"]
     tensors = _weights(folder / f"{stem}{WEIGHTS}")
     width, heads = config.get("num_head_channels", -1), config.get("num_heads", -1)
-    image = svd_keys.sgm_unet_config(tensors, width if width > 0 else 1)
+    image = original_names.unet_config(tensors, width if width > 0 else 1)
     if width <= 0:
         image["attention_head_dim"] = heads
     unet = svd_files.sgm_unet(tensors, image, stem)
@@ -164,6 +182,101 @@ def _call_unet(unet: VideoUNet, recorded: dict[str, Tensor], call: str) -> Tenso
     return unet(*inputs, added_time_ids=ids.to(unet.dtype), image_only=image_only.bool()).sample
 
 
+# ---- ModelScope's image-to-video
+
+
+def load_modelscope(folder: Path, stem: str) -> ImageToVideo:
+    """Our UNet and image tokens with the recorded weights, whose shapes must be what the configuration says."""
+    config = _json(folder / f"{stem}.json")["config"]
+    model = modelscope.from_vgen(_weights(folder / f"{stem}{WEIGHTS}"), stem)
+    if model.tokens is None:
+        raise ValueError("the weights lack the layers that make image tokens")
+    attention = [1 / 2**level in config["attn_scales"] for level in range(len(config["dim_mult"]))]
+    stored = model.unet.config
+    read = {
+        "dim": stored["block_out_channels"][0],
+        "dim_mult": [width // config["dim"] for width in stored["block_out_channels"]],
+        "num_res_blocks": stored["layers_per_block"],
+        "attn_scales": ["CrossAttn" in name for name in stored["down_block_types"]],
+        "head_dim": stored["block_out_channels"][0] // stored["attention_head_dim"][0],
+        "context_dim": stored["cross_attention_dim"],
+        "y_dim": model.tokens[0].in_features,
+        "num_tokens": len(model.tokens[2].bias) // model.tokens.width,
+        "in_dim": stored["in_channels"],
+        "out_dim": stored["out_channels"],
+        "temporal_attention": True,
+    }
+    expected = {**config, "attn_scales": attention}
+    wrong = [f"{name} {value}" for name, value in read.items() if value != expected[name]]
+    if wrong:
+        raise ValueError(f"the configuration denies what the weights say: {', '.join(wrong)}")
+    for part in (model.unet, model.tokens):
+        part.requires_grad_(False)
+    return model
+
+
+def modelscope_cases(folder: Path, stem: str) -> Iterator[Case]:
+    """The recorded forward calls, the training losses, and the end of the sampling."""
+    recorded, described = load_file(folder / f"{stem}{RECORDED}"), _json(folder / f"{stem}.json")
+    model = load_modelscope(folder, stem)
+    known = {"full": _forward_case, "zero_image": _forward_case, "train": _loss_case, "sample": _sample_case}
+    for call in sorted({key.split(".")[0] for key in recorded}):
+        yield Case(f"{stem}.{call}", *known[call](model, recorded, call, described["diffusion"]))
+
+
+def _forward_case(
+    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+) -> tuple[float, float]:
+    inputs = {name: recorded.get(f"{call}.{name}", recorded[f"full.{name}"]) for name in ("x", "t", "y", "fps")}
+    return _difference(_call_modelscope(model, **inputs), recorded[f"{call}.out"]), SINGLE
+
+
+def _loss_case(
+    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+) -> tuple[float, float]:
+    clean, noise, step = (recorded[f"{call}.{name}"] for name in ("x0", "noise", "t"))
+    noised = _schedule(diffusion).add_noise(clean, noise, step)
+    output = _call_modelscope(model, noised, step, recorded["full.y"], recorded["full.fps"])
+    loss = (output - _schedule(diffusion).get_velocity(clean, noise, step)).square().flatten(1).mean(1)
+    return _difference(loss, recorded[f"{call}.loss_per_sample"]), LOSS
+
+
+def _sample_case(
+    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+) -> tuple[float, float]:
+    """Four DDIM steps with guidance 3 against an image embedding of zeros, as the recording's notes say."""
+    scheduler = _schedule(diffusion)
+    scheduler.set_timesteps(4)
+    sample, image, fps = recorded[f"{call}.noise"], recorded["full.y"][:1], recorded["full.fps"][:1]
+    for step in scheduler.timesteps:
+        given, nothing = (_call_modelscope(model, sample, step[None], y, fps) for y in (image, torch.zeros_like(image)))
+        sample = scheduler.step(nothing + 3.0 * (given - nothing), step, sample).prev_sample
+    return _difference(sample, recorded[f"{call}.final"]), SAMPLE
+
+
+def _schedule(diffusion: dict[str, Any]) -> DDIMScheduler:
+    settings = diffusion["schedule_param"]
+    if (diffusion["schedule"], diffusion["mean_type"]) != ("linear_sd", "v"):
+        raise ValueError(f"schedule {diffusion['schedule']} of {diffusion['mean_type']} is not this model's")
+    return DDIMScheduler(
+        num_train_timesteps=settings["num_timesteps"],
+        beta_start=settings["init_beta"],
+        beta_end=settings["last_beta"],
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def _call_modelscope(model: ImageToVideo, x: Tensor, t: Tensor, y: Tensor, fps: Tensor) -> Tensor:
+    assert model.tokens is not None
+    output = model.unet(x.transpose(1, 2), t, model.tokens(y), added_time_ids=fps[:, None])
+    return output.sample.transpose(1, 2)  # (B, C, F, h, w)
+
+
 # ---- the decoder
 
 
@@ -185,11 +298,11 @@ def load_decoder(folder: Path, stem: str) -> VideoVAE:
         "use_post_quant_conv": False,
     }
     vae = svd_files.build_vae(image)
-    wanted = svd_files.shapes(vae.decoder)
+    wanted = exchange.shapes(vae.decoder)
     names = svd_keys.vae_to_sgm([f"decoder.{key}" for key in wanted], len(widths))
     back = {theirs.removeprefix("decoder."): ours.removeprefix("decoder.") for ours, theirs in names.items()}
     tensors = _weights(folder / f"{stem}{WEIGHTS}")
-    svd_files.adopt(vae.decoder, svd_keys.convert(tensors, back, wanted, stem))
+    exchange.adopt(vae.decoder, exchange.convert(tensors, back, wanted, stem))
     return vae.requires_grad_(False)
 
 
@@ -343,23 +456,31 @@ def sgm_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     """Our real-size models named as sgm's have exactly sgm's keys and shapes."""
     listed = _json(folder / f"{stem}.json")
     unet, vae = _real_models(listed)
-    layout = svd_keys.UNetLayout.of(unet.config)
+    layout = original_names.UNetLayout.of(unet.config)
     ours = {
-        "unet": _named(unet, svd_keys.unet_to_sgm(svd_files.shapes(unet), layout)),
-        **_sides(_named(vae, svd_keys.vae_to_sgm(svd_files.shapes(vae), len(vae.config.block_out_channels)))),
+        "unet": _named(unet, svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
+        **_sides(_named(vae, svd_keys.vae_to_sgm(exchange.shapes(vae), len(vae.config.block_out_channels)))),
     }
     yield from _list_cases(stem, ours, listed)
+
+
+def vgen_key_cases(folder: Path, stem: str) -> Iterator[Case]:
+    """Our real-size UNet named as VGen's and ModelScope's has exactly its keys and shapes."""
+    listed = _json(folder / f"{stem}.json")
+    model = modelscope.from_vgen({key: _stand_in(shape) for key, shape in listed.items()}, stem)
+    ours = {key: list(tensor.shape) for key, tensor in modelscope.to_vgen(model).items()}
+    yield Case(stem, _disagreements(ours, listed), EXACT)
 
 
 def diffusers_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     """Our real-size models named as diffusers' have exactly its keys and shapes."""
     listed = _json(folder / f"{stem}.json")
     config, spec = svd_files.image_unet_config(listed["unet_config"])
-    unet = svd_files.build_unet(config, spec)
+    unet = exchange.build_unet(config, spec)
     vae = svd_files.build_vae(svd_files.image_vae_config(listed["vae_config"]))
     ours = {
-        "unet": _named(unet, svd_keys.unet_to_diffusers(svd_files.shapes(unet))),
-        "vae": _named(vae, svd_keys.vae_to_diffusers(svd_files.shapes(vae))),
+        "unet": _named(unet, svd_keys.unet_to_diffusers(exchange.shapes(unet))),
+        "vae": _named(vae, svd_keys.vae_to_diffusers(exchange.shapes(vae))),
     }
     yield from _list_cases(stem, ours, listed)
 
@@ -371,21 +492,21 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
     theirs = _json(folder / "state_keys_svd_diffusers.json")
     sgm_vae = {f"{side}.{key}": shape for side in ("decoder", "encoder") for key, shape in listed[side].items()}
     unet, vae = _real_models(listed)
-    layout, levels = svd_keys.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
+    layout, levels = original_names.UNetLayout.of(unet.config), len(vae.config.block_out_channels)
     traced = _trace(
         listed["unet"],
-        svd_keys.inverse(svd_keys.unet_to_sgm(svd_files.shapes(unet), layout)),
-        svd_files.shapes(unet),
-        svd_keys.unet_to_diffusers(svd_files.shapes(unet)),
+        exchange.inverse(svd_keys.unet_to_sgm(exchange.shapes(unet), layout)),
+        exchange.shapes(unet),
+        svd_keys.unet_to_diffusers(exchange.shapes(unet)),
         theirs["unet"],
     )
     yield Case(f"{stem}.unet", _disagreements(traced, expected["unet"]), EXACT)
     without_quant = {key: shape for key, shape in theirs["vae"].items() if not key.startswith("quant_conv.")}
     traced = _trace(
         sgm_vae,
-        svd_keys.inverse(svd_keys.vae_to_sgm(svd_files.shapes(vae), levels)),
-        svd_files.shapes(vae),
-        svd_keys.vae_to_diffusers(svd_files.shapes(vae)),
+        exchange.inverse(svd_keys.vae_to_sgm(exchange.shapes(vae), levels)),
+        exchange.shapes(vae),
+        svd_keys.vae_to_diffusers(exchange.shapes(vae)),
         without_quant,
     )
     decoder = {key.removeprefix("decoder."): value for key, value in traced.items() if key.startswith("decoder.")}
@@ -398,8 +519,8 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
 
 def _real_models(listed: dict[str, Any]) -> tuple[VideoUNet, VideoVAE]:
     stand_ins = {key: _stand_in(shape) for key, shape in listed["unet"].items()}
-    config = svd_keys.sgm_unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
-    unet = svd_files.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
+    config = original_names.unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
+    unet = exchange.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
     sides = {f"{side}.{key}": _stand_in(listed[side][key]) for side in ("encoder", "decoder") for key in listed[side]}
     return unet, svd_files.build_vae(svd_keys.sgm_vae_config(sides))
 
@@ -413,9 +534,9 @@ def _trace(
 ) -> dict[str, str]:
     names = list(source)
     constants = {key: _stand_in(source[key], number) for number, key in enumerate(names)}
-    ours = svd_keys.convert(constants, to_ours, our_shapes, "sgm")
+    ours = exchange.convert(constants, to_ours, our_shapes, "sgm")
     targets = {key: torch.Size(shape) for key, shape in their_shapes.items()}
-    theirs = svd_keys.convert(ours, to_theirs, targets, "ours")
+    theirs = exchange.convert(ours, to_theirs, targets, "ours")
     return {names[int(tensor.flatten()[0])]: key for key, tensor in theirs.items()}
 
 
@@ -425,7 +546,7 @@ def _stand_in(shape: list[int], constant: int = 0) -> Tensor:
 
 
 def _named(model: nn.Module, names: dict[str, str]) -> dict[str, list[int]]:
-    return {names[key]: list(shape) for key, shape in svd_files.shapes(model).items()}
+    return {names[key]: list(shape) for key, shape in exchange.shapes(model).items()}
 
 
 def _sides(shapes: dict[str, list[int]]) -> dict[str, dict[str, list[int]]]:
@@ -496,11 +617,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Prints every case and their number; 1 where one failed, none was found, or the folder is missing."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print("usage: python tests/parity.py DIR", file=sys.stderr)
+    if not arguments or not Path(arguments[0]).is_dir():
+        print("usage: python tests/parity.py DIR [NAME ...]", file=sys.stderr)
         return 1
     failed = number = 0
-    for case in cases(Path(arguments[0])):
+    for case in cases(Path(arguments[0]), arguments[1:]):
         number += 1
         failed += not case.passed
         print(f"{case.name} {case.difference:.3g} {case.tolerance:g}{'' if case.passed else '  FAILED'}", flush=True)

@@ -12,21 +12,40 @@ from safetensors.torch import load_file, save_file
 
 from helpers import randomise
 from inflate.families import svd_keys
+from inflate.models import exchange, original_names
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
-STEMS = parity.stems(FIXTURES) if FIXTURES.is_dir() else ["none"]
+OTHERS = FIXTURES.parent / "i2vgenxl"
+BUILT = ("msbase", "state_keys_modelscope", "state_keys_vgen_sr600")
+"""Recordings of that folder whose models are built here."""
 recorded = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings in {FIXTURES}")
 
 
+def recordings() -> list[tuple[Path, str]]:
+    """Every recording of a model that is built here; without recordings one that is none, for pytest to skip."""
+    if not FIXTURES.is_dir():
+        return [(FIXTURES, "none")]
+    others = [stem for stem in parity.stems(OTHERS) if stem.startswith(BUILT)]
+    return [*((FIXTURES, stem) for stem in parity.stems(FIXTURES)), *((OTHERS, stem) for stem in others)]
+
+
 @recorded
-@pytest.mark.parametrize("stem", STEMS)
-def test_recordings(stem: str) -> None:
-    runner = parity.runner_of(FIXTURES, stem)
+@pytest.mark.parametrize(("folder", "stem"), recordings(), ids=lambda value: getattr(value, "name", value))
+def test_recordings(folder: Path, stem: str) -> None:
+    runner = parity.runner_of(folder, stem)
     assert runner is not None
-    results = list(runner(FIXTURES, stem))
+    results = list(runner(folder, stem))
     assert results
     assert [case for case in results if not case.passed] == []
+
+
+@recorded
+def test_models_that_are_not_built_fail_unless_others_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(OTHERS), "state_keys_modelscope_i2v"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 cases"
+    assert parity.main([str(OTHERS), "state_keys_modelscope_i2v", "schedules"]) == 1
+    assert "schedules: unknown file inf 0  FAILED" in capsys.readouterr().out
 
 
 def test_empty_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,12 +67,12 @@ def test_unknown_or_incomplete_file_fails(name: str, tmp_path: Path, capsys: pyt
 def test_another_epsilon_fails_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in FIXTURES.glob("unet_c*"):
         shutil.copy(file, tmp_path)
-    build = parity.svd_files.build_unet
+    build = exchange.build_unet
 
     def other(config: dict[str, object], spec: parity.TemporalSpec) -> object:
         return build(config, parity.TemporalSpec(added_id_dim=spec.added_id_dim, cross_attention_resnet_eps=1e-6))
 
-    monkeypatch.setattr(parity.svd_files, "build_unet", other)
+    monkeypatch.setattr(exchange, "build_unet", other)
     results = list(parity.cases(tmp_path))
     assert any("io64" in case.name and not case.passed for case in results)
 
@@ -88,7 +107,7 @@ def write_sibling(folder: Path) -> None:
     torch.manual_seed(0)
     unet = inflate_unet(UNet2DConditionModel(**image), parity.TemporalSpec(added_id_dim=8))[0].eval()
     randomise(unet)
-    names = svd_keys.unet_to_sgm(unet.state_dict(), svd_keys.UNetLayout.of(unet.config))
+    names = svd_keys.unet_to_sgm(unet.state_dict(), original_names.UNetLayout.of(unet.config))
     save_file({names[key]: value for key, value in unet.state_dict().items()}, folder / "unet_b.safetensors")
     inputs = {
         "x": torch.randn(1, 2, 8, 8, 8),
@@ -131,6 +150,12 @@ def test_recordings_of_other_sizes_run_as_they_are(sibling: Path, capsys: pytest
 def test_configuration_that_the_weights_deny_fails(change: dict[str, object], sibling: Path) -> None:
     (sibling / "unet_b.json").write_text(json.dumps({"config": {**SIBLING, **change}, "calls": [{"name": "new"}]}))
     assert [case.passed for case in parity.cases(sibling)] == [False]
+
+
+def test_name_of_no_recording_fails(sibling: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(sibling), "unet_b"]) == 0
+    assert parity.main([str(sibling), "unet_b", "unet_q"]) == 1
+    assert "unet_q: no such recording inf 0  FAILED" in capsys.readouterr().out
 
 
 def test_call_that_is_not_recorded_fails(sibling: Path) -> None:

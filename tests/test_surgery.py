@@ -1,12 +1,14 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from helpers import CROSS, tiny_unet, tiny_unet_sd1, tiny_unet_sd2, tiny_vae
+from helpers import CROSS, tiny_unet, tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl, tiny_vae
 from inflate.errors import SurgeryError
-from inflate.models.unet import TemporalSpec
+from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec
 from inflate.surgery import inflate_unet, inflate_vae, verify_identity
 
 SPECS = [
@@ -28,18 +30,70 @@ def test_a_newborn_equals_its_parent(build, spec, in_channels):
         assert verify_identity(video, parent) == 0.0
 
 
-def test_a_newborn_sdxl_equals_its_parent():
-    settings = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 16,
-        "transformer_layers_per_block": (1, 2),
-    }
-    parent = tiny_unet_sd2(**settings)
-    with pytest.raises(SurgeryError, match="added_ids=0"):
-        inflate_unet(parent, TemporalSpec())
-    video, _ = inflate_unet(parent, TemporalSpec(added_ids=0))
-    assert verify_identity(video, parent) == 0.0
+PRESETS = {
+    "svd": TemporalSpec(added_ids=0),
+    "video_ldm": VIDEO_LDM,
+    "video_ldm, a block each": replace(VIDEO_LDM, each_up_to=9),
+    "modelscope": MODELSCOPE,
+    "modelscope with ids": replace(MODELSCOPE, added_ids=1),
+    "animatediff 1": ANIMATEDIFF_V1,
+    "animatediff 2": ANIMATEDIFF_V2,
+    "animatediff over the clip": replace(ANIMATEDIFF_V2, motion_norm="clip"),
+}
+CREATED_BY = {
+    "svd": {"frame positions", "temporal residual blocks", "temporal transformer blocks", "mixes"},
+    "modelscope": {"temporal convolutions", "transformers over frames"},
+    "animatediff 2": {"frame positions", "transformers over frames"},
+}
+
+
+@pytest.mark.parametrize("build", [tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_born_equal_to_every_parent_and_keeps_its_tensors(build, preset):
+    parent, spec = build(), PRESETS[preset]
+    if build is tiny_unet_sdxl and spec.added_ids:
+        with pytest.raises(SurgeryError, match="added_ids=0"):
+            inflate_unet(parent, spec)
+        return
+    video, report = inflate_unet(parent, spec)
+    assert verify_identity(video, parent) == 0.0  # text and sizes of Stable Diffusion XL are given frame by frame
+    state, kept = video.state_dict(), parent.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in kept.items())
+    created = state.keys() - kept.keys()
+    assert all(".temporal." in name or (spec.added_ids and "class_embedding." in name) for name in created)
+    assert {row.name for row in report.rows if row.action == "created"} == created
+    groups = {row.group for row in report.rows if row.action == "created"}
+    assert CREATED_BY.get(preset, groups) == groups
+    assert "other" not in groups
+
+
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+
+def created(parent, spec):
+    with torch.device("meta"):
+        return sum(value.numel() for value in inflate_unet(parent, spec)[0].created_parameters().values())
+
+
+def test_parameters_that_each_preset_adds_at_full_size():
+    with torch.device("meta"):
+        sdxl = tiny_unet_sdxl(**XL, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+        sd1 = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    assert sum(value.numel() for value in sdxl.parameters()) == 2_567_463_684
+    blocks = replace(VIDEO_LDM, resnet=False)
+    assert created(sdxl, blocks) == 570_939_531
+    assert created(sdxl, replace(blocks, each_up_to=10)) == 3_510_198_411
+    assert created(sd1, ANIMATEDIFF_V1) == 417_137_600
+    assert created(sd1, ANIMATEDIFF_V2) == 453_209_280
 
 
 def test_identity_notices_a_difference_and_leaves_the_modes_alone():
@@ -131,6 +185,11 @@ def with_adapter():
     return unet
 
 
+def no_attention():
+    types = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return tiny_unet(mid_block_type="UNetMidBlock2D", **types)
+
+
 REFUSED = [
     (lambda: torch.nn.Linear(2, 2), {}, "cannot inflate a Linear"),
     (tiny_vae, {}, "cannot inflate a AutoencoderKL"),
@@ -141,6 +200,8 @@ REFUSED = [
     (with_adapter, {}, "unload or merge"),
     (tiny_unet, {"in_channels": 3}, "in_channels=3 would cut"),
     (tiny_unet, {"spec": TemporalSpec(added_id_dim=7)}, "even width"),
+    (tiny_unet, {"spec": replace(ANIMATEDIFF_V2, motion_heads=7)}, "motion_heads=7 does not divide the 32 channels"),
+    (no_attention, {"spec": MODELSCOPE}, "there is none"),
 ]
 
 

@@ -38,6 +38,7 @@ from inflate.families.svd_encoders import (
     needed_encoder,
     refuse_another_encoder,
 )
+from inflate.models import folders
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
@@ -204,7 +205,7 @@ class SVD(Encoding):
         denoiser exact. CheckpointError, with nothing made, where a part is missing, not whole, or does not fit.
         """
         folder = svd_files.resolve(path)
-        scheduler = svd_files.read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
         encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
         encoder = svd_files.load_image_encoder(encoder_folder)
@@ -225,14 +226,14 @@ class SVD(Encoding):
         """
         folder = svd_files.resolve(path)
         own = folder / SETTINGS_FILE
-        settings = svd_files.read_json(own) if own.is_file() else {}
+        settings = folders.read_json(own) if own.is_file() else {}
         unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
         vae = load_video_vae(folder)
         encoder = svd_files.load_image_encoder(folder / "image_encoder")
         statistics = image_statistics(folder / "feature_extractor")
         if settings:
             return cls(unet, vae, encoder, **_remembered(settings, own), **statistics)
-        frames = svd_files.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
+        frames = folders.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @classmethod
@@ -328,7 +329,7 @@ class SVD(Encoding):
             feature_extractor=CLIPImageProcessor(image_mean=list(self.image_mean), image_std=list(self.image_std)),
         )
         pipeline.save_pretrained(folder)
-        index = svd_files.read_json(folder / "model_index.json")
+        index = folders.read_json(folder / "model_index.json")
         # without torchvision transformers writes the name of a stand-in that older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -339,8 +340,8 @@ class SVD(Encoding):
 
     def _settings(self, gap: ExportGap) -> dict[str, Any]:
         return {
-            "unet": svd_files.plain(self.unet.config),
-            "vae": svd_files.plain(self.vae.config),
+            "unet": folders.plain(self.unet.config),
+            "vae": folders.plain(self.vae.config),
             "objective": asdict(self.objective),
             "motion_quantiles": list(self.motion.quantiles),
             **{name: getattr(self, name) for name in _PLAIN_SETTINGS},

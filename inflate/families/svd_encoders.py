@@ -14,6 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files
+from inflate.models import exchange, folders
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
@@ -93,8 +94,8 @@ class Encoders(Encoding):
 def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
     own, extra = folder / SETTINGS_FILE, folder / TENSORS_FILE
-    settings = svd_files.read_json(own) if own.is_file() else {}
-    overrides = svd_files.read_tensors(extra) if extra.is_file() else {}
+    settings = folders.read_json(own) if own.is_file() else {}
+    overrides = exchange.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)
 
 
@@ -111,12 +112,12 @@ def refuse_another_encoder(path: str | Path, image_encoder: str | Path | None) -
         raise CheckpointError(f"{path} is a video model with an image encoder of its own; leave image_encoder out")
 
 
-def image_statistics(*folders: Path) -> dict[str, Any]:
+def image_statistics(*places: Path) -> dict[str, Any]:
     """The input mean and deviation that the first preprocessor_config.json found states; none: the class's own."""
-    for folder in folders:
+    for folder in places:
         file = folder / "preprocessor_config.json"
         if file.is_file():
-            stated = svd_files.read_json(file)
+            stated = folders.read_json(file)
             return {name: tuple(stated[name]) for name in ("image_mean", "image_std") if name in stated}
     return {}
 

@@ -3,7 +3,6 @@
 Everything is read and checked before a model exists: models are built without memory and take the tensors over.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,20 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
 from inflate.files import new_folder
+from inflate.models import exchange, folders, original_names
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
-HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
 DIFFUSERS_EPS = 1e-6
 POCKET = Path(__file__).parents[1] / "pocket"
 """The pocket Stable Diffusion that comes with the package."""
@@ -45,21 +43,10 @@ UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_s
 
 # What diffusers' classes have built in: a model that differs cannot be told to them.
 _UNET_FIXED: dict[str, Any] = {
+    **exchange.BUILT_IN,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "act_fn": "silu",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "center_input_sample": False,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_time_scale_shift": "default",
-    "addition_embed_type": None,
-    "encoder_hid_dim": None,
-    "dual_cross_attention": False,
-    "only_cross_attention": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "time_embedding_type": "positional",
     "class_embed_type": "projection",
 }
 _VAE_FIXED: dict[str, Any] = {
@@ -78,17 +65,10 @@ def is_image_model(folder: Path) -> bool:
 
     CheckpointError where it holds another class's UNet.
     """
-    return unet_kind(folder / "unet", UNet2DConditionModel, UNetSpatioTemporalConditionModel) is UNet2DConditionModel
-
-
-def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
-    """The one of these classes that a UNet's folder names; CheckpointError, naming its class, where it is none."""
-    name = read_json(folder / "config.json").get("_class_name")
-    for kind in kinds:
-        if kind.__name__ == name:
-            return kind
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
+    return (
+        folders.unet_kind(folder / "unet", UNet2DConditionModel, UNetSpatioTemporalConditionModel)
+        is UNet2DConditionModel
+    )
 
 
 def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
@@ -126,49 +106,11 @@ def check_place(path: str | Path) -> None:
         raise CheckpointError(f"{path} does not exist; give the original's {SAFETENSORS} file, or a model's folder")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where the file is missing or damaged."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    return content
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a diffusers model folder, in float32; CheckpointError where a file is missing or cut short."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME) if (folder / name).is_file()][
-            :1
-        ]
-    if not files:
-        raise CheckpointError(f"{folder} holds no weights: {SAFETENSORS_WEIGHTS_NAME} is missing")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_tensors(file))
-    return tensors
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file, in float32; CheckpointError where it is missing or cut short."""
-    try:
-        return {key: tensor.float() for key, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
-
-
 def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
     """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not there: inflation needs a Stable Diffusion folder in diffusers' layout")
-    half = (folder / HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+    half = (folder / folders.HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
     settings: dict[str, Any] = {"torch_dtype": torch.float32, "variant": "fp16" if half else None}
     return load_strictly(kind.from_pretrained, folder, settings)
 
@@ -193,7 +135,7 @@ def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
         )
     settings: dict[str, Any] = {"dtype": torch.float32}
     others: tuple[str, ...] = ()
-    if read_json(folder / "config.json").get("model_type") == "clip":
+    if folders.read_json(folder / "config.json").get("model_type") == "clip":
         whole = CLIPConfig.from_pretrained(folder)
         settings["config"], others = whole.vision_config, TEXT_TOWER
         settings["config"].projection_dim = whole.projection_dim
@@ -203,33 +145,10 @@ def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
         raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
 
 
-def build_unet(config: Mapping[str, Any], spec: TemporalSpec) -> VideoUNet:
-    """A VideoUNet without memory (on the meta device) from a 2D configuration."""
-    ids = {
-        "class_embed_type": "projection" if spec.added_ids else None,
-        "projection_class_embeddings_input_dim": spec.added_ids * spec.added_id_dim or None,
-    }
-    with torch.device("meta"):
-        return VideoUNet.from_config({**config, **ids, "temporal": spec.to_dict()})
-
-
 def build_vae(config: Mapping[str, Any]) -> VideoVAE:
     """A VideoVAE without memory (on the meta device) from an AutoencoderKL configuration."""
     with torch.device("meta"):
         return VideoVAE.from_2d(AutoencoderKL.from_config(dict(config)))
-
-
-def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every tensor of a model."""
-    return {key: tensor.shape for key, tensor in model.state_dict().items()}
-
-
-def adopt(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives a model without memory its tensors, without a copy."""
-    model.load_state_dict(tensors, assign=True)
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
 
 def image_unet_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], TemporalSpec]:
@@ -277,9 +196,9 @@ def image_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_what_diffusers_lacks(unet: VideoUNet, vae: VideoVAE, image_size: int) -> None:
     """CheckpointError, naming the settings, where diffusers' classes cannot hold these models."""
     spec = unet.spec
-    wrong = [f"unet {name} {unet.config[name]}" for name, value in _UNET_FIXED.items() if unet.config[name] != value]
+    wrong = exchange.differing(unet, _UNET_FIXED)
     wrong += [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
-    if not (spec.resnet and spec.block and spec.added_ids == 3):
+    if spec.input or not (spec.resnet and spec.block and spec.added_ids == 3):
         wrong.append(f"temporal specification {spec}")
     if image_size != 224:
         wrong.append(f"image encoder of {image_size} pixels, where the pipeline always gives 224")
@@ -300,8 +219,10 @@ def diffusers_unet(unet: VideoUNet, frames: int) -> UNetSpatioTemporalConditionM
             num_attention_heads=unet.config.attention_head_dim,
             num_frames=frames,
         )
-    tensors = _detached(unet)
-    adopt(target, svd_keys.convert(tensors, svd_keys.unet_to_diffusers(tensors), shapes(target), "this UNet"))
+    tensors = exchange.detached(unet)
+    exchange.adopt(
+        target, exchange.convert(tensors, svd_keys.unet_to_diffusers(tensors), exchange.shapes(target), "this UNet")
+    )
     return target
 
 
@@ -309,77 +230,81 @@ def diffusers_vae(vae: VideoVAE) -> AutoencoderKLTemporalDecoder:
     """The same autoencoder as diffusers' class; a post-quant convolution is folded, exact but for the zero padding."""
     with torch.device("meta"):
         target = AutoencoderKLTemporalDecoder(**{key: vae.config[key] for key in _SHARED_VAE_SETTINGS})
-    tensors = _detached(vae)
+    tensors = exchange.detached(vae)
     weight, bias = tensors.pop("post_quant_conv.weight", None), tensors.pop("post_quant_conv.bias", None)
     if weight is not None and bias is not None:
         tensors.update(_folded(tensors, weight, bias))
     if "quant_conv.weight" not in tensors:
         tensors.update(_identity_quant_conv(tensors["encoder.conv_out.bias"]))
-    adopt(target, svd_keys.convert(tensors, svd_keys.vae_to_diffusers(tensors), shapes(target), "this VAE"))
+    exchange.adopt(
+        target, exchange.convert(tensors, svd_keys.vae_to_diffusers(tensors), exchange.shapes(target), "this VAE")
+    )
     return target
 
 
 def exact_vae_tensors(vae: VideoVAE) -> dict[str, Tensor]:
     """The tensors that diffusers' class holds folded, to be kept beside the export; empty where it holds all."""
     keys = ("post_quant_conv.weight", "post_quant_conv.bias", "decoder.conv_in.weight", "decoder.conv_in.bias")
-    tensors = _detached(vae)
+    tensors = exchange.detached(vae)
     return {key: tensors[key].clone() for key in keys} if keys[0] in tensors else {}
 
 
 def load_diffusers_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoUNet:
     """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
     if exact is None:
-        kind = unet_kind(folder, UNetSpatioTemporalConditionModel)
-        config, spec = image_unet_config(_with_defaults(kind, folder))
+        kind = folders.unet_kind(folder, UNetSpatioTemporalConditionModel)
+        config, spec = image_unet_config(exchange.with_defaults(kind, folder))
     elif isinstance(exact.get("temporal"), dict):
         config, spec = dict(exact), TemporalSpec.from_dict(exact["temporal"])
     else:
         raise CheckpointError(f"{folder.parent / 'inflate.json'} lacks unet.temporal; copy or export the model again")
-    unet = build_unet(config, spec)
-    wanted = shapes(unet)
-    names = svd_keys.inverse(svd_keys.unet_to_diffusers(wanted))
-    adopt(unet, svd_keys.convert(read_weights(folder), names, wanted, str(folder)))
+    unet = exchange.build_unet(config, spec)
+    wanted = exchange.shapes(unet)
+    names = exchange.inverse(svd_keys.unet_to_diffusers(wanted))
+    exchange.adopt(unet, exchange.convert(exchange.read_weights(folder), names, wanted, str(folder)))
     return unet
 
 
 def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides: Mapping[str, Tensor]) -> VideoVAE:
     """A VideoVAE from AutoencoderKLTemporalDecoder's folder; `exact` and `overrides` are what our export kept."""
-    vae = build_vae(image_vae_config(_with_defaults(AutoencoderKLTemporalDecoder, folder)) if exact is None else exact)
-    wanted = shapes(vae)
-    names = svd_keys.inverse(svd_keys.vae_to_diffusers(wanted))
-    tensors = read_weights(folder)
+    vae = build_vae(
+        image_vae_config(exchange.with_defaults(AutoencoderKLTemporalDecoder, folder)) if exact is None else exact
+    )
+    wanted = exchange.shapes(vae)
+    names = exchange.inverse(svd_keys.vae_to_diffusers(wanted))
+    tensors = exchange.read_weights(folder)
     if not vae.config.use_quant_conv:
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("quant_conv.")}
     back = svd_keys.vae_to_diffusers(overrides)
     tensors.update({back[key]: tensor for key, tensor in overrides.items()})
-    adopt(vae, svd_keys.convert(tensors, names, wanted, str(folder)))
+    exchange.adopt(vae, exchange.convert(tensors, names, wanted, str(folder)))
     return vae
 
 
 def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
     """Both models of a single file in sgm's names; its `conditioner.*` repeats the encoder and holds OpenCLIP."""
-    tensors = read_tensors(file)
+    tensors = exchange.read_tensors(file)
     parts = {prefix: _strip(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX)}
     known = (UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX)
     surplus = [key for key in tensors if not key.startswith(known)]
     if surplus:
-        raise CheckpointError(f"{file} holds tensors of no known part: {svd_keys.listing(surplus)}; nothing was loaded")
-    config = svd_keys.sgm_unet_config(parts[UNET_PREFIX], head_channels)
+        raise CheckpointError(f"{file} holds tensors of no known part: {exchange.listing(surplus)}; nothing was loaded")
+    config = original_names.unet_config(parts[UNET_PREFIX], head_channels)
     return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
 
 
 def load_sgm_vae(file: Path) -> VideoVAE:
     """The autoencoder alone of a single file in sgm's names."""
-    return sgm_vae(_strip(read_tensors(file), VAE_PREFIX), str(file))
+    return sgm_vae(_strip(exchange.read_tensors(file), VAE_PREFIX), str(file))
 
 
 def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: str) -> VideoUNet:
     """A VideoUNet of a 2D configuration from the tensors of sgm's VideoUNet, without prefix."""
     ids = svd_keys.sgm_added_ids(tensors)
-    unet = build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
-    wanted = shapes(unet)
-    names = svd_keys.inverse(svd_keys.unet_to_sgm(wanted, svd_keys.UNetLayout.of(config)))
-    adopt(unet, svd_keys.convert(tensors, names, wanted, origin))
+    unet = exchange.build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
+    wanted = exchange.shapes(unet)
+    names = exchange.inverse(svd_keys.unet_to_sgm(wanted, original_names.UNetLayout.of(config)))
+    exchange.adopt(unet, exchange.convert(tensors, names, wanted, origin))
     return unet
 
 
@@ -387,9 +312,9 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     """A VideoVAE from the tensors of sgm's first stage, without prefix."""
     config = svd_keys.sgm_vae_config(tensors)
     vae = build_vae(config)
-    wanted = shapes(vae)
-    names = svd_keys.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
-    adopt(vae, svd_keys.convert(tensors, names, wanted, origin))
+    wanted = exchange.shapes(vae)
+    names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
+    exchange.adopt(vae, exchange.convert(tensors, names, wanted, origin))
     return vae
 
 
@@ -405,21 +330,6 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
             fill(aside)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers configuration without its private entries."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _with_defaults(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
-    read_json(folder / "config.json")
-    with torch.device("meta"):
-        return plain(kind.from_config(kind.load_config(folder)).config)
-
-
-def _detached(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.detach() for key, tensor in model.state_dict().items()}
 
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -237,11 +237,11 @@ class TransformerTime(nn.Module):
 
 
 class VideoResnet(ResnetBlock2D):
-    """A 2D residual block followed by a temporal one; both are recomputed together under checkpointing."""
+    """A 2D residual block followed by a temporal layer; both are recomputed together under checkpointing."""
 
     clip: Clip
     recompute: Recompute | None = None
-    temporal: TemporalResnet | None
+    temporal: nn.Module | None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C',H',W')."""
@@ -253,7 +253,8 @@ class VideoResnet(ResnetBlock2D):
         state = self.clip.state
         if self.temporal is None or state.bypass:
             return hidden
-        return self.temporal(hidden, time, state)
+        output: Tensor = self.temporal(hidden, time, state)  # (B*F, C', H', W')
+        return output
 
 
 class VideoBlock(BasicTransformerBlock):
@@ -291,19 +292,30 @@ class VideoBlock(BasicTransformerBlock):
 
 
 class VideoTransformer(Transformer2DModel):
-    """A 2D transformer whose blocks are `VideoBlock`s; recomputed as a whole under checkpointing."""
+    """A 2D transformer with `VideoBlock`s in it or a temporal layer after it, recomputed as a whole if checkpointed.
+
+    `temporal` is what its video blocks share, or the layer after it.
+    """
 
     clip: Clip
     recompute: Recompute | None = None
-    temporal: TransformerTime | None
+    temporal: nn.Module | None
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """(B*F,C,H,W) features and per-frame context (B*F,L,D) to (B*F,C,H,W)."""
 
         def whole(hidden: Tensor, context: Any) -> Any:
-            return super(VideoTransformer, self).forward(hidden, context, *args, **kwargs)
+            return self._followed(super(VideoTransformer, self).forward(hidden, context, *args, **kwargs))
 
         return run(self, whole, hidden_states, encoder_hidden_states)
+
+    def _followed(self, output: Any) -> Any:
+        """The 2D output, of which the features (B*F,C,H,W) are the first part, after the temporal layer."""
+        state = self.clip.state
+        if self.temporal is None or isinstance(self.temporal, TransformerTime) or state.bypass:
+            return output
+        hidden = self.temporal(output[0], None, state)  # (B*F, C, H, W)
+        return (hidden,) if isinstance(output, tuple) else type(output)(sample=hidden)
 
 
 class VideoUpsample(Upsample2D):
@@ -340,25 +352,30 @@ class VideoConvOut(nn.Conv2d):
         return self.temporal(video).transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
 
 
-def inflate_resnet(resnet: ResnetBlock2D, clip: Clip, temporal: TemporalResnet | None) -> None:
+def inflate_resnet(resnet: ResnetBlock2D, clip: Clip, temporal: nn.Module | None) -> None:
     """Turn a 2D residual block into a `VideoResnet` in place."""
     resnet.temporal = None if temporal is None else like(temporal, resnet)
-    _become(resnet, VideoResnet, clip)
+    become(resnet, VideoResnet, clip)
 
 
-def inflate_transformer(transformer: Transformer2DModel, clip: Clip, block: bool) -> None:
-    """Turn a 2D transformer into a `VideoTransformer` in place, and with `block` its blocks into `VideoBlock`s."""
-    transformer.temporal = like(TransformerTime(transformer.inner_dim), transformer) if block else None
-    _become(transformer, VideoTransformer, clip)
+def inflate_transformer(
+    transformer: Transformer2DModel, clip: Clip, temporal: nn.Module | None, blocks: int = 0
+) -> None:
+    """Turn a 2D transformer into a `VideoTransformer` in place, and its last `blocks` blocks into `VideoBlock`s.
+
+    `temporal` is the layer after it or, with video blocks, the `TransformerTime` that they share.
+    """
+    transformer.temporal = None if temporal is None else like(temporal, transformer)
+    become(transformer, VideoTransformer, clip)
     for spatial in transformer.transformer_blocks:
         constant_when_single(spatial)
-        if block:
-            _inflate_block(spatial, clip, transformer.temporal)
+    for spatial in list(transformer.transformer_blocks)[len(transformer.transformer_blocks) - blocks :]:
+        _inflate_block(spatial, clip, transformer.temporal)
 
 
 def inflate_upsample(upsample: Upsample2D, clip: Clip) -> None:
     """Turn 2D upsampling into a `VideoUpsample` in place."""
-    _become(upsample, VideoUpsample, clip)
+    become(upsample, VideoUpsample, clip)
 
 
 def inflate_conv_out(convolution: nn.Conv2d, clip: Clip) -> None:
@@ -366,7 +383,7 @@ def inflate_conv_out(convolution: nn.Conv2d, clip: Clip) -> None:
     temporal = TemporalConv(convolution.out_channels)
     temporal.identity_()
     convolution.temporal = like(temporal, convolution)
-    _become(convolution, VideoConvOut, clip)
+    become(convolution, VideoConvOut, clip)
 
 
 def _inflate_block(block: BasicTransformerBlock, clip: Clip, shared: TransformerTime) -> None:
@@ -374,9 +391,10 @@ def _inflate_block(block: BasicTransformerBlock, clip: Clip, shared: Transformer
     block.temporal = like(TemporalTransformer(block.dim, heads, width, block.cross_attention_dim), block)
     # Set past nn.Module: the transformer owns the shared layer, a block only reads it.
     object.__setattr__(block, "shared", shared)
-    _become(block, VideoBlock, clip)
+    become(block, VideoBlock, clip)
 
 
-def _become(module: nn.Module, kind: type[nn.Module], clip: Clip) -> None:
+def become(module: nn.Module, kind: type[nn.Module], clip: Clip) -> None:
+    """Turn a 2D layer into its subclass `kind`, in place, and let it see `clip`."""
     module.__class__ = kind
     setattr(module, "clip", clip)  # noqa: B010 -- a plain attribute, which mypy takes for a tensor

@@ -1,17 +1,17 @@
 """`VideoUNet`: a diffusers `UNet2DConditionModel` whose layers own a temporal child.
 
-Its state dict is the 2D one, key for key, plus the keys listed in `inflate.layers.temporal` and, where the spec asks
-for added ids, `class_embedding.*`. Whatever works on the 2D model (LoRA, ControlNet residuals, attention processors)
-works on it.
+Its state dict is the 2D one, key for key, plus the keys listed in `inflate.layers.temporal` and `.branches` and, where
+the spec asks for added ids, `class_embedding.*`. Whatever works on the 2D model (LoRA, ControlNet residuals, attention
+processors) works on it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,9 +32,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
+from inflate.layers.branches import FrameTransformer, NormOver, TemporalConvs, VideoConvIn, inflate_conv_in
 from inflate.layers.clip import Clip, ClipState, recomputes, set_recompute
 from inflate.layers.temporal import (
     TemporalResnet,
+    TransformerTime,
     VideoBlock,
     VideoResnet,
     VideoTransformer,
@@ -49,15 +51,49 @@ BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2D,
 EPSILON_BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D)
 """The blocks whose counterparts in diffusers' video UNet have an epsilon of 1e-6 built in."""
 
+MIDDLE_BLOCKS = (UNetMidBlock2D, UNetMidBlock2DCrossAttn)
+
+INPUT_HEADS = 8
+"""Heads of the transformer after the input convolution, in every published model."""
+
+SAVED_BEFORE = {"each_up_to": 1_000_000}
+"""Values, other than today's defaults, that models had which were saved before their config named the setting."""
+
 
 @dataclass(frozen=True)
 class TemporalSpec:
-    """Which temporal layers a 2D UNet gains; stored in the model's config under `temporal`."""
+    """Which temporal layers a 2D UNet gains; stored in the model's config under `temporal`.
+
+    The defaults are Stable Video Diffusion's. Raises `ConfigError` for two layers in one place.
+    """
 
     resnet: bool = True
     """A temporal residual block after each 2D one, mixed by a learned share."""
     block: bool = True
     """A temporal transformer block after each 2D one; frame positions and mix are per transformer."""
+    each_up_to: int = 2
+    """Transformers of more 2D blocks than this (Stable Diffusion XL has up to 10) get one temporal block, after their
+    last, instead of one after each: 0.57 instead of 3.51 thousand million parameters."""
+    conv: bool = False
+    """Four convolutions over time after each 2D residual block."""
+    transformer: bool = False
+    """A transformer over frames, of the same heads, after each 2D transformer."""
+    input: bool = False
+    """A transformer over frames after the first convolution: 8 heads as wide as the first 2D transformer's."""
+    motion: bool = False
+    """A motion module, which is a transformer over frames that knows their positions, after each pair of residual block
+    and transformer, and where a level has no transformer after each residual block."""
+    motion_middle: bool = True
+    """A motion module in the middle block, too."""
+    motion_heads: int = 8
+    """Attention heads of a motion module."""
+    motion_frames: int = 32
+    """Most frames that a motion module has positions for."""
+    motion_norm: NormOver = "frame"
+    """What the group norm of a motion module averages over: frame, as AnimateDiff was trained, or clip, as diffusers
+    runs it."""
+    dropout: float = 0.0
+    """Dropout between the four convolutions."""
     added_ids: int = 3
     """Number of scalar conditions added to the time embedding (0 = none)."""
     added_id_dim: int = 256
@@ -66,18 +102,46 @@ class TemporalSpec:
     """Group norm epsilon of the residual blocks of all up and cross-attention blocks: 1e-5 as Stable Video Diffusion
     was trained, 1e-6 as diffusers runs it."""
 
+    def __post_init__(self) -> None:
+        if self.motion_norm not in get_args(NormOver):
+            raise ConfigError(f"temporal: motion_norm={self.motion_norm} is neither {' nor '.join(get_args(NormOver))}")
+        places = {
+            "residual blocks": ("resnet", "conv", "motion"),
+            "transformers": ("block", "transformer", "motion"),
+        }
+        for place, slots in places.items():
+            asked = [slot for slot in slots if getattr(self, slot)]
+            if len(asked) > 1:
+                raise ConfigError(f"temporal: {' and '.join(asked)} would share the place at the {place}: set one true")
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> TemporalSpec:
-        """The spec of `to_dict`'s settings; raises `ConfigError` for one that is unknown."""
+        """The spec of `to_dict`'s settings, an earlier version's too; raises `ConfigError` for an unknown one."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(f"temporal: unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**settings)
+        return cls(**{**SAVED_BEFORE, **settings})
+
+
+VIDEO_LDM = TemporalSpec(added_ids=0)
+"""Text-to-video by residual blocks and transformer blocks with learned mixes (Align your Latents, 2023)."""
+MODELSCOPE = TemporalSpec(resnet=False, block=False, conv=True, transformer=True, input=True, dropout=0.1, added_ids=0)
+"""ModelScope, ZeroScope and the models of VGen."""
+ANIMATEDIFF_V1 = TemporalSpec(
+    resnet=False, block=False, motion=True, motion_middle=False, motion_frames=24, added_ids=0
+)
+"""AnimateDiff, motion modules of version 1.
+
+Its authors ran the 2D residual blocks of that version with group norms over the clip. Here, as in diffusers, they stay
+per frame, and the model is its parent's equal at birth.
+"""
+ANIMATEDIFF_V2 = replace(ANIMATEDIFF_V1, motion_middle=True, motion_frames=32)
+"""AnimateDiff, motion modules of version 2; those of version 3 are as these, with motion_middle=False."""
 
 
 class VideoUNet(UNet2DConditionModel):
@@ -91,13 +155,15 @@ class VideoUNet(UNet2DConditionModel):
         VideoBlock.__name__,
         VideoResnet.__name__,
         VideoTransformer.__name__,
+        VideoConvIn.__name__,
     ]
     _repeated_blocks = [VideoBlock.__name__]  # noqa: RUF012 -- diffusers reads a list
 
     def __init__(self, *args: Any, temporal: dict[str, Any] | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        spec = TemporalSpec.from_dict(temporal or {})
+        spec = TemporalSpec() if temporal is None else TemporalSpec.from_dict(temporal)
         check_blocks(self)
+        check_input(self, spec)
         self._insert(spec)
 
     @classmethod
@@ -136,8 +202,9 @@ class VideoUNet(UNet2DConditionModel):
         left waiting for their gradients.
         """
         parts = (".attn2.to_q.", ".attn2.to_k.", ".norm2.")
-        named = self.named_parameters()
-        return {n: value for n, value in named if "transformer_blocks" in n and any(part in n for part in parts)}
+        # A transformer over frames has a second self-attention of that name, which learns.
+        blocks = {n: value for n, value in self.named_parameters() if "transformer_blocks" in n.split(".temporal.")[0]}
+        return {n: value for n, value in blocks.items() if any(part in n for part in parts)}
 
     def forward(
         self,
@@ -208,19 +275,23 @@ class VideoUNet(UNet2DConditionModel):
     def _insert(self, spec: TemporalSpec) -> None:
         """Give every layer of the 2D UNet its temporal child, and store the spec in the config."""
         self.clip = Clip()
+        if spec.input:
+            inflate_conv_in(self.conv_in, self.clip, after_input(self))
         for block in self._blocks():
-            eps = spec.cross_attention_resnet_eps if isinstance(block, EPSILON_BLOCKS) else None
+            if isinstance(block, EPSILON_BLOCKS):
+                set_epsilon(block, spec.cross_attention_resnet_eps)
+            motion = motion_sites(block, spec)
             for module in list(block.modules()):
-                self._inflate(module, spec, eps)
+                self._inflate(module, spec, module in motion)
         register(self, temporal=spec.to_dict())
 
-    def _inflate(self, module: nn.Module, spec: TemporalSpec, eps: float | None) -> None:
+    def _inflate(self, module: nn.Module, spec: TemporalSpec, motion: bool) -> None:
         if isinstance(module, ResnetBlock2D):
-            if eps is not None:
-                module.norm1.eps = module.norm2.eps = eps
-            inflate_resnet(module, self.clip, temporal_resnet(module) if spec.resnet else None)
+            inflate_resnet(module, self.clip, after_resnet(module, spec, motion))
         elif isinstance(module, Transformer2DModel):
-            inflate_transformer(module, self.clip, spec.block)
+            depth = len(module.transformer_blocks)
+            blocks = (depth if depth <= spec.each_up_to else 1) if spec.block else 0
+            inflate_transformer(module, self.clip, after_transformer(module, spec, motion), blocks)
         elif isinstance(module, Upsample2D):
             inflate_upsample(module, self.clip)
 
@@ -258,6 +329,64 @@ def temporal_resnet(resnet: ResnetBlock2D, eps: float | None = None, reverse: bo
     return TemporalResnet(channels, norm.num_groups, norm.eps if eps is None else eps, time_channels, reverse)
 
 
+def set_epsilon(block: nn.Module, eps: float) -> None:
+    """Set the epsilon of the group norms of a block's residual blocks."""
+    for module in block.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.norm1.eps = module.norm2.eps = eps
+
+
+def motion_sites(block: nn.Module, spec: TemporalSpec) -> set[nn.Module]:
+    """The layers of a block that a motion module follows; a middle block ends in a residual block of no pair."""
+    middle = isinstance(block, MIDDLE_BLOCKS)
+    if not spec.motion or (middle and not spec.motion_middle):
+        return set()
+    layers = getattr(block, "attentions", None) or ()
+    transformers = {layer for layer in layers if isinstance(layer, Transformer2DModel)}
+    resnets: Any = block.resnets
+    return transformers or set(resnets[:-1] if middle else resnets)
+
+
+def after_resnet(resnet: ResnetBlock2D, spec: TemporalSpec, motion: bool) -> nn.Module | None:
+    """The temporal layer that follows a 2D residual block, if any."""
+    channels, groups = resnet.conv2.out_channels, resnet.norm2.num_groups
+    if motion:
+        return motion_module(channels, groups, spec)
+    if spec.conv:
+        return TemporalConvs(channels, groups, spec.dropout)
+    return temporal_resnet(resnet) if spec.resnet else None
+
+
+def after_transformer(transformer: Transformer2DModel, spec: TemporalSpec, motion: bool) -> nn.Module | None:
+    """The temporal layer that follows a 2D transformer or is shared by its video blocks, if any."""
+    channels, groups = transformer.in_channels, transformer.norm.num_groups
+    if motion:
+        return motion_module(channels, groups, spec)
+    if spec.transformer:
+        return FrameTransformer(channels, *_heads(transformer), groups)
+    return TransformerTime(transformer.inner_dim) if spec.block else None
+
+
+def after_input(unet: UNet2DConditionModel) -> FrameTransformer:
+    """The transformer over frames that follows the first convolution."""
+    _, width = _heads(next(module for module in unet.modules() if isinstance(module, Transformer2DModel)))
+    return FrameTransformer(unet.conv_in.out_channels, INPUT_HEADS, width, unet.config.norm_num_groups)
+
+
+def motion_module(channels: int, groups: int, spec: TemporalSpec) -> FrameTransformer:
+    """The motion module of a layer of that many channels."""
+    heads = spec.motion_heads
+    if channels % heads:
+        raise SurgeryError(f"motion_heads={heads} does not divide the {channels} channels of a layer")
+    return FrameTransformer(channels, heads, channels // heads, groups, spec.motion_norm, spec.motion_frames)
+
+
+def _heads(transformer: Transformer2DModel) -> tuple[int, int]:
+    """Number and width of a 2D transformer's heads."""
+    heads = transformer.config.num_attention_heads
+    return heads, transformer.inner_dim // heads
+
+
 def check_unet(unet: nn.Module, spec: TemporalSpec, in_channels: int | None) -> None:
     """Raise `SurgeryError` if `unet` cannot be inflated by `spec`; nothing is changed."""
     if isinstance(unet, VideoUNet):
@@ -266,6 +395,7 @@ def check_unet(unet: nn.Module, spec: TemporalSpec, in_channels: int | None) -> 
         raise SurgeryError(f"cannot inflate a {type(unet).__name__}: only diffusers' UNet2DConditionModel is supported")
     check_no_adapters(unet)
     check_blocks(unet)
+    check_input(unet, spec)
     if spec.added_ids and (unet.class_embedding is not None or unet.config.projection_class_embeddings_input_dim):
         raise SurgeryError("the 2D UNet embeds labels or sizes (SDXL) itself: inflate it with added_ids=0")
     if spec.added_ids < 0 or (spec.added_ids and (spec.added_id_dim < 2 or spec.added_id_dim % 2)):
@@ -292,6 +422,12 @@ def check_blocks(unet: UNet2DConditionModel) -> None:
     if strange:
         known = ", ".join(block.__name__ for block in BLOCKS)
         raise SurgeryError(f"cannot inflate layers of type {', '.join(strange)}; known are {known}")
+
+
+def check_input(unet: UNet2DConditionModel, spec: TemporalSpec) -> None:
+    """Raise `SurgeryError` where no 2D transformer tells how wide the heads after the input are to be."""
+    if spec.input and not any(isinstance(module, Transformer2DModel) for module in unet.modules()):
+        raise SurgeryError("input=true takes the width of its heads from the first 2D transformer, and there is none")
 
 
 def register(model: Any, **settings: Any) -> None:

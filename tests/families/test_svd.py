@@ -20,6 +20,7 @@ from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.models import original_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
@@ -436,7 +437,7 @@ def test_models_that_diffusers_cannot_hold_are_refused(family: SVD, tmp_path: Pa
 @pytest.fixture
 def sgm_file(family: SVD, tmp_path: Path) -> Path:
     unet, vae = family.unet.state_dict(), family.vae.state_dict()
-    layout = svd_keys.UNetLayout.of(family.unet.config)
+    layout = original_names.UNetLayout.of(family.unet.config)
     names = {f"unet.{key}": f"model.diffusion_model.{name}" for key, name in svd_keys.unet_to_sgm(unet, layout).items()}
     names |= {f"vae.{key}": f"first_stage_model.{name}" for key, name in svd_keys.vae_to_sgm(vae, 2).items()}
     tensors = {**{f"unet.{key}": t for key, t in unet.items()}, **{f"vae.{key}": t for key, t in vae.items()}}

@@ -3,6 +3,7 @@ import torch
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files, svd_keys
+from inflate.models import exchange, original_names
 from inflate.models.unet import TemporalSpec
 
 UNET = {
@@ -31,7 +32,7 @@ VAE = {
 
 
 def unet() -> torch.nn.Module:
-    return svd_files.build_unet(UNET, TemporalSpec(added_id_dim=16))
+    return exchange.build_unet(UNET, TemporalSpec(added_id_dim=16))
 
 
 def filled(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -64,7 +65,7 @@ def filled(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     ],
 )
 def test_unet_names(ours: str, sgm: str, diffusers: str) -> None:
-    layout = svd_keys.UNetLayout.of(UNET)
+    layout = original_names.UNetLayout.of(UNET)
     assert svd_keys.unet_to_sgm([ours], layout) == {ours: sgm}
     assert svd_keys.unet_to_diffusers([ours]) == {ours: diffusers}
 
@@ -102,57 +103,57 @@ def test_vae_names(ours: str, sgm: str, diffusers: str) -> None:
 
 
 def test_round_trip_over_both_namings_is_bit_equal() -> None:
-    shapes = svd_files.shapes(unet())
+    shapes = exchange.shapes(unet())
     start = filled(shapes)
-    for names in (svd_keys.unet_to_sgm(shapes, svd_keys.UNetLayout.of(UNET)), svd_keys.unet_to_diffusers(shapes)):
+    for names in (svd_keys.unet_to_sgm(shapes, original_names.UNetLayout.of(UNET)), svd_keys.unet_to_diffusers(shapes)):
         there = {names[key]: tensor for key, tensor in start.items()}
         assert len(there) == len(start)
-        back = svd_keys.convert(there, svd_keys.inverse(names), shapes, "test")
+        back = exchange.convert(there, exchange.inverse(names), shapes, "test")
         assert list(back) == list(start)
         assert all(torch.equal(back[key], start[key]) for key in start)
 
 
 def test_unet_configuration_is_read_off_the_tensors() -> None:
     model = unet()
-    names = svd_keys.unet_to_sgm(svd_files.shapes(model), svd_keys.UNetLayout.of(UNET))
-    config = svd_keys.sgm_unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
+    names = svd_keys.unet_to_sgm(exchange.shapes(model), original_names.UNetLayout.of(UNET))
+    config = original_names.unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
     assert config == UNET
 
 
 def test_vae_configuration_is_read_off_the_tensors() -> None:
     model = svd_files.build_vae(VAE)
-    names = svd_keys.vae_to_sgm(svd_files.shapes(model), 2)
+    names = svd_keys.vae_to_sgm(exchange.shapes(model), 2)
     assert svd_keys.sgm_vae_config({names[key]: t for key, t in model.state_dict().items()}) == VAE
 
 
 def test_pointwise_convolution_fits_a_linear_layer_both_ways() -> None:
     weight = torch.arange(6.0).reshape(3, 2)
-    linear = svd_keys.convert({"a": weight[:, :, None, None]}, {"a": "b"}, {"b": torch.Size((3, 2))}, "test")["b"]
-    conv = svd_keys.convert({"b": linear}, {"b": "a"}, {"a": torch.Size((3, 2, 1, 1))}, "test")["a"]
+    linear = exchange.convert({"a": weight[:, :, None, None]}, {"a": "b"}, {"b": torch.Size((3, 2))}, "test")["b"]
+    conv = exchange.convert({"b": linear}, {"b": "a"}, {"a": torch.Size((3, 2, 1, 1))}, "test")["a"]
     assert torch.equal(linear, weight)
     assert torch.equal(conv[:, :, 0, 0], weight)
 
 
 def test_missing_and_left_over_tensors_are_listed() -> None:
     with pytest.raises(CheckpointError, match=r"the file.*1 missing \(kept\); 1 left over \(stray\); nothing"):
-        svd_keys.convert({"stray": torch.zeros(1)}, {"kept": "ours"}, {"ours": torch.Size((1,))}, "the file")
+        exchange.convert({"stray": torch.zeros(1)}, {"kept": "ours"}, {"ours": torch.Size((1,))}, "the file")
 
 
 def test_misshapen_tensors_are_listed() -> None:
     with pytest.raises(CheckpointError, match=r"theirs \(3,\) instead of \(2,\)"):
-        svd_keys.convert({"theirs": torch.zeros(3)}, {"theirs": "ours"}, {"ours": torch.Size((2,))}, "the file")
+        exchange.convert({"theirs": torch.zeros(3)}, {"theirs": "ours"}, {"ours": torch.Size((2,))}, "the file")
 
 
 def test_two_keys_with_one_name_are_refused() -> None:
     with pytest.raises(CheckpointError, match="share a name"):
-        svd_keys.inverse({"a": "x", "b": "x"})
+        exchange.inverse({"a": "x", "b": "x"})
 
 
 def test_foreign_tensors_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="sgm"):
-        svd_keys.sgm_unet_config({"lora.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="under its original names"):
+        original_names.unet_config({"lora.weight": torch.zeros(1)})
 
 
 def test_unequal_levels_have_no_sgm_name() -> None:
     with pytest.raises(CheckpointError, match="layers_per_block"):
-        svd_keys.UNetLayout.of({**UNET, "layers_per_block": (1, 2, 2)})
+        original_names.UNetLayout.of({**UNET, "layers_per_block": (1, 2, 2)})

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +8,13 @@ from diffusers import UNetSpatioTemporalConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from helpers import CROSS, randomise, tiny_unet, tiny_unet_sd1, tiny_unet_sd2, unet_inputs
+from helpers import CROSS, randomise, tiny_unet, tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl, unet_inputs
 from inflate.errors import CheckpointError, ConfigError, InflateError
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 
 SPEC = TemporalSpec(added_ids=0)
 SMALL = TemporalSpec(added_id_dim=8)
+PRESETS = [SPEC, MODELSCOPE, ANIMATEDIFF_V2]
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +157,10 @@ def test_per_frame_context_equals_the_repeated_one_and_its_first_frame_rules_tim
     assert torch.equal(unet(**{**inputs, "encoder_hidden_states": repeated}).sample, unet(**inputs).sample)
 
 
-def test_image_frames_are_the_2d_models_prediction():
+@pytest.mark.parametrize("spec", PRESETS)
+def test_image_frames_are_the_2d_models_prediction(spec):
     parent = tiny_unet_sd2()
-    unet = VideoUNet.from_2d(parent, SPEC)
+    unet = VideoUNet.from_2d(parent, spec).eval()
     for parameter in unet.temporal_parameters().values():
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
     inputs = unet_inputs()
@@ -209,10 +212,10 @@ def test_controlnet_residuals_pass_through():
     assert isinstance(unet(**inputs, return_dict=False), tuple)
 
 
-@pytest.mark.parametrize("build", [tiny_unet_sd1, tiny_unet_sd2])
-def test_a_lora_of_the_parent_shifts_each_frame_as_it_shifts_the_parent(build, tmp_path):
+@pytest.mark.parametrize(("build", "spec"), [(tiny_unet_sd1, SPEC), *((tiny_unet_sd2, spec) for spec in PRESETS)])
+def test_a_lora_of_the_parent_shifts_each_frame_as_it_shifts_the_parent(build, spec, tmp_path):
     parent = build()
-    unet = VideoUNet.from_2d(parent, SPEC)
+    unet = VideoUNet.from_2d(parent, spec)
     inputs = unet_inputs()
     plain = frame_by_frame(parent, inputs)
     parent.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -232,12 +235,14 @@ def test_a_lora_of_the_parent_shifts_each_frame_as_it_shifts_the_parent(build, t
     assert not any(".temporal." in name for name in loaded)
 
 
-def test_a_temporal_lora_learns_by_peft():
-    unet = trained()
-    unet.add_adapter(LoraConfig(r=2, target_modules=r".*\.temporal\.attn1\.to_[qkv]"))
+@pytest.mark.parametrize("spec", PRESETS)
+def test_a_temporal_lora_learns_by_peft(spec):
+    unet = trained(spec)
+    unet.add_adapter(LoraConfig(r=2, target_modules=r".*\.temporal\.(transformer_blocks\.0\.)?attn1\.to_[qkv]"))
     unet(**unet_inputs()).sample.square().sum().backward()
     trainable = {name: value for name, value in unet.named_parameters() if value.requires_grad}
-    assert all(".temporal.attn1." in name and "lora_" in name for name in trainable)
+    assert trainable
+    assert all(".temporal." in name and ".attn1." in name and "lora_" in name for name in trainable)
     assert all(value.grad is not None for value in trainable.values())
     assert any(value.grad.abs().max() > 0 for value in trainable.values())
 
@@ -301,10 +306,69 @@ def test_spec_round_trip_and_unknown_setting():
     assert TemporalSpec.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(ConfigError, match="unknown setting resnets; known: resnet, block"):
         TemporalSpec.from_dict({"resnets": True})
+    with pytest.raises(ConfigError, match="block and motion would share the place at the transformers"):
+        TemporalSpec(resnet=False, motion=True)
+    with pytest.raises(ConfigError, match="motion_norm=frames is neither clip nor frame"):
+        TemporalSpec(motion_norm="frames")
+
+
+def test_a_model_saved_before_the_slots_loads_as_before(tmp_path):
+    unet = trained(replace(SPEC, each_up_to=9), tiny_unet_sdxl)
+    unet.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    then = ("resnet", "block", "added_ids", "added_id_dim", "cross_attention_resnet_eps")
+    config["temporal"] = {name: config["temporal"][name] for name in then}
+    file.write_text(json.dumps(config))
+    again = VideoUNet.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
+
+
+def blocks_with_time(unet):
+    return [n for n, m in unet.named_modules() if n.endswith(".temporal") and ".transformer_blocks." in n]
+
+
+def test_deep_transformers_get_one_temporal_block_after_their_last():
+    middle = "mid_block.attentions.0.transformer_blocks"
+    found = [n for n in blocks_with_time(trained(SPEC, tiny_unet_sdxl)) if n.startswith("mid_block")]
+    assert found == [f"{middle}.2.temporal"]
+    each = blocks_with_time(trained(replace(SPEC, each_up_to=3), tiny_unet_sdxl))
+    assert [n for n in each if n.startswith("mid_block")] == [f"{middle}.{i}.temporal" for i in range(3)]
+
+
+def owners(spec, build=tiny_unet_sd2):
+    return {n.removesuffix(".temporal") for n, _ in trained(spec, build).named_modules() if n.endswith(".temporal")}
+
+
+def test_where_the_slots_are():
+    resnets = {n for n, m in tiny_unet_sd2().named_modules() if type(m).__name__ == "ResnetBlock2D"}
+    attentions = {n for n, m in tiny_unet_sd2().named_modules() if type(m).__name__ == "Transformer2DModel"}
+    assert owners(MODELSCOPE) == resnets | attentions | {"conv_in"}
+    pairs = {n for n in resnets if n.startswith(("down_blocks.1", "up_blocks.0"))} | attentions
+    assert owners(ANIMATEDIFF_V2) == pairs
+    assert owners(ANIMATEDIFF_V1) == pairs - {"mid_block.attentions.0"}
+
+
+@pytest.mark.parametrize("spec", [MODELSCOPE, ANIMATEDIFF_V2])
+def test_saved_slots_round_trip(spec, tmp_path):
+    unet = trained(spec)
+    unet.save_pretrained(tmp_path)
+    again = VideoUNet.from_pretrained(tmp_path)
+    assert again.spec == spec
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in unet.state_dict().items())
+    assert torch.equal(again(**unet_inputs()).sample, unet(**unet_inputs()).sample)
+
+
+def test_a_clip_longer_than_the_positions_is_refused():
+    unet = trained(replace(ANIMATEDIFF_V2, motion_frames=3))
+    assert unet(**unet_inputs(frames=3)).sample.isfinite().all()
+    with pytest.raises(InflateError, match="4 frames is longer than the 3 positions"):
+        unet(**unet_inputs(frames=4))
 
 
 def gradients(unet, calls):
     unet.zero_grad()
+    torch.manual_seed(0)  # of dropout
     sum(unet(**call).sample.square().sum() for call in calls).backward()
     return {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
 
@@ -314,9 +378,12 @@ def two_clips():
     return [unet_inputs(), {**unet_inputs(batch=1, frames=4, tokens=1, seed=1), "image_only": images}]
 
 
-@pytest.mark.parametrize("build", [tiny_unet_sd1, tiny_unet_sd2])
-def test_checkpointing_leaves_gradients_equal_over_two_different_clips(build):
-    unet = trained(build=build).double().train()
+@pytest.mark.parametrize(
+    ("build", "spec"),
+    [(tiny_unet_sd1, SPEC), (tiny_unet_sd2, SPEC), (tiny_unet_sd1, MODELSCOPE), (tiny_unet_sd2, ANIMATEDIFF_V2)],
+)
+def test_checkpointing_leaves_gradients_equal_over_two_different_clips(build, spec):
+    unet = trained(spec, build=build).double().train()
     calls = [
         {name: value.double() if value.is_floating_point() else value for name, value in call.items()}
         for call in two_clips()
@@ -383,6 +450,7 @@ def test_one_token_contexts_skip_frozen_queries():
     assert "mid_block.attentions.0.transformer_blocks.0.temporal.attn2.to_q.weight" in names
     assert "mid_block.attentions.0.transformer_blocks.0.norm2.weight" in names
     assert not any("resnets" in name for name in names)
+    assert not any(".temporal." in name for name in trained(MODELSCOPE).inert_parameters())
 
 
 def test_a_copy_has_a_clip_state_of_its_own():
