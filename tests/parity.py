@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from inflate.errors import InflateError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import Condition, euler_scheduler, predictor
-from inflate.models import exchange
+from inflate.models import exchange, ldm_keys
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator, load_published
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -102,7 +102,7 @@ def load_unet(folder: Path, stem: str) -> VideoUNet:
     config = _json(folder / f"{stem}.json")["config"]
     tensors = _weights(folder / f"{stem}{WEIGHTS}")
     width, heads = config.get("num_head_channels", -1), config.get("num_heads", -1)
-    image = svd_keys.sgm_unet_config(tensors, width if width > 0 else 1)
+    image = ldm_keys.unet_config(tensors, width if width > 0 else 1)
     if width <= 0:
         image["attention_head_dim"] = heads
     unet = svd_files.sgm_unet(tensors, image, stem)
@@ -399,10 +399,10 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
 
 def _real_models(listed: dict[str, Any]) -> tuple[VideoUNet, VideoVAE]:
     stand_ins = {key: _stand_in(shape) for key, shape in listed["unet"].items()}
-    config = svd_keys.sgm_unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
+    config = ldm_keys.unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
     unet = exchange.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
     sides = {f"{side}.{key}": _stand_in(listed[side][key]) for side in ("encoder", "decoder") for key in listed[side]}
-    return unet, svd_files.build_vae(svd_keys.sgm_vae_config(sides))
+    return unet, svd_files.build_vae(ldm_keys.vae_config(sides))
 
 
 def _trace(

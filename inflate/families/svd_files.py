@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
 from inflate.files import new_folder
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, ldm_keys
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
@@ -36,6 +36,12 @@ PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
 PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
+ENCODERS = {
+    768: "that of Stable Diffusion 1 is openai/clip-vit-large-patch14",
+    1024: "that of Stable Diffusion 2 and Stable Video Diffusion is laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    2048: "that of Stable Diffusion XL joins two text encoders, and no image encoder embeds in it: use another parent",
+}
+"""Which image encoder fits a context, by its width."""
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
 """Tensors of a whole CLIP model that its image encoder does without."""
 UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
@@ -283,7 +289,7 @@ def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
     surplus = [key for key in tensors if not key.startswith(known)]
     if surplus:
         raise CheckpointError(f"{file} holds tensors of no known part: {exchange.listing(surplus)}; nothing was loaded")
-    config = svd_keys.sgm_unet_config(parts[UNET_PREFIX], head_channels)
+    config = ldm_keys.unet_config(parts[UNET_PREFIX], head_channels)
     return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
 
 
@@ -304,7 +310,7 @@ def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: s
 
 def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     """A VideoVAE from the tensors of sgm's first stage, without prefix."""
-    config = svd_keys.sgm_vae_config(tensors)
+    config = ldm_keys.vae_config(tensors)
     vae = build_vae(config)
     wanted = exchange.shapes(vae)
     names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))

@@ -3,7 +3,7 @@ import torch
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files, svd_keys
-from inflate.models import exchange
+from inflate.models import exchange, ldm_keys
 from inflate.models.unet import TemporalSpec
 
 UNET = {
@@ -116,14 +116,14 @@ def test_round_trip_over_both_namings_is_bit_equal() -> None:
 def test_unet_configuration_is_read_off_the_tensors() -> None:
     model = unet()
     names = svd_keys.unet_to_sgm(exchange.shapes(model), exchange.UNetLayout.of(UNET))
-    config = svd_keys.sgm_unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
+    config = ldm_keys.unet_config({names[key]: t for key, t in model.state_dict().items()}, head_channels=8)
     assert config == UNET
 
 
 def test_vae_configuration_is_read_off_the_tensors() -> None:
     model = svd_files.build_vae(VAE)
     names = svd_keys.vae_to_sgm(exchange.shapes(model), 2)
-    assert svd_keys.sgm_vae_config({names[key]: t for key, t in model.state_dict().items()}) == VAE
+    assert ldm_keys.vae_config({names[key]: t for key, t in model.state_dict().items()}) == VAE
 
 
 def test_pointwise_convolution_fits_a_linear_layer_both_ways() -> None:
@@ -150,8 +150,8 @@ def test_two_keys_with_one_name_are_refused() -> None:
 
 
 def test_foreign_tensors_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="sgm"):
-        svd_keys.sgm_unet_config({"lora.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="original format"):
+        ldm_keys.unet_config({"lora.weight": torch.zeros(1)})
 
 
 def test_unequal_levels_have_no_sgm_name() -> None:
