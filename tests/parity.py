@@ -522,7 +522,7 @@ def _real_models(listed: dict[str, Any]) -> tuple[VideoUNet, VideoVAE]:
     config = original_names.unet_config(stand_ins, listed["unet_config"]["num_head_channels"])
     unet = exchange.build_unet(config, TemporalSpec(added_id_dim=svd_keys.sgm_added_ids(stand_ins) // 3))
     sides = {f"{side}.{key}": _stand_in(listed[side][key]) for side in ("encoder", "decoder") for key in listed[side]}
-    return unet, svd_files.build_vae(svd_keys.sgm_vae_config(sides))
+    return unet, svd_files.build_vae(original_names.vae_config(sides))
 
 
 def _trace(

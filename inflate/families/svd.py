@@ -39,6 +39,7 @@ from inflate.families.svd_encoders import (
     refuse_another_encoder,
 )
 from inflate.models import folders
+from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
@@ -164,7 +165,10 @@ class SVD(Encoding):
         self.sigma_max = min(self.sigma_max, self.objective.sigma_limit)
         width, needed = self.image_encoder.config.projection_dim, self.unet.config.cross_attention_dim
         if width != needed:
-            raise CheckpointError(f"the image encoder embeds in {width} dimensions but the UNet's context has {needed}")
+            fitting = svd_files.ENCODERS.get(needed, f"one that embeds in {needed} dimensions is needed")
+            raise CheckpointError(
+                f"the image encoder embeds in {width} dimensions but the UNet's context has {needed}: {fitting}"
+            )
         channels = 2 * self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise CheckpointError(
@@ -173,16 +177,26 @@ class SVD(Encoding):
 
     @classmethod
     def load(
-        cls, path: str | Path, image_encoder: str | Path | None = None, epsilon: float = 1e-5, frames: int = 14
+        cls,
+        path: str | Path,
+        image_encoder: str | Path | None = None,
+        epsilon: float = 1e-5,
+        frames: int = 14,
+        prediction: Prediction | None = None,
     ) -> Self:
-        """Loads what `path` is: an image model, which is inflated, a video model, or the original's .safetensors file.
+        """Loads what `path` is: an image model, which is inflated, or a video model; a folder or a .safetensors file.
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
-        export exactly. `frames` is its clip length. A video model has both already.
+        export exactly. `frames` is its clip length. A video model has both already. `prediction` is what an image
+        model in a single file predicts, where the file does not tell.
         """
         if str(path).endswith(svd_files.SAFETENSORS):
-            return cls.from_sgm(path, needed_encoder(path, image_encoder))
+            encoder, file = needed_encoder(path, image_encoder), Path(path).expanduser()
+            if not is_single_image_model(file):
+                return cls.from_sgm(file, encoder)
+            spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
+            return cls.from_single_file(file, encoder, spec, prediction, frames)
         folder = svd_files.resolve(path)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
@@ -211,12 +225,29 @@ class SVD(Encoding):
         encoder = svd_files.load_image_encoder(encoder_folder)
         image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
         image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
-        channels = 2 * image_vae.config.latent_channels
-        unet, unet_report = inflate_unet(image_unet, spec or TemporalSpec(), in_channels=channels)
-        vae, vae_report = inflate_vae(image_vae)
-        log.info("inflated the UNet\n%s\nand the VAE\n%s", unet_report.table(), vae_report.table())
         statistics = image_statistics(encoder_folder, folder / "feature_extractor")
-        return cls(unet, vae, encoder, inherited, frames=frames, decode_chunk=frames, **statistics)
+        networks = inflated(image_unet, image_vae, spec or TemporalSpec())
+        return cls(*networks, encoder, inherited, frames=frames, decode_chunk=frames, **statistics)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: Path,
+        image_encoder: str | Path,
+        spec: TemporalSpec | None = None,
+        prediction: Prediction | None = None,
+        frames: int = 14,
+    ) -> Self:
+        """Inflates a Stable Diffusion 1 or 2 in a single file; the image encoder comes from its own folder.
+
+        CheckpointError, with nothing made, where the file is not whole or does not fit.
+        """
+        image = load_image_model(file, prediction)
+        folder = svd_files.encoder_folder(image_encoder)
+        encoder = svd_files.load_image_encoder(folder)
+        objective = objective_of(image.scheduler, file)
+        networks = inflated(image.unet, image.vae, spec or TemporalSpec())
+        return cls(*networks, encoder, objective, frames=frames, decode_chunk=frames, **image_statistics(folder))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -359,6 +390,14 @@ def assemble(context: Tensor, image_latent: Tensor, fps: Tensor, bucket: Tensor,
 
 
 _PLAIN_SETTINGS = ("frames", "decode_chunk", "fps", "height", "width", "sigma_min", "sigma_max")
+
+
+def inflated(unet: UNet2DConditionModel, vae: AutoencoderKL, spec: TemporalSpec) -> tuple[VideoUNet, VideoVAE]:
+    """The networks of an image model as video networks, the UNet taking the image latent, too; logs what was done."""
+    video_unet, unet_report = inflate_unet(unet, spec, in_channels=2 * vae.config.latent_channels)
+    video_vae, vae_report = inflate_vae(vae)
+    log.info("inflated the UNet\n%s\nand the VAE\n%s", unet_report.table(), vae_report.table())
+    return video_unet, video_vae
 
 
 def predictor(unet: nn.Module, condition: Condition, image_only: bool = False) -> Predict:

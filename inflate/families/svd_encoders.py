@@ -15,6 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import svd_files
 from inflate.models import exchange, folders
+from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
@@ -76,8 +77,9 @@ class Encoders(Encoding):
     def load(cls, path: str | Path, image_encoder: str | Path | None = None) -> Self:
         """The encoders of what `SVD.load` loads, with the weights that it gives them; CheckpointError as there."""
         if str(path).endswith(svd_files.SAFETENSORS):
-            inside = svd_files.encoder_folder(needed_encoder(path, image_encoder))
-            vae = svd_files.load_sgm_vae(Path(path).expanduser())
+            inside, file = svd_files.encoder_folder(needed_encoder(path, image_encoder)), Path(path).expanduser()
+            is_image = is_single_image_model(file)
+            vae = inflate_vae(load_vae(file))[0] if is_image else svd_files.load_sgm_vae(file)
             return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))
         folder = svd_files.resolve(path)
         statistics = image_statistics(folder / "feature_extractor")

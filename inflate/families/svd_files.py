@@ -37,6 +37,12 @@ PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
 SAFETENSORS = ".safetensors"
+ENCODERS = {
+    768: "that of Stable Diffusion 1 is openai/clip-vit-large-patch14",
+    1024: "that of Stable Diffusion 2 and Stable Video Diffusion is laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    2048: "that of Stable Diffusion XL joins two text encoders, and no image encoder embeds in it: use another parent",
+}
+"""Which image encoder fits a context, by its width."""
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
 """Tensors of a whole CLIP model that its image encoder does without."""
 UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
@@ -310,7 +316,7 @@ def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: s
 
 def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     """A VideoVAE from the tensors of sgm's first stage, without prefix."""
-    config = svd_keys.sgm_vae_config(tensors)
+    config = original_names.vae_config(tensors)
     vae = build_vae(config)
     wanted = exchange.shapes(vae)
     names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))

@@ -6,14 +6,12 @@ other two namings and is inverted for loading.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from inflate.models.exchange import Names
-from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, count_of, rename_head, size_of
+from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head, size_of, vae_key
 
-_VAE_ATTENTION_TO_SGM = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _TOP_TO_SGM = {
     **TOP_NAMES,
     "class_embedding.linear_1": "label_emb.0.0",
@@ -55,23 +53,6 @@ def sgm_added_ids(tensors: Mapping[str, Tensor]) -> int:
     return size_of(tensors, "label_emb.0.0.weight", 1)
 
 
-def sgm_vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The AutoencoderKL configuration that fits sgm's first stage, which has neither quant nor post-quant layers."""
-    levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
-    width = [size_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
-    return {
-        "in_channels": size_of(tensors, "encoder.conv_in.weight", 1),
-        "out_channels": size_of(tensors, "decoder.conv_out.weight", 0),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(width),
-        "layers_per_block": count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        "latent_channels": size_of(tensors, "decoder.conv_in.weight", 1),
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-
-
 def _substitute(key: str) -> str:
     for pattern, replacement in _TO_DIFFUSERS:
         key = re.sub(pattern, replacement, key)
@@ -109,17 +90,6 @@ def _transformer_to_sgm(rest: str) -> str:
 
 
 def _vae_key_to_sgm(key: str, levels: int) -> str:
-    key = key.replace("decoder.conv_out.temporal.", "decoder.conv_out.time_mix_conv.")
-    key = key.replace(".conv_norm_out.", ".norm_out.")
-    key = re.sub(r"\.down_blocks\.(\d+)\.", r".down.\1.", key)
-    key = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", key)
-    key = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", key)
-    key = re.sub(r"\.mid_block\.attentions\.0\.(.*)", lambda match: _vae_attention(match[1]), key)
-    key = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda match: f".mid.block_{int(match[1]) + 1}.", key)
-    key = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key).replace(".conv_shortcut.", ".nin_shortcut.")
+    key = vae_key(key.replace("decoder.conv_out.temporal.", "decoder.conv_out.time_mix_conv."), levels)
     key = re.sub(r"(?<=\.)temporal\.mix$", "mix_factor", key)
     return re.sub(r"(?<=\.)temporal\.(.*)", lambda match: "time_stack." + rename_head(match[1], RESNET_NAMES), key)
-
-
-def _vae_attention(rest: str) -> str:
-    return ".mid.attn_1." + rename_head(rest, _VAE_ATTENTION_TO_SGM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from inflate.families.svd import SVD
 from inflate.families.svd_encoders import Encoders
@@ -14,7 +15,9 @@ class Model:
 
     path: str = "pocket"
     """`pocket`; a Stable Diffusion or Stable Video Diffusion folder in diffusers' layout, or its name on the Hub; or
-    the original's .safetensors file"""
+    a .safetensors file: a Stable Diffusion 1 or 2 as communities share them, or the original's of the video model"""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """what a Stable Diffusion 2 in a single file predicts, which it does not tell: the 768-pixel ones v_prediction"""
     image_encoder: str | None = None
     """folder of the CLIP image encoder, where `path` holds none"""
     norm_epsilon: float = 1e-5
@@ -24,7 +27,7 @@ class Model:
 
     def load(self, frames: int) -> SVD:
         """The model, inflated where it is an image model, for clips of so many frames; CheckpointError."""
-        return SVD.load(self.path, self.image_encoder, self.norm_epsilon, frames=frames)
+        return SVD.load(self.path, self.image_encoder, self.norm_epsilon, frames, self.prediction)
 
     def encoders(self) -> Encoders:
         """Its VAE and image encoder alone; CheckpointError."""

@@ -1,4 +1,4 @@
-"""The names that latent diffusion's own code gives to the layers of a UNet, on which many published files are built.
+"""The names that latent diffusion's own code gives to its networks' layers, on which many published files are built.
 
 Blocks have running numbers, which depend on the UNet's shape; the shape can be read off the tensors.
 """
@@ -6,7 +6,7 @@ Blocks have running numbers, which depend on the UNet's shape; the shape can be 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,64 @@ def rename_head(rest: str, table: Mapping[str, str]) -> str:
         if rest.startswith(ours + "."):
             return theirs + rest[len(ours) :]
     raise CheckpointError(f"the format has no name for a layer that ends in {rest}")
+
+
+_TOP = TOP_NAMES | {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_names(keys: Iterable[str], layout: UNetLayout) -> dict[str, str]:
+    """Maps a 2D UNet's keys to the original ones, without their `model.diffusion_model.`."""
+    return {key: _unet_key(key, layout) for key in keys}
+
+
+def _unet_key(key: str, layout: UNetLayout) -> str:
+    placed = layout.place(key)
+    if placed is None:
+        return rename_head(key, _TOP)
+    layer, kind, rest = placed
+    if kind == "resnets":
+        rest = rename_head(rest, RESNET_NAMES)
+    elif kind == "downsamplers":
+        rest = f"op.{rest.removeprefix('conv.')}"
+    return f"{layer}.{rest}"
+
+
+def vae_names(keys: Iterable[str], levels: int) -> dict[str, str]:
+    """Maps an autoencoder's keys to the original ones, without their `first_stage_model.`; it has so many levels."""
+    return {key: vae_key(key, levels) for key in keys}
+
+
+def vae_key(key: str, levels: int) -> str:
+    """The original name of one of an autoencoder's tensors."""
+    key = key.replace(".conv_norm_out.", ".norm_out.")
+    key = re.sub(r"\.down_blocks\.(\d+)\.", r".down.\1.", key)
+    key = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", key)
+    key = re.sub(r"\.(down|up)samplers\.0\.", r".\1sample.", key)
+    key = re.sub(r"\.mid_block\.attentions\.0\.(.*)", lambda match: _vae_attention(match[1]), key)
+    key = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda match: f".mid.block_{int(match[1]) + 1}.", key)
+    return re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key).replace(".conv_shortcut.", ".nin_shortcut.")
+
+
+def _vae_attention(rest: str) -> str:
+    return ".mid.attn_1." + rename_head(rest, _VAE_ATTENTION)
+
+
+def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The AutoencoderKL configuration that fits an autoencoder's tensors."""
+    levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
+    width = [size_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
+    return {
+        "in_channels": size_of(tensors, "encoder.conv_in.weight", 1),
+        "out_channels": size_of(tensors, "decoder.conv_out.weight", 0),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(width),
+        "layers_per_block": count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": size_of(tensors, "decoder.conv_in.weight", 1),
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+    }
 
 
 def unet_config(tensors: Mapping[str, Tensor], head_channels: int = 64) -> dict[str, Any]:

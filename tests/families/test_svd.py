@@ -5,22 +5,24 @@ import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import AutoencoderKL, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from helpers import CROSS, randomise, write_image_model
+from helpers import CROSS, randomise, tiny_unet, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files, svd_keys
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
 from inflate.models import original_names
+from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
@@ -497,3 +499,42 @@ def test_encoders_alone_are_those_of_the_whole_model(
         Encoders.load(exported, exported / "image_encoder")
     with pytest.raises(CheckpointError, match="give its folder as image_encoder"):
         Encoders.load(sgm_file)
+
+
+# ---- an image model in a single file
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_community_checkpoint_becomes_the_model_that_its_folder_becomes(linear: bool, tmp_path: Path) -> None:
+    folder = write_image_model(tmp_path / "folder", linear=linear, quant=True, prediction_type="epsilon")
+    shape: dict[str, Any] = {"attention_head_dim": (1, 2) if linear else 8, "block_out_channels": (64, 128)}
+    unet = tiny_unet(linear=linear, norm_num_groups=32, transformer_layers_per_block=(2, 2), **shape)
+    unet.save_pretrained(folder / "unet")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
+    tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.state_dict().items()}
+    names = vae_names(vae.state_dict(), 2)
+    tensors |= {f"first_stage_model.{names[key]}": tensor for key, tensor in vae.state_dict().items()}
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    inside = folder / "image_encoder"
+    torch.manual_seed(0)
+    ours = SVD.load(tmp_path / "model.safetensors", inside, frames=3, prediction="epsilon")
+    torch.manual_seed(0)
+    theirs = SVD.load(folder, frames=3)
+    assert ours.objective == replace(theirs.objective, zero_terminal_snr=False)
+    for one, other in ((ours.unet, theirs.unet), (ours.vae, theirs.vae)):
+        assert one.state_dict().keys() == other.state_dict().keys()
+        assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in one.state_dict().items())
+    inputs = torch.randn(1, 2, 8, 8, 8), torch.ones(1), torch.randn(1, 1, CROSS)
+    with torch.no_grad():
+        same, wanted = (one.unet(*inputs, added_time_ids=torch.ones(1, 3)).sample for one in (ours, theirs))
+    torch.testing.assert_close(same, wanted, atol=1e-5, rtol=0)
+    alone = Encoders.load(tmp_path / "model.safetensors", inside)
+    assert encoder_sha256(alone.vae) == encoder_sha256(theirs.vae)
+
+
+def test_an_image_encoder_of_another_width_names_the_one_that_fits(family: SVD) -> None:
+    unet = copy.deepcopy(family.unet)
+    unet.register_to_config(cross_attention_dim=768)
+    with pytest.raises(CheckpointError, match=r"context has 768: that of Stable Diffusion 1 is openai/clip-vit-large"):
+        SVD(unet, family.vae, family.image_encoder)

@@ -123,7 +123,7 @@ def test_unet_configuration_is_read_off_the_tensors() -> None:
 def test_vae_configuration_is_read_off_the_tensors() -> None:
     model = svd_files.build_vae(VAE)
     names = svd_keys.vae_to_sgm(exchange.shapes(model), 2)
-    assert svd_keys.sgm_vae_config({names[key]: t for key, t in model.state_dict().items()}) == VAE
+    assert original_names.vae_config({names[key]: t for key, t in model.state_dict().items()}) == VAE
 
 
 def test_pointwise_convolution_fits_a_linear_layer_both_ways() -> None:
