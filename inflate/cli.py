@@ -243,12 +243,10 @@ def sample(
 @report_errors()
 def evaluate(
     generated: Annotated[Path, typer.Argument(metavar="GENERATED", help="Folder or metadata file of videos.")],
-    real: Annotated[
-        Path | None, typer.Option(help="Folder or metadata file of true videos, of the same names.")
-    ] = None,
+    real: Annotated[Path | None, typer.Option(help="The same of true videos, by the same names.")] = None,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="The true videos are others: compare the sets.")] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="Folder or metadata file with captions [default: GENERATED's own]")
+        Path | None, typer.Option(help="Folder or metadata file with captions, if not GENERATED's own.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model, for prompt agreement.")] = None,
     fvd_network: Annotated[
@@ -256,9 +254,9 @@ def evaluate(
     ] = None,
     vgg: Annotated[Path | None, typer.Option(help="File of VGG16's tensors, for LPIPS.")] = None,
     lpips_heads: Annotated[Path | None, typer.Option(help="File of LPIPS's linear heads.")] = None,
-    frames: Annotated[int | None, typer.Option(help="First frames to measure [default: all]")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Scale and crop to this [default: as it is]")] = None,
-    fps: Annotated[float | None, typer.Option(help="Resample to this rate [default: as it is]")] = None,
+    frames: Annotated[int | None, typer.Option(help="First frames to measure, if not all.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Scale and crop to this.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Resample to this rate.")] = None,
     stride: Annotated[int, typer.Option(min=1, help="Take every n-th frame.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals' bootstrap.")] = 0,
     against: Annotated[Path | None, typer.Option(help="JSON of an earlier evaluation to set beside this one.")] = None,

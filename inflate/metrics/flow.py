@@ -153,7 +153,7 @@ class _Places:
         error = self._error(first)
         surplus = (error - 3 * np.median(error)).clip(0)
         unexplained = surplus / (surplus + DIFFERENT**2) * (follows == 0)
-        if unexplained.sum() < LEAST * len(self.at):
+        if unexplained.sum() <= LEAST * len(self.at):
             return None
         rough, moved = self.fit(unexplained)
         motion = min((rough, self._sharpened(rough, moved)), key=lambda one: self._left(one, error, unexplained))
@@ -164,12 +164,13 @@ class _Places:
 
     def _left(self, motion: Array, error: Array, unexplained: Array) -> float:
         """Share of the unexplained difference that a motion of some of the places leaves."""
-        much = unexplained > 0.1
-        return float(np.minimum(error, self._error(motion))[much].sum() / error[much].sum())
+        return float((unexplained * np.minimum(error, self._error(motion))).sum() / (unexplained * error).sum())
 
-    def motion(self, motion: Array, follows: Array) -> Motion:
+    def motion(self, motion: Array, follows: Array) -> Motion | None:
         """The same about the centre of the places that follow it, or the frame's where they are a scene."""
         weight = self.weight * follows
+        if not weight.any():
+            return None
         centre = np.average(self.at, axis=0, weights=weight)  # (2,)
         radius = np.sqrt(np.average(np.square(self.at - centre).sum(1), weights=weight))
         right, down = _design(centre[None])[0] @ motion if radius < SPREAD else motion[:2]
