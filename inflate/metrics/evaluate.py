@@ -99,8 +99,13 @@ def evaluate(settings: Settings, watch: Watch, device: torch.device) -> Evaluati
     paired = real is not None and not settings.unpaired
     if real and paired:
         folders.refuse_unpaired(generated, real)
-    reader = folders.reader([generated, *([real] if real else [])], settings.cut)
+    sets = [generated, *([real] if real else [])]
+    reader = folders.reader(sets, settings.cut)
     _check_size(settings, reader, paired)
+    if settings.fvd_network and min(len(found.clips) for found in sets) < 2:
+        raise DataError(
+            "an FVD is of sets: it needs two videos or more in each folder, and says much only of thousands"
+        )
     asked = _asked(settings, generated)
     networks = Networks.load(settings, device)
     protocol = _protocol(settings, generated, real, reader, networks)

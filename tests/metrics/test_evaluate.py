@@ -227,6 +227,13 @@ def test_a_size_is_width_by_height() -> None:
         Cut(frames=1)
 
 
+def test_a_distance_of_single_videos_is_refused(generated: Path, real: Path, networks: Path) -> None:
+    for name in ("1", "2", "3"):
+        (generated / f"{name}.mp4").unlink()
+    with pytest.raises(DataError, match="two videos or more"):
+        measured(Settings(generated, real, fvd_network=networks / "i3d.pt", unpaired=True))
+
+
 def test_small_frames_are_refused_before_they_are_measured(generated: Path, real: Path) -> None:
     with pytest.raises(DataError, match="10x10 are too small"):
         measured(Settings(generated, real, cut=Cut(size=(10, 10))))
