@@ -239,6 +239,55 @@ def sample(
     _write(output, _animate(family, read_image(image, size), settings), settings.fps)
 
 
+@app.command()
+@report_errors()
+def evaluate(
+    generated: Annotated[Path, typer.Argument(metavar="GENERATED", help="Folder or metadata file of videos.")],
+    real: Annotated[Path | None, typer.Option(help="The same of true videos, by the same names.")] = None,
+    unpaired: Annotated[bool, typer.Option("--unpaired", help="The true videos are others: compare the sets.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Folder or metadata file with captions, if not GENERATED's own.")
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model, for prompt agreement.")] = None,
+    fvd_network: Annotated[
+        Path | None, typer.Option(help="TorchScript file such as i3d_torchscript.pt; the code in it is executed.")
+    ] = None,
+    vgg: Annotated[Path | None, typer.Option(help="File of VGG16's tensors, for LPIPS.")] = None,
+    lpips_heads: Annotated[Path | None, typer.Option(help="File of LPIPS's linear heads.")] = None,
+    frames: Annotated[int | None, typer.Option(help="First frames to measure, if not all.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Scale and crop to this.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Resample to this rate.")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Take every n-th frame.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals' bootstrap.")] = 0,
+    against: Annotated[Path | None, typer.Option(help="JSON of an earlier evaluation to set beside this one.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Everything as JSON.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Measure a folder of videos: motion and flicker, agreement with prompts, closeness to true videos (PSNR, FVD)."""
+    if output is not None:
+        _check_output(overwrite, (".json",), output)
+    from inflate.metrics.folders import Cut, parse_size
+
+    cut = Cut(frames, parse_size(size) if size else None, fps, stride)
+    import torch
+
+    from inflate.metrics import evaluate as evaluation
+    from inflate.metrics.report import read_earlier
+
+    settings = evaluation.Settings(
+        generated, real, prompts, clip, fvd_network, vgg, lpips_heads, unpaired, cut, seed, against
+    )
+    if fvd_network is not None:
+        typer.echo(f"note: {fvd_network} is a program, which now runs", err=True)
+    found = evaluation.evaluate(settings, _progress, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(found.table(read_earlier(against) if against else None))
+    if output is not None:
+        found.write(output)
+        typer.echo(f"wrote {output}")
+
+
 @app.command("sweep", context_settings={"ignore_unknown_options": True})
 @report_errors()
 def run_sweep(

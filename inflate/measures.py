@@ -15,9 +15,11 @@ SHARES: tuple[Share, ...] = get_args(Share)
 
 BETTER = {
     "parent/": "", "bypassed": "", "held still": "", "static copy": "", "autoencoder": "",  # to compare with
-    "loss": "lower", "flicker": "lower", "spectrum_distance": "lower",
+    "real/": "",
+    "loss": "lower", "flicker": "lower", "spectrum_distance": "lower", "lpips": "lower", "fvd": "lower", "kvd": "lower",
     "psnr": "higher", "ssim": "higher", "frame 0": "higher", "frames 1-3": "higher",
-    "sharpness": "nearer 1",
+    "direction": "higher", "prompt agreement": "higher", "frame consistency": "higher",
+    "sharpness": "nearer 1", "frame change": "nearer real", "motion": "nearer real",
 }  # fmt: skip
 """Which direction is better, by what a measure's name holds; the first that fits decides."""
 
@@ -30,7 +32,7 @@ RISE, EVALUATIONS = 0.02, 2
 
 
 def better(name: str) -> str:
-    """Which direction of a measure is better: `lower`, `higher`, `nearer 1`, or nothing for what has none."""
+    """Which direction of a measure is better: `lower`, `higher`, `nearer 1`, `nearer real`, or nothing."""
     return next((direction for words, direction in BETTER.items() if words in name), "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_version() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = inflate("--help").output
-    assert all(command in text for command in ("init", "verify", "sample"))
+    assert all(command in text for command in ("init", "verify", "sample", "evaluate"))
 
 
 def test_a_wrong_option_ends_with_status_2() -> None:
@@ -230,3 +231,22 @@ def test_sample_names_an_image_that_cannot_be_read(tmp_path: Path) -> None:
 def test_sample_takes_height_and_width_together(picture: Path, tmp_path: Path) -> None:
     arguments = ("sample", "pocket", picture, "-o", tmp_path / "out.mp4")
     assert "give both or neither" in refused(*arguments, "--height", 16)
+
+
+def test_evaluate_prints_a_table_and_writes_everything(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    for name in ("real/a", "real/b", "made/a", "made/b"):
+        video.write(tmp_path / f"{name}.mp4", frames, 8)
+    output = tmp_path / "evaluation.json"
+    command = ("evaluate", tmp_path / "made", "--real", tmp_path / "real", "-o", output, "--frames", 4)
+    result = inflate(*command)
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "measure mean 95 % interval clips better"
+    assert "psnr 100 100 to 100 2 higher" in lines
+    assert lines[-1] == f"wrote {output}"
+    assert json.loads(output.read_text())["protocol"]["frames"] == 4
+    assert "--overwrite" in refused(*command)
+    beside = inflate(*command, "--overwrite", "--against", output)
+    assert "psnr 100 100 to 100 2 100 higher" in " ".join(beside.stdout.split())
+    assert "no such folder" in refused("evaluate", tmp_path / "absent")

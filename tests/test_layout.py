@@ -38,7 +38,7 @@ ARROWS = {
     "surgery": MIDDLE,
     "objectives": MIDDLE,
     "data": MIDDLE,
-    "metrics": MIDDLE,
+    "metrics": MIDDLE | {"measures"},
     "families": MIDDLE | {"families"},
     "sampling": MIDDLE | {"families", "sampling"},
     "training": MIDDLE | {"families", "sampling", "training", "curves", "measures", "__init__"},

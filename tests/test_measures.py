@@ -13,6 +13,9 @@ from inflate.measures import Overfitting, better, overfitting, remark
         ("held-out loss at sigma 0.3", "lower"), ("training-clip loss", "lower"), ("noisy/flicker", "lower"),
         ("flicker error, sample", "lower"), ("clean/spectrum_distance", "lower"), ("noisy/psnr", "higher"),
         ("clean/ssim", "higher"), ("frames 1-3, sample", "higher"), ("noisy/sharpness", "nearer 1"),
+        ("fvd", "lower"), ("lpips", "lower"), ("flicker error", "lower"), ("prompt agreement", "higher"),
+        ("direction as asked", "higher"), ("motion", "nearer real"), ("frame change", "nearer real"),
+        ("real/motion", ""),
         ("held-out loss, temporal layers bypassed", ""), ("frame 0, autoencoder", ""), ("parent/noisy/psnr", ""),
     ],
 )  # fmt: skip

@@ -55,20 +55,26 @@ def flow(before: Floats, after: Floats) -> tuple[Floats, Floats]:
 def _refined(first: Floats, second: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Gauss-Newton steps on the brightness difference in a window about each pixel."""
     gradient_y, gradient_x = _gradient(first, 1), _gradient(first, 2)
-    xx, yy = _window(np.square(gradient_x)) + NOISE, _window(np.square(gradient_y)) + NOISE
-    xy = _window(gradient_x * gradient_y)
+    xx, yy, xy = texture(first)
+    xx, yy = xx + NOISE, yy + NOISE
     determinant = xx * yy - np.square(xy)
     for _ in range(ITERATIONS):
-        difference = _difference(first, second, x, y)
-        along_x, along_y = _window(difference * gradient_x), _window(difference * gradient_y)
+        error = difference(first, second, x, y)
+        along_x, along_y = window_mean(error * gradient_x), window_mean(error * gradient_y)
         x = np.asarray(x + (yy * along_x - xy * along_y) / determinant, np.float32)
         y = np.asarray(y + (xx * along_y - xy * along_x) / determinant, np.float32)
     return x, y
 
 
-def reduced(frames: Pixels) -> Floats:
-    """Brightness in [0, 1] (F, h, w), averaged over whole blocks of pixels."""
-    factor = max(1, min(frames.shape[1:3]) // SIDE)
+def texture(images: Floats) -> tuple[Floats, Floats, Floats]:
+    """Squared brightness gradients xx, yy and xy (N, H, W), each the mean of a window: what flow can be known by."""
+    gradient_y, gradient_x = _gradient(images, 1), _gradient(images, 2)
+    return window_mean(np.square(gradient_x)), window_mean(np.square(gradient_y)), window_mean(gradient_x * gradient_y)
+
+
+def reduced(frames: Pixels, short: int = SIDE) -> Floats:
+    """Brightness in [0, 1] (F, h, w), averaged over whole blocks of pixels; the short side is just above `short`."""
+    factor = max(1, min(frames.shape[1:3]) // short)
     height, width = (side // factor for side in frames.shape[1:3])
     result = np.empty((len(frames), height, width), np.float32)
     for number, frame in enumerate(frames):  # frame by frame: a float copy of a large clip would be four times its size
@@ -94,7 +100,7 @@ def _gradient(images: Floats, axis: int) -> Floats:
     return np.asarray(np.gradient(images, axis=axis), np.float32)
 
 
-def _window(images: Floats) -> Floats:
+def window_mean(images: Floats) -> Floats:
     """Mean over 5 x 5 pixels, edges repeated."""
     for axis in (1, 2):
         padding = [(2, 2) if axis == i else (0, 0) for i in range(3)]
@@ -105,7 +111,7 @@ def _window(images: Floats) -> Floats:
     return images
 
 
-def _difference(first: Floats, second: Floats, x: Floats, y: Floats) -> Floats:
+def difference(first: Floats, second: Floats, x: Floats, y: Floats) -> Floats:
     """first(p) - second(p + (x, y)), bilinear; 0 where that lies outside the frame and so says nothing."""
     count, height, width = first.shape
     column = np.arange(width, dtype=np.float32) + x

@@ -82,7 +82,9 @@ def _from_pairs(folder: Path, settings: Data) -> list[Clip]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
     nested = sorted({path.parent.relative_to(folder).as_posix() for path in files if _is_metadata(path)})
     if nested:
-        raise DataError(f"{folder}: its clips are in sub-folders; set data.split to {' or '.join(nested)}")
+        raise DataError(
+            f"{folder}: its clips are in sub-folders; set data.split to {' or '.join(nested)}, or name that folder"
+        )
     media = [path for path in files if path.suffix.lower() in EXTENSIONS | IMAGES]
     if not media:
         others = f"; it has {_listed(path.name for path in files)}" if files else "; it is empty"

@@ -114,6 +114,12 @@ def probe(media: Media) -> Probe:
     return scan(media)[0]
 
 
+def codec(media: Media) -> str:
+    """A video's codec and pixel format, such as h264/yuv420p; raises DataError."""
+    with _opened(media) as (_, stream):
+        return f"{stream.codec_context.name}/{stream.codec_context.pix_fmt}"
+
+
 def is_image(media: Media) -> bool:
     """Whether the media is a still, by its extension."""
     return not isinstance(media, Embedded) and Path(media).suffix.lower() in IMAGES

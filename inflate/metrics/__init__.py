@@ -1,1 +1,1 @@
-"""Measures of a video against the truth: error, flicker, sharpness, perceptual distance and direction of motion."""
+"""Measures of videos: error, flicker, sharpness, perceptual distance, motion, agreement with prompts, FVD."""

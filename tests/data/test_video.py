@@ -40,6 +40,11 @@ def test_other_containers_read_the_same(make_clip, name, codec):
     assert levels(video.read(path, [3, 7, 13], found)) == [3, 7, 13]
 
 
+def test_the_codec_is_told_with_its_pixel_format(make_clip):
+    assert video.codec(make_clip("a.mp4", numbered(4))) == "h264/yuv420p"
+    assert video.codec(make_clip("a.avi", numbered(4), codec="mpeg4")) == "mpeg4/yuv420p"
+
+
 def test_seeking_reads_what_reading_all_reads(make_clip):
     path = make_clip("a.mp4", busy(40), gap=7)
     found, whole = video.scan(path, limit=2**30)

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from networks import lpips_weights
 from safetensors.torch import save_file
 
 from helpers import tiny_vae
@@ -12,18 +13,7 @@ from inflate.metrics.perceptual import LPIPS, VGG16, EncoderFeatures, perceptual
 @pytest.fixture(scope="module")
 def weights():
     """Seeded tensors under the published names."""
-    generator = torch.Generator().manual_seed(0)
-    backbone, channels, number = {}, 3, 0
-    for stage in VGG16:
-        for wider in stage:
-            scale = (2 / (9 * channels)) ** 0.5
-            backbone[f"features.{number}.weight"] = scale * torch.randn(wider, channels, 3, 3, generator=generator)
-            backbone[f"features.{number}.bias"] = torch.zeros(wider)
-            channels, number = wider, number + 2
-        number += 1
-    backbone["classifier.0.weight"] = torch.zeros(1)
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, s[-1], 1, 1, generator=generator) for i, s in enumerate(VGG16)}
-    return backbone, heads
+    return lpips_weights()
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -41,6 +42,24 @@ def test_ssim_is_1_for_the_truth_and_falls_with_damage():
     assert torch.allclose(values[0], torch.ones(2), atol=1e-5)
     assert (values[0] > values[1]).all()
     assert (values[1] > values[2]).all()
+
+
+def test_ssim_is_the_mean_of_its_formula_over_windows():
+    truth = clips(batch=1, frames=2, side=13).double()
+    output = (truth + 0.2 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    offsets = torch.arange(11).double() - 5
+    weights = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    weights = weights / weights.sum()
+    found = []
+    for x, y in zip(luminance(output)[0], luminance(truth)[0], strict=True):
+        for row, column in itertools.product(range(3), range(3)):
+            a, b = (image[row : row + 11, column : column + 11] for image in (x, y))
+            mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+            variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+            covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+            light = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+            found.append(light * (2 * covariance + 9e-4) / (variance_a + variance_b + 9e-4))
+    assert ssim(output, truth).item() == pytest.approx(torch.stack(found).mean().item(), rel=1e-9)
 
 
 def test_ssim_of_constant_frames_is_the_comparison_of_their_means():
