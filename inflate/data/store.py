@@ -185,7 +185,7 @@ def _write(shard: Path, tensors: dict[str, Tensor], entries: Mapping[str, tuple[
         with new_file(shard) as aside:
             save_file(tensors, aside)
         with new_file(_index_of(shard)) as aside:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), aside)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), aside, write_page_checksum=True)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"{shard.parent}: cannot be written: {error}; what was cached before is whole; free space or name another "
@@ -202,7 +202,7 @@ def _read_indexes(folder: Path) -> dict[str, Entry]:
     for file in sorted(folder.glob("shard-*.parquet")):
         shard = file.with_suffix(".safetensors")
         try:
-            table = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
             found = {row["key"]: Entry(shard, json.loads(row["facts"]), dict(row["checks"])) for row in table}
         except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file}: damaged: {error}; delete it and start `inflate data cache` again") from error

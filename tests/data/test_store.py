@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_damaged_index_is_named_and_one_without_its_shard_counts_for_nothing(t
     index.write_bytes(content[:50])
     with pytest.raises(DataError, match=rf"{index.name}: damaged: .*delete it"):
         Store(tmp_path)
+
+
+def test_no_flipped_byte_of_an_index_changes_what_was_noted(tmp_path: Path) -> None:
+    """What decoding a file showed is noted there alone: no row of a shard would tell that it changed."""
+    index = filled(tmp_path, "a").entries["a"].shard.with_suffix(".parquet")
+    content, read = index.read_bytes(), []
+    for place in range(len(content)):
+        index.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with suppress(DataError):
+            read += [entry.facts for entry in Store(tmp_path).entries.values()]
+    assert 0 < len(read) < len(content), "some bytes of the footer say nothing that is read"
+    assert [facts for facts in read if facts != {"clip": "a.mp4"}] == []
 
 
 def test_a_shard_is_written_when_it_is_full_or_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
