@@ -121,12 +121,13 @@ class ClipCache:
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def check_writable(self) -> None:
-        """Raise DataError unless the folder is there, or can be made, and can be written to."""
+    def prepare(self) -> None:
+        """Make the folder and tidy it, before any process writes; DataError where it cannot be written to."""
         try:
             with new_file(self.store.folder / "probe") as aside:
                 aside.touch()
-            (self.store.folder / "probe").unlink()
+            (self.store.folder / "probe").unlink(missing_ok=True)
+            self.store.tidy()
         except OSError as error:
             raise DataError(
                 f"data.cache={self.store.folder} cannot be written: {error}; name another folder"

@@ -93,6 +93,10 @@ class Store:
             self.entries |= {key: Entry(shard, facts, checks) for key, (facts, checks) in self._new.items()}
         self._tensors, self._new, self._bytes, self._flushed = {}, {}, 0, time.monotonic()
 
+    def tidy(self) -> None:
+        """Remove what killed processes left. Nobody may be writing: those of other machines look dead from here."""
+        remove_leftovers(self.folder, "shard-*")
+
     def damaged(self) -> dict[str, str]:
         """The keys of all entries that do not read as they were written, with the reason."""
         found = {}
@@ -181,7 +185,6 @@ def _write(shard: Path, tensors: dict[str, Tensor], entries: Mapping[str, tuple[
     checks = pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.uint32()))
     schema = pyarrow.schema([("key", pyarrow.string()), ("facts", pyarrow.string()), ("checks", checks)])
     try:
-        remove_leftovers(shard.parent, "shard-*")
         with new_file(shard) as aside:
             save_file(tensors, aside)
         with new_file(_index_of(shard)) as aside:
