@@ -116,7 +116,7 @@ class ClipCache:
         """The key of a clip's entry."""
         parts = {
             "version": VERSION, "file": self._file(row.clip), "size": row.windows[0].bucket.size,
-            "sights": [asdict(sight) for sight in seen], "encoder": dict(encoder.identity),
+            "sights": [(sight.frames, sight.fps) for sight in seen], "encoder": dict(encoder.identity),
             "caption": row.clip.caption if encoder.reads_captions else None,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from inflate.errors import DataError
 from inflate.files import new_file, remove_leftovers
 
@@ -31,6 +34,9 @@ SHARD_SECONDS = 60.0
 """A shard is written at the latest when so long has passed since the last: what a killed process loses."""
 
 
+Checks = npt.NDArray[np.uint32]
+
+
 @dataclass(frozen=True)
 class Entry:
     """What the index says of one key."""
@@ -38,7 +44,7 @@ class Entry:
     shard: Path
     facts: Mapping[str, Any]
     """what the writer noted, as in JSON"""
-    checks: Mapping[str, Sequence[int]]
+    checks: Mapping[str, Checks]
     """CRC-32 of each row, along the first axis, of each tensor"""
 
 
@@ -49,7 +55,7 @@ class Store:
         """Read the indexes of a folder, which need not exist yet; DataError for one that cannot be read."""
         self.folder, self.entries = folder, _read_indexes(folder)
         self._tensors: dict[str, Tensor] = {}
-        self._new: dict[str, tuple[Mapping[str, Any], dict[str, list[int]]]] = {}
+        self._new: dict[str, tuple[Mapping[str, Any], dict[str, Checks]]] = {}
         self._bytes, self._flushed = 0, time.monotonic()
         self._open: dict[Path, Any] = {}
 
@@ -148,14 +154,19 @@ _REMEDY = "`inflate data cache ... --verify` with the same settings encodes what
 _ROWS_TOGETHER = 64
 
 
-def row_checks(tensor: Tensor) -> list[int]:
+def row_checks(tensor: Tensor) -> Checks:
     """The CRC-32 of each row along the first axis."""
     import torch
 
     rows = tensor.contiguous().reshape(len(tensor), -1)
     if not rows.numel():
-        return [0] * len(tensor)
-    return [zlib.crc32(row) for row in rows.view(torch.uint8).numpy()]
+        return np.zeros(len(tensor), np.uint32)
+    return np.array([zlib.crc32(row) for row in rows.view(torch.uint8).numpy()], np.uint32)
+
+
+def _checks(columns: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Checks]:
+    """A row's checks by name, as arrays: Python's own numbers take nine times the memory, in an index of many clips."""
+    return {name: np.array(values, np.uint32) for name, values in columns}
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[range]:
@@ -206,7 +217,7 @@ def _read_indexes(folder: Path) -> dict[str, Entry]:
         shard = file.with_suffix(".safetensors")
         try:
             table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
-            found = {row["key"]: Entry(shard, json.loads(row["facts"]), dict(row["checks"])) for row in table}
+            found = {row["key"]: Entry(shard, json.loads(row["facts"]), _checks(row["checks"])) for row in table}
         except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file}: damaged: {error}; delete it and start `inflate data cache` again") from error
         if shard.is_file():
