@@ -2,8 +2,8 @@
 
 An entry belongs to one clip as one selection of windows shows it. Its key is a hash of all that its content follows
 from: the file's bytes, the frames of every window and their rates, the size, the caption where it is encoded, the
-networks' weights, the precision, and VERSION. What changes makes another key, so a cache is never stale: only entries
-of files and settings that are used now are found. Rows of its tensors are
+networks' weights and settings, the precision, and VERSION. What changes makes another key, so a cache is never stale:
+only entries of files and settings that are used now are found. Rows of its tensors are
 
     frames      every frame that some window shows, once, however many windows show it
     starts      every frame that some window begins with, with what is particular to the window: `motion`
