@@ -2,8 +2,8 @@
 
 An entry belongs to one clip as one selection of windows shows it. Its key is a hash of all that its content follows
 from: the file's bytes, the frames of every window and their rates, the size, the caption where it is encoded, the
-networks' weights, the precision, and VERSION. What changes makes another key, so a cache is never stale: only entries
-of files and settings that are used now are found. Rows of its tensors are
+networks' weights and settings, the precision, and VERSION. What changes makes another key, so a cache is never stale:
+only entries of files and settings that are used now are found. Rows of its tensors are
 
     frames      every frame that some window shows, once, however many windows show it
     starts      every frame that some window begins with, with what is particular to the window: `motion`
@@ -116,17 +116,18 @@ class ClipCache:
         """The key of a clip's entry."""
         parts = {
             "version": VERSION, "file": self._file(row.clip), "size": row.windows[0].bucket.size,
-            "sights": [asdict(sight) for sight in seen], "encoder": dict(encoder.identity),
+            "sights": [(sight.frames, sight.fps) for sight in seen], "encoder": dict(encoder.identity),
             "caption": row.clip.caption if encoder.reads_captions else None,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def check_writable(self) -> None:
-        """Raise DataError unless the folder is there, or can be made, and can be written to."""
+    def prepare(self) -> None:
+        """Make the folder and tidy it, before any process writes; DataError where it cannot be written to."""
         try:
             with new_file(self.store.folder / "probe") as aside:
                 aside.touch()
-            (self.store.folder / "probe").unlink()
+            (self.store.folder / "probe").unlink(missing_ok=True)
+            self.store.tidy()
         except OSError as error:
             raise DataError(
                 f"data.cache={self.store.folder} cannot be written: {error}; name another folder"

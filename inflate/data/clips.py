@@ -87,7 +87,7 @@ class ClipDataset:
         self.buckets = [bucket for bucket in settings.sizes if bucket in buckets]
         self._places = [np.flatnonzero([one == bucket for one in buckets]) for bucket in self.buckets]
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
-        self._scores: dict[tuple[str, int], float] = {}
+        self._scores: dict[tuple[str, Window, int], float] = {}
         self._encoded: EncodedClips | None = None
         self._frames_read: Frames = "all"
 
@@ -223,13 +223,13 @@ class ClipDataset:
         return video.read(row.clip.media, numbers, row.probe, window.bucket.size)
 
     def _score(self, row: Checked, window: Window, start: int, frames: Pixels) -> float:
-        key = row.clip.name, start
+        key = row.clip.name, window, start
         if key not in self._scores:
             self._scores[key] = motion_score(frames, window.fps)
         return self._scores[key]
 
     def _middle_score(self, row: Checked, window: Window) -> float:
-        known = self._scores.get((row.clip.name, window.middle))
+        known = self._scores.get((row.clip.name, window, window.middle))
         if known is not None:
             return known
         if self._encoded is not None:

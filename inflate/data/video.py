@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Probe:
         """Seconds, the last frame included."""
         return self.frames / self.fps
 
-    @property
+    @cached_property
     def typical_fps(self) -> float:
         """One over the median interval: the rate of a clip while it moves, though some frames stay longer."""
         return self.fps if self.is_image else 1 / float(np.median(np.diff(self.times)))

@@ -62,7 +62,7 @@ def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable
     clips = find_clips(settings.data)[state.process_index :: state.num_processes]
     with together():
         if state.is_main_process:
-            ClipCache(folder).check_writable()
+            ClipCache(folder).prepare()
             if verify:
                 mend(ClipCache(folder), say)
     cache = ClipCache(folder)

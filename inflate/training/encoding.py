@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from inflate.training.image_to_video import ImageToVideo
 from inflate.training.noise import seed_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
+VAE_SETTINGS = ("act_fn", "norm_num_groups")
+IMAGE_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
+"""Of the networks' configurations: what makes other results of the same weights."""
 
 
 def clip_encoder(family: Encoding, data: Data, conditioning: ImageToVideo) -> ClipEncoder:
@@ -40,11 +43,12 @@ class ClipEncoder:
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
-        """Hashes of the encoders, the image encoder's input statistics, precision and draws."""
+        """Hashes and settings of the encoders, the image encoder's input statistics, precision and draws."""
         family, (mean, std) = self.family, self.aug
         return {
             "vae": encoder_sha256(family.vae), "latent scale": str(family.vae.config.scaling_factor),
-            "image_encoder": weights_sha256(family.image_encoder),
+            "vae settings": _settings(family.vae, VAE_SETTINGS), "image_encoder": weights_sha256(family.image_encoder),
+            "image settings": _settings(family.image_encoder, IMAGE_SETTINGS),
             "image statistics": f"{family.image_mean} {family.image_std}", "precision": self.precision,
             "condition frames": f"{self.draws} at log-normal {mean} {std}" if self.draws else "none",
         }  # fmt: skip
@@ -74,3 +78,7 @@ class ClipEncoder:
         augs = torch.exp(mean + std * torch.randn(self.draws, generator=generator))  # (K,)
         noise = torch.randn(self.draws, *frame.shape, generator=generator).to(frame.device)  # (K, 3, H, W)
         return self.family.image_latent(frame.expand(self.draws, -1, -1, -1), augs.to(frame.device), noise), augs
+
+
+def _settings(network: Any, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {getattr(network.config, name)}" for name in names)

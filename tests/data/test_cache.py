@@ -92,6 +92,23 @@ def test_samples_of_a_cache_are_those_of_the_files(changes: dict[str, Any], fold
     assert [encoded.numbers(step, 2, 1) for step in range(9)] == [plain.numbers(step, 2, 1) for step in range(9)]
 
 
+def test_windows_that_begin_with_one_held_frame_each_have_their_own_motion(make_clip: Any, tmp_path: Path) -> None:
+    """Frame 3 stays for 0.8 s, and several windows of even time begin while it does."""
+    stamps = [0, 100, 200, 300, *range(1100, 2100, 100)]
+    frames = np.stack([np.roll(busy(1, 32, 32)[0], 3 * number**2, axis=1) for number in range(len(stamps))])
+    make_clip("clips/held.mkv", frames, fps=10, stamps=stamps)
+    changes: dict[str, Any] = {"window": "slide", "hop": 2, "fps": 10.0, "buckets": ["8x32x32"]}
+    settings, plain = (small(tmp_path / "clips", **changes, **cache) for cache in ({}, {"cache": None}))
+    cached(settings, Means())
+    forwards, backwards, encoded = (ClipDataset(one, shuffle=False) for one in (plain, plain, settings))
+    encoded.read_encoded(Means(), "none")
+    assert [window.starts[0] for _, window in forwards.windows].count(3) == 4
+    motion = [float(encoded[number]["motion"]) for number in range(len(encoded))]
+    assert len(set(motion)) == len(motion)
+    assert [float(forwards[number]["motion"]) for number in range(len(forwards))] == motion
+    assert [float(backwards[number]["motion"]) for number in reversed(range(len(backwards)))] == motion[::-1]
+
+
 def test_each_frame_is_encoded_once_however_many_windows_show_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOGETHER", 5)
     encoder = Means()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_a_damaged_index_is_named_and_one_without_its_shard_counts_for_nothing(t
         Store(tmp_path)
 
 
+def test_no_flipped_byte_of_an_index_changes_what_was_noted(tmp_path: Path) -> None:
+    """What decoding a file showed is noted there alone: no row of a shard would tell that it changed."""
+    index = filled(tmp_path, "a").entries["a"].shard.with_suffix(".parquet")
+    content, read = index.read_bytes(), []
+    for place in range(0, len(content), 3):
+        index.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with suppress(DataError):
+            read += [entry.facts for entry in Store(tmp_path).entries.values()]
+    assert 0 < len(read) < len(content), "some bytes of the footer say nothing that is read"
+    assert [facts for facts in read if facts != {"clip": "a.mp4"}] == []
+
+
 def test_a_shard_is_written_when_it_is_full_or_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SHARD_BYTES", 200)
     made = Store(tmp_path)
@@ -138,8 +151,16 @@ def test_a_writer_killed_at_any_time_loses_only_what_it_had_not_written(tmp_path
     found = Store(tmp_path)
     assert {str(number) for number in range(last)} <= found.entries.keys()
     assert found.damaged() == {}
-    filled(tmp_path, "next")
+    found.tidy()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_another_machine_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Its process has a number that nobody has here."""
+    aside = tmp_path / ".shard-0.safetensors.99999999.partial"
+    aside.touch()
+    filled(tmp_path, "a")
+    assert aside.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

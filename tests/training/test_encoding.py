@@ -145,6 +145,17 @@ def test_a_changed_encoder_invalidates_what_it_made(
     assert (done.found, done.made) == (others, 3 - others)
 
 
+def test_an_encoder_of_the_same_weights_and_another_activation_is_another(family: SVD) -> None:
+    """OpenCLIP's weights are published as gelu, OpenAI's as quick_gelu: one setting tells them apart."""
+    one, image = clip_encoder(family, Data(), CONDITIONING).identity, torch.full((1, 3, SIDE, SIDE), 0.3)
+    embedded, config = family.embed(image), family.image_encoder.config
+    other = type(family.image_encoder)(type(config)(**{**config.to_dict(), "hidden_act": "gelu"})).eval()
+    other.load_state_dict(family.image_encoder.state_dict())
+    family.image_encoder = other
+    assert not torch.allclose(family.embed(image), embedded)
+    assert clip_encoder(family, Data(), CONDITIONING).identity != one
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_precision_is_kept_and_another_one_is_another_entry(
     precision: str, family: SVD, clips: Path, tmp_path: Path
