@@ -33,13 +33,15 @@ class Line:
 
 
 def plot(path: Path, runs: Mapping[str, Mapping[str, Rows]]) -> None:
-    """Draw every recorded quantity over the steps, and mark where a run began to overfit.
+    """Draw every recorded quantity over the steps, and mark where a run began to overfit; nothing where there is none.
 
     runs: by label, each with its `history` (training) and `held_out` rows. The quantities of a single run that belong
     together share a panel: a loss at each noise level, held-out clips and training clips, the shares of time. Several
     runs have a colour each, a panel per quantity, and a legend. The suffix of `path` names the format.
     """
     panels = _panels(runs, together=len(runs) == 1)
+    if not panels:
+        return
     rows, legend = -(-len(panels) // COLUMNS), LINE * len(runs) if len(runs) > 1 else 0.0
     height = HEIGHT * rows + legend
     figure = Figure(figsize=(WIDTH, height))

@@ -24,7 +24,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        mode = aside.stat().st_mode & 0o666
         for path in [*aside.rglob("*"), aside]:
+            if path.is_file():
+                path.chmod(mode)  # as the user's mask has it: safetensors lets nobody else read
             flush(path)
         if folder.exists():
             folder.rename(old)
@@ -43,7 +46,10 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _hidden(path, "partial")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the user's mask has it: safetensors lets nobody else read
         yield aside
+        aside.chmod(mode)
         flush(aside)
         aside.replace(path)
     finally:

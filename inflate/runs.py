@@ -82,7 +82,7 @@ def find(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name one that holds runs")
     found = below(folder)
-    if not found:
+    if not found and not unmeasured(folder):
         raise CheckpointError(f"{folder}: holds no run, which is a folder with {CONFIG} and {METRICS}")
     return found
 

@@ -24,6 +24,7 @@ from inflate.data.buckets import Bucket
 from inflate.data.clips import Batch, ClipDataset, Frames, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
+from inflate.data.sources import find_clips
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_files import check_place
@@ -109,6 +110,8 @@ def train(config: Config) -> Result:
             check_output(config.training)
         for place in filter(None, (config.model.path, config.model.image_encoder)):
             check_place(place)
+    find_clips(config.data)
+    find_clips(config.data.evaluation())  # listing is cheap: what is wrong there is told before any clip is decoded
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)

@@ -109,3 +109,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (names(path.parent), path.read_text()) == (["a.txt"], "old")
     write_text(path, "new")
     assert (names(path.parent), path.read_text()) == (["a.txt"], "new")
+
+
+def test_what_is_written_may_be_read_by_whom_the_mask_lets(tmp_path: Path) -> None:
+    former = os.umask(0o022)
+    try:
+        with new_file(tmp_path / "one") as aside:
+            aside.write_text("")
+            aside.chmod(0o600)
+        with new_folder(tmp_path / "many") as aside:
+            (aside / "deep").mkdir()
+            (aside / "deep" / "file").touch(mode=0o600)
+    finally:
+        os.umask(former)
+    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "many" / "deep" / "file").stat().st_mode & 0o777 == 0o644

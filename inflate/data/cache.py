@@ -9,7 +9,8 @@ only entries of files and settings that are used now are found. Rows of its tens
     starts      every frame that some window begins with, with what is particular to the window: `motion`
     caption     one row
 
-Beside them an entry `file/<hash>` holds what decoding the file showed, so that it need not be decoded again.
+Beside them an entry `file/<hash>` holds what decoding the file showed, so that it need not be decoded again, and
+`stamp/<place, size, time>` its hash, so that it need not be read again while its size and time of change stay.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ TOGETHER = 16
 """Frames that are read and encoded together."""
 CAPTION = "caption"
 """Begins the names of tensors of the caption, of one row."""
+FILL = "run `inflate data cache` with the same files, and the same settings of data, model and image_to_video"
 _SHOWN = 5
 
 Identity = Mapping[str, str]
@@ -101,6 +103,12 @@ class ClipCache:
         self.store = Store(Path(folder).expanduser())
         self._files: dict[str, str] = {}
 
+    def check_filled(self) -> None:
+        """Raise DataError where the folder holds nothing."""
+        if not self.store.entries:
+            what = "holds no encoded clips" if self.store.folder.is_dir() else "is no folder"
+            raise DataError(f"data.cache={self.store.folder} {what}: {FILL}")
+
     def probe(self, clip: Clip) -> video.Probe | None:
         """What decoding the clip's file showed before, if it was; DataError for a file that cannot be read."""
         entry = self.store.entries.get(self._file_key(clip))
@@ -108,9 +116,10 @@ class ClipCache:
 
     def note(self, row: Checked) -> None:
         """Keep what decoding a clip's file showed; one that does not decode is tried again the next time."""
-        key = self._file_key(row.clip)
-        if row.probe is not None and key not in self.store:
-            self.store.put(key, {}, {"probe": asdict(row.probe)})
+        facts: dict[str, Any] = {"probe": row.probe and asdict(row.probe), "sha256": self._file(row.clip)}
+        for name, key in (("probe", self._file_key(row.clip)), ("sha256", _stamp(row.clip.media))):
+            if row.probe is not None and key and key not in self.store:
+                self.store.put(key, {}, {name: facts[name]})
 
     def key(self, row: Checked, seen: Sequence[Sight], encoder: Encoder) -> str:
         """The key of a clip's entry."""
@@ -135,7 +144,8 @@ class ClipCache:
 
     def needed(self, rows: Sequence[Checked], keys: Iterable[str]) -> set[str]:
         """These keys, and those of what decoding the clips' files showed."""
-        return {*keys, *(self._file_key(row.clip) for row in rows)}
+        clips = [row.clip for row in rows]
+        return {*keys, *map(self._file_key, clips), *(_stamp(clip.media) for clip in clips)}
 
     def holds_file(self, clip: Clip) -> bool:
         """Whether the clip's file, as it is now, was decoded for this cache."""
@@ -146,9 +156,10 @@ class ClipCache:
         return f"file/{VERSION}/{kind}/{self._file(clip)}"
 
     def _file(self, clip: Clip) -> str:
-        """The hash of the clip's file, read once."""
+        """The hash of the clip's file, which is read only if it is not as it was when it was hashed before."""
         if clip.name not in self._files:
-            self._files[clip.name] = _hash(clip.media)
+            known = self.store.entries.get(_stamp(clip.media))
+            self._files[clip.name] = _hash(clip.media) if known is None else known.facts["sha256"]
         return self._files[clip.name]
 
 
@@ -264,6 +275,17 @@ def _probe(facts: Mapping[str, Any]) -> video.Probe:
     return video.Probe(**{**facts, "times": tuple(facts["times"]), "stamps": None if stamps is None else tuple(stamps)})
 
 
+def _stamp(media: video.Media) -> str:
+    """What tells that a file is as it was: its place, size and time of change; nothing for what is no file."""
+    if isinstance(media, video.Embedded):
+        return ""
+    try:
+        found = Path(media).stat()
+    except OSError as error:
+        raise DataError(f"{media}: cannot be read ({error.strerror})") from error
+    return f"stamp/{Path(media).absolute()}/{found.st_size}/{found.st_mtime_ns}"
+
+
 def _hash(media: video.Media) -> str:
     if isinstance(media, video.Embedded):
         return hashlib.sha256(media.load()).hexdigest()
@@ -276,7 +298,7 @@ def _hash(media: video.Media) -> str:
 def _missing(cache: ClipCache, missing: Sequence[Checked], whole: int) -> str:
     """Which clips have no entry, and why."""
     reasons = (
-        f"{row.clip.name}: encoded for other windows, sizes, weights or precision"
+        f"{row.clip.name}: encoded for other windows, sizes, draws, weights or precision"
         if cache.holds_file(row.clip)
         else f"{row.clip.name}: its file is new, or has changed"
         for row in missing[:_SHOWN]
@@ -285,5 +307,5 @@ def _missing(cache: ClipCache, missing: Sequence[Checked], whole: int) -> str:
     text = "\n".join(reasons) + more
     return (
         f"data.cache={cache.store.folder}: {len(missing)} of {whole} clips are not in it\n{text}\n"
-        "run `inflate data cache` with the same files and settings, or set data.cache=null"
+        f"{FILL}, or set data.cache=null"
     )

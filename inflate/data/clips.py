@@ -77,6 +77,8 @@ class ClipDataset:
         """Find and check the clips; raises DataError if they cannot be used (see `Preflight.refuse`)."""
         self.settings, self.seed, self.shuffle = settings, seed % 2**63, shuffle
         self.cache = ClipCache(settings.cache) if settings.cache else None
+        if self.cache:
+            self.cache.check_filled()
         known = self.cache.probe if self.cache else None
         self.preflight, self._decoded = preflight(find_clips(settings), settings, progress, known)
         self.preflight.refuse()

@@ -61,7 +61,8 @@ class Data:
     seconds_per_clip: float | None = 120.0
     """Longest time to check one clip, in a helper process that it may crash; null checks in the training process."""
     memory_megabytes: int = 1024
-    """Memory for decoded clips at their final size, filled while they are checked; 0 decodes anew for each sample."""
+    """Memory for decoded clips at their final size, filled while they are checked; 0, or a cache, decodes anew for each
+    sample."""
     cache: str | None = None
     """Folder of encoded clips that `inflate data cache` has filled, which training then reads; null encodes the clips
     in every step."""
@@ -78,6 +79,10 @@ class Data:
                 raise ConfigError(f"data.{name}: must be 1 or more, not {value}")
         if self.seconds_per_clip is not None and not self.seconds_per_clip > 0:
             raise ConfigError(f"data.seconds_per_clip: must be positive, or null, not {self.seconds_per_clip}")
+        if self.cache is None and (self.cache_draws or self.cache_dtype != "float32"):
+            raise ConfigError(
+                "data.cache_draws and data.cache_dtype are for data.cache, which is null: name its folder"
+            )
         parse_buckets(self.buckets)
         self._check_window()
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
@@ -117,4 +122,6 @@ class Data:
         if self.held_out is None:
             raise ConfigError("data.held_out: names no clips to evaluate on; give a sub-folder or split")
         window = "centre" if self.window in WINDOWED else self.window
-        return replace(self, split=self.held_out, window=window, hop=None, cache=None)
+        return replace(
+            self, split=self.held_out, window=window, hop=None, cache=None, cache_draws=0, cache_dtype="float32"
+        )

@@ -119,17 +119,18 @@ class Store:
         return found
 
     def keep(self, keys: Iterable[str]) -> int:
-        """Remove all entries but these; the number of entries removed. What is kept is checked and written anew."""
-        wanted = set(keys)
-        shards: dict[Path, list[str]] = {}
-        for key, entry in self.entries.items():
-            shards.setdefault(entry.shard, []).append(key)
-        gone = 0
-        for shard, held in shards.items():
+        """Remove all entries but these, second copies, and shards without an index; the number of entries removed.
+
+        What is kept of a shard that loses some is checked and written anew.
+        """
+        wanted, gone = set(keys), 0
+        for shard in sorted(self.folder.glob("shard-*.safetensors")):
+            held = _read_index(_index_of(shard)) if _index_of(shard).is_file() else {}
+            kept = [key for key in held if key in wanted and self.entries[key].shard == shard]
             lost = [key for key in held if key not in wanted]
-            if lost:
+            if not held or len(kept) < len(held):
                 gone += len(lost)
-                self._rewrite(shard, [key for key in held if key in wanted], lost)
+                self._rewrite(shard, kept, lost)
         return gone
 
     def _rewrite(self, shard: Path, kept: Sequence[str], lost: Sequence[str]) -> None:
@@ -140,7 +141,7 @@ class Store:
             self.put(key, tensors, entry.facts)
         self.flush()
         for key in lost:
-            del self.entries[key]
+            self.entries.pop(key, None)
         self._open.pop(shard, None)
         for file in (_index_of(shard), shard):
             file.unlink(missing_ok=True)
@@ -214,17 +215,21 @@ def _write(shard: Path, tensors: dict[str, Tensor], entries: Mapping[str, tuple[
 
 def _read_indexes(folder: Path) -> dict[str, Entry]:
     """The entries of all indexes of a folder whose shards are there."""
+    entries: dict[str, Entry] = {}
+    for file in sorted(folder.glob("shard-*.parquet")):
+        if file.with_suffix(".safetensors").is_file():
+            entries |= _read_index(file)
+    return entries
+
+
+def _read_index(file: Path) -> dict[str, Entry]:
+    """The entries of one index; DataError where it is damaged."""
     import pyarrow
     import pyarrow.parquet
 
-    entries: dict[str, Entry] = {}
-    for file in sorted(folder.glob("shard-*.parquet")):
-        shard = file.with_suffix(".safetensors")
-        try:
-            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
-            found = {row["key"]: Entry(shard, json.loads(row["facts"]), _checks(row["checks"])) for row in table}
-        except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{file}: damaged: {error}; delete it and start `inflate data cache` again") from error
-        if shard.is_file():
-            entries |= found
-    return entries
+    shard = file.with_suffix(".safetensors")
+    try:
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
+        return {row["key"]: Entry(shard, json.loads(row["facts"]), _checks(row["checks"])) for row in table}
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{file}: damaged: {error}; delete it and start `inflate data cache` again") from error

@@ -86,7 +86,7 @@ class Encoders(Encoding):
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
             vae, _ = inflate_vae(svd_files.load_parent(AutoencoderKL, folder / "vae"))
-            statistics |= image_statistics(inside)
+            statistics = image_statistics(inside, folder / "feature_extractor")
         else:
             refuse_another_encoder(path, image_encoder)
             inside, vae = folder / "image_encoder", load_video_vae(folder)

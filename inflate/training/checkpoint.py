@@ -179,6 +179,8 @@ def nearest(output: Path, step: int) -> Path | None:
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its recorded digest."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is no checkpoint; name a folder checkpoint-N of a run, or latest")
     try:
         manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
@@ -263,12 +265,15 @@ def read_state(folder: Path) -> State:
 def check_fingerprint(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming every fact whose change would alter what the resumed run sees or holds."""
     changed = [name for name in [*now, *(then.keys() - now.keys())] if then.get(name) != now.get(name)]
+    if CLIPS_PER_STEP in changed:
+        raise CheckpointError(
+            f"{folder}: {CLIPS_PER_STEP} was {then.get(CLIPS_PER_STEP)}, is {now.get(CLIPS_PER_STEP)}: set "
+            f"training.batch and training.accumulate so that it is {then.get(CLIPS_PER_STEP)} again, such as half the "
+            "processes with twice the accumulation, or start a new output"
+        )
     if changed:
         changes = "; ".join(f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in changed)
-        remedy = "put them back, or start a new output"
-        if CLIPS_PER_STEP in changed:
-            remedy += "; a factor may change where another makes up for it: half the processes, twice the accumulation"
-        raise CheckpointError(f"{folder} was made with other settings: {changes}; {remedy}")
+        raise CheckpointError(f"{folder} was made with other settings: {changes}; put them back, or start a new output")
 
 
 def load(folder: Path, trainees: Sequence[Trainee]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from inflate.errors import DiskError, InflateError, Interrupted, NotFiniteError
+from inflate.errors import DataError, DiskError, InflateError, Interrupted, NotFiniteError
 from inflate.files import remove_leftovers
 from inflate.training import checkpoint
 from inflate.training.checkpoint import State
@@ -193,6 +193,8 @@ class Keeper:
         told = [*failures, *([] if due else [error])]
         if not any(isinstance(one, DiskError) for one in told):
             yield checkpoint.to_go_on_from(self.settings.output)
+        if isinstance(error, DataError):
+            yield "a run goes on with the clips that it began with: put them back first"
 
     def _is_due(self, error: BaseException) -> bool:
         """Whether the last completed step can be saved and is to be: not if a resume would meet the same value again.
@@ -213,10 +215,13 @@ class Keeper:
 
 
 def _failure(act: Callable[[], object]) -> list[Exception]:
-    """The error that an act ends with, beside one that is being handled; RuntimeError is what a lost GPU raises."""
+    """The error that an act ends with, beside one that is being handled, which it must not hide.
+
+    RuntimeError is what a lost GPU raises; memory may be what the run ended by.
+    """
     try:
         act()
-    except (InflateError, RuntimeError) as failure:
+    except (InflateError, RuntimeError, ValueError, ArithmeticError, MemoryError) as failure:
         return [failure]
     return []
 

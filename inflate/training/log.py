@@ -155,7 +155,7 @@ class Report:
 def remedies(players: Sequence[Player]) -> dict[str, str]:
     """What a share of time goes into, and what lessens it, for those that something does."""
     own = dict.fromkeys(player.remedy for player in players if player.remedy)
-    general = "waiting for clips: raise training.workers, or data.memory_megabytes if the clips fit into memory"
+    general = "waiting for clips: raise training.workers, or, without data.cache, data.memory_megabytes"
     found = {"data_wait": ", or ".join([general, *own])}
     return found | {"encode": "what losses do outside the trained networks: " + ", or ".join(own)} if own else found
 

@@ -248,11 +248,12 @@ def claim_output(
             checkpoint.check_fingerprint(found, state.fingerprint, fingerprint)
             changes.refuse(found, state.settings, now, state.directory)
     agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
-    if found and accelerator.is_main_process:
-        for change in changes.told(state.settings, now, state.directory, state.step):
+    told = [*changes.told(state.settings, now, state.directory, state.step)] if found else []
+    if accelerator.is_main_process:
+        for change in told:
             logger.warning("%s", change)
     state.settings, state.directory = now, str(Path.cwd())
-    record.begin(settings.output, len(dataset), digest, accelerator, state.step)
+    record.begin(settings.output, len(dataset), digest, accelerator, state.step, told)
     with together():
         if accelerator.is_main_process:
             for name, text in texts.items():
@@ -283,6 +284,9 @@ def check_output(settings: Training) -> None:
     gone on with.
     """
     output = settings.output
+    if settings.resume not in (None, "latest") and not Path(settings.resume).is_dir():
+        remedy = "name a checkpoint-N of a run, or latest"
+        raise CheckpointError(f"training.resume={settings.resume}: no such folder; {remedy}")
     with writing(output, output):
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".probe"
@@ -295,10 +299,11 @@ def check_output(settings: Training) -> None:
 def check_contents(settings: Training) -> None:
     """Raise TrainingError unless `resume` says to go on with the run in the output folder, and it holds one."""
     output, resume = settings.output, settings.resume
-    if resume is None:
-        remedy = "set training.resume=latest to go on with its run, or name another folder"
-        raise TrainingError(f"training.output={output} is not empty; {remedy}")
     checkpoints = checkpoint.numbered(output)
+    if resume is None:
+        holds_run = checkpoints or (output / record.NAME).is_file()
+        remedy = "set training.resume=latest to go on with its run, or name" if holds_run else "name"
+        raise TrainingError(f"training.output={output} is not empty; {remedy} another folder")
     if not checkpoints and not (output / record.NAME).is_file():
         raise TrainingError(f"training.output={output} holds other files and no run to go on with; name another folder")
     if checkpoints and resume != "latest" and Path(resume).resolve().parent != output.resolve():

@@ -6,6 +6,7 @@ versions          of Python, PyTorch, CUDA and the libraries that the numbers de
 platform, devices, processes
 git               revision of the repository that the recipe lies in, and whether it was dirty; null outside one
 data              samples of an epoch, and the digest of their clips (`inflate.data.digest`; null without one)
+changed           settings that are others than at the start before, in words
 ended             how, when and at which step the run ended, once its model is exported or a signal stopped it; else
                   null: a run that was killed or failed, or is at work
 earlier           the records of the starts before a resumed one, oldest first
@@ -18,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,10 +46,11 @@ class Digested(Protocol):
         """A hash of what it holds."""
 
 
-def begin(output: Path, samples: int, clips: str | None, accelerator: Any, step: int) -> None:
+def begin(output: Path, samples: int, clips: str | None, accelerator: Any, step: int, changed: Sequence[str]) -> None:
     """Record a start of the run in OUTPUT/environment.json; every process calls it, the main one writes.
 
-    `clips` is their digest. Raises TrainingError for a record of an earlier start that cannot be read.
+    `clips` is their digest, `changed` what settings became since the start before. Raises TrainingError for a record
+    of an earlier start that cannot be read.
     """
     devices = gather_object([device_name(accelerator.device)])
     with together():
@@ -57,7 +60,8 @@ def begin(output: Path, samples: int, clips: str | None, accelerator: Any, step:
         now = {"started": utc_now(), "step": step, **command(), "versions": versions(), "platform": platform.platform()}
         place = {"devices": devices, "processes": accelerator.num_processes, "git": git_state(Path(sys.argv[0]))}
         data = {"samples": samples, "digest": clips}
-        _write(output / NAME, now | place | {"data": data, "ended": None, "earlier": earlier})
+        found = {"data": data, "changed": [*changed], "ended": None, "earlier": earlier}
+        _write(output / NAME, now | place | found)
 
 
 def end(output: Path, accelerator: Any, step: int, reason: str) -> None:

@@ -223,6 +223,29 @@ def test_a_damaged_clip_is_dropped_as_without_a_cache(folder: Path, make_clip: A
     assert [row.clip.name for row in dataset.preflight.dropped] == ["torn.mp4"]
 
 
+def test_a_file_is_read_again_only_if_its_time_or_size_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small(folder)
+    cached(settings, Means())
+    (folder / "1.mp4").touch()
+    read: list[str] = []
+    real = module._hash
+    monkeypatch.setattr(module, "_hash", lambda media: read.append(Path(str(media)).name) or real(media))
+    dataset = ClipDataset(settings)
+    dataset.read_encoded(Means(), "none")
+    assert read == ["1.mp4"]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_cache_that_holds_nothing_is_told_before_any_clip_is_decoded(
+    made: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "scan", lambda *_: pytest.fail("a clip is decoded"))
+    if made:
+        (folder.parent / "cache").mkdir()
+    with pytest.raises(DataError, match="holds no encoded clips" if made else "is no folder"):
+        ClipDataset(small(folder))
+
+
 def test_reading_a_cache_needs_its_setting(folder: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache names no folder"):
         ClipDataset(small(folder, cache=None)).read_encoded(Means(), "none")

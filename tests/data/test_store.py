@@ -75,6 +75,7 @@ def test_a_damaged_index_is_named_and_one_without_its_shard_counts_for_nothing(t
     made.entries["a"].shard.unlink()
     assert "a" not in Store(tmp_path)
     index.write_bytes(content[:50])
+    made.entries["a"].shard.touch()
     with pytest.raises(DataError, match=rf"{index.name}: damaged: .*delete it"):
         Store(tmp_path)
 
@@ -116,6 +117,18 @@ def test_what_is_not_kept_goes_and_the_rest_stays_whole(tmp_path: Path) -> None:
     assert left.keep(["b", "d"]) == 0
     assert left.keep([]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_copy_and_a_shard_without_an_index_go_with_what_is_not_kept(tmp_path: Path) -> None:
+    filled(tmp_path, "a", "b")
+    filled(tmp_path, "a", "c")
+    (tmp_path / "shard-0.safetensors").write_bytes(b"killed before its index")
+    assert len(Store(tmp_path).entries) == 3
+    assert Store(tmp_path).keep(["b"]) == 3
+    left = Store(tmp_path)
+    assert list(left.entries) == ["b"]
+    assert left.damaged() == {}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_only_so_many_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

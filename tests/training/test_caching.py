@@ -53,7 +53,7 @@ def test_two_processes_write_what_one_does(clips: Path, tmp_path: Path) -> None:
     assert told == [["5 clips: 5 encoded (20 frames), 0 were there"], []]
     cached(clips, tmp_path / "one")
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
-    assert len(two.entries) == len(one.entries) == 10
+    assert len(two.entries) == len(one.entries) == 15
     assert len(list((tmp_path / "two").glob("*.parquet"))) == 2
     for key, entry in one.entries.items():
         assert two.entries[key].checks.keys() == entry.checks.keys()
@@ -88,7 +88,7 @@ def test_damage_is_found_and_mended_and_what_is_not_needed_goes(clips: Path, tmp
     said = cached(clips, tmp_path, verify=True)
     assert f"{shard}: damaged: row " in said[0]
     assert said[1:] == [
-        "verified 10 entries: 1 damaged, which are encoded anew", "5 clips: 1 encoded (4 frames), 4 were there"
+        "verified 15 entries: 1 damaged, which are encoded anew", "5 clips: 1 encoded (4 frames), 4 were there"
     ]  # fmt: skip
     said = cached(clips, tmp_path, window="head")
     assert said == [
@@ -96,7 +96,7 @@ def test_damage_is_found_and_mended_and_what_is_not_needed_goes(clips: Path, tmp
     ]  # fmt: skip
     said = cached(clips, tmp_path, window="head", prune=True)
     assert said == ["removed 5 entries that these settings do not need", "5 clips: 0 encoded (0 frames), 5 were there"]
-    assert len(Store(tmp_path).entries) == 10
+    assert len(Store(tmp_path).entries) == 15
 
 
 def test_what_is_cached_can_be_looked_at(clips: Path, tmp_path: Path) -> None:

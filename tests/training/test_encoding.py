@@ -164,7 +164,7 @@ def test_the_precision_is_kept_and_another_one_is_another_entry(
     cached = encoded(settings, clip_encoder(family, settings, CONDITIONING), "first")
     assert cached[0]["latents"].dtype == getattr(torch, precision)
     assert all(map(math.isfinite, losses(task(family, ClipDataset(data(clips)), "first"), cached)))
-    plain = clip_encoder(family, data(clips, cache_dtype="float16"), CONDITIONING)
+    plain = clip_encoder(family, data(clips, cache=str(tmp_path), cache_dtype="float16"), CONDITIONING)
     assert plain.identity != clip_encoder(family, settings, CONDITIONING).identity
 
 

@@ -101,6 +101,7 @@ def test_a_clip_that_vanishes_loses_no_step(tmp_path: Path) -> None:
     assert text.splitlines() == [
         "b.mp4: no such file",
         f"  the last whole checkpoint is {tmp_path}/run/checkpoint-3: training.resume=latest goes on from it",
+        "  a run goes on with the clips that it began with: put them back first",
     ]
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-3"]
     assert len(log_rows(tmp_path / "run")) == 3

@@ -76,7 +76,7 @@ def test_what_wastes_time_is_told_once_with_its_remedy(tmp_path: Path, caplog: p
     fit(Slow(), SlowPoints(), settings(tmp_path / "run", steps=4))
     waiting, encoding = caplog.messages
     assert waiting.startswith("data_wait: ")
-    assert "raise training.workers, or data.memory_megabytes" in waiting
+    assert "raise training.workers, or, without data.cache, data.memory_megabytes" in waiting
     assert waiting.endswith(", or cache the latents")
     assert encoding.startswith("encode: ")
     assert encoding.endswith("% of the time goes into what losses do outside the trained networks: cache the latents")

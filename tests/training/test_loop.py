@@ -581,7 +581,7 @@ def test_kill_9_loses_at_most_one_interval(tmp_path: Path) -> None:
 def test_an_output_with_results_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    with pytest.raises(TrainingError, match=r"run is not empty; set training\.resume=latest"):
+    with pytest.raises(TrainingError, match="run is not empty; name another folder"):
         fit(Regression(), Points(), settings(tmp_path / "run", steps=1), config="a: 1\n")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
 

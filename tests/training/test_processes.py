@@ -203,7 +203,7 @@ def test_fewer_clips_per_step_are_refused_with_the_remedy(tmp_path: Path) -> Non
     message = error_of(learn, tmp_path / "run", 1, -1, "latest")
     assert message.startswith("CheckpointError")
     assert "training.batch x training.accumulate x processes was 2, is 1" in message
-    assert "half the processes, twice the accumulation" in message
+    assert "half the processes with twice the accumulation" in message
     assert len(learn(tmp_path / "run", 1, -1, "latest", batch=2)) == len(weights(Regression()))
 
 
@@ -278,7 +278,7 @@ def refused(output: Path) -> str:
 def test_an_output_of_another_run_is_refused_by_all_processes(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     messages = launch(refused, tmp_path)
-    assert all("is not empty; set training.resume=latest" in message for message in messages)
+    assert all("is not empty; name another folder" in message for message in messages)
 
 
 class Shorter(Points):
