@@ -177,14 +177,15 @@ def verify(path: ModelPath) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from inflate.families import svd_files
+    from inflate.models import folders
     from inflate.models.unet import TemporalSpec
     from inflate.surgery import IDENTITY, inflate_unet, inflate_vae, verify_identity
 
-    folder = svd_files.resolve(path)
+    folder = folders.resolve(path)
     if not svd_files.is_image_model(folder):
         raise CheckpointError(f"{path} is a video model already; verify compares an image model with its inflation")
-    unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
-    vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+    unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+    vae = folders.load_parent(AutoencoderKL, folder / "vae")
     video_unet, unet_report = inflate_unet(unet, TemporalSpec(), in_channels=2 * vae.config.latent_channels)
     video_vae, vae_report = inflate_vae(vae)
     typer.echo(f"UNet\n{unet_report.table()}\n\nVAE\n{vae_report.table()}\n")
@@ -344,8 +345,9 @@ def _load(path: str) -> "SVD":
 
     from inflate.families import svd_files
     from inflate.families.svd import SVD
+    from inflate.models import folders
 
-    if svd_files.is_image_model(svd_files.resolve(path)):
+    if svd_files.is_image_model(folders.resolve(path)):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
     return SVD.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -30,7 +30,6 @@ from inflate.families import svd_files
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
-    SETTINGS_FILE,
     TENSORS_FILE,
     Encoding,
     image_statistics,
@@ -38,6 +37,7 @@ from inflate.families.svd_encoders import (
     needed_encoder,
     refuse_another_encoder,
 )
+from inflate.models import folders
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import BETA_END, BETA_START, EDM, TRAIN_TIMESTEPS, Predict
@@ -182,7 +182,7 @@ class SVD(Encoding):
         """
         if str(path).endswith(".safetensors"):
             return cls.from_sgm(path, needed_encoder(path, image_encoder))
-        folder = svd_files.resolve(path)
+        folder = folders.resolve(path)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
@@ -203,13 +203,13 @@ class SVD(Encoding):
         Without `objective` the network is told of noise as its scheduler did, which keeps a v-predicting model's
         denoiser exact. CheckpointError, with nothing made, where a part is missing, not whole, or does not fit.
         """
-        folder = svd_files.resolve(path)
-        scheduler = svd_files.read_json(folder / "scheduler" / "scheduler_config.json")
+        folder = folders.resolve(path)
+        scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
         encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
         encoder = svd_files.load_image_encoder(encoder_folder)
-        image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
-        image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+        image_unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+        image_vae = folders.load_parent(AutoencoderKL, folder / "vae")
         channels = 2 * image_vae.config.latent_channels
         unet, unet_report = inflate_unet(image_unet, spec or TemporalSpec(), in_channels=channels)
         vae, vae_report = inflate_vae(image_vae)
@@ -223,16 +223,16 @@ class SVD(Encoding):
 
         CheckpointError, listing the tensors, where they do not match the models one to one.
         """
-        folder = svd_files.resolve(path)
-        own = folder / SETTINGS_FILE
-        settings = svd_files.read_json(own) if own.is_file() else {}
+        folder = folders.resolve(path)
+        own = folder / folders.SETTINGS_FILE
+        settings = folders.read_json(own) if own.is_file() else {}
         unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
         vae = load_video_vae(folder)
         encoder = svd_files.load_image_encoder(folder / "image_encoder")
         statistics = image_statistics(folder / "feature_extractor")
         if settings:
             return cls(unet, vae, encoder, **_remembered(settings, own), **statistics)
-        frames = svd_files.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
+        frames = folders.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @classmethod
@@ -293,7 +293,7 @@ class SVD(Encoding):
         svd_files.refuse_what_diffusers_lacks(self.unet, self.vae, self.image_encoder.config.image_size)
         unet, vae = self._twins()
         gap = self._gap(unet, vae, seed=0)
-        svd_files.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
+        folders.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
         return gap
 
     def _twins(self) -> tuple[UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder]:
@@ -328,19 +328,19 @@ class SVD(Encoding):
             feature_extractor=CLIPImageProcessor(image_mean=list(self.image_mean), image_std=list(self.image_std)),
         )
         pipeline.save_pretrained(folder)
-        index = svd_files.read_json(folder / "model_index.json")
+        index = folders.read_json(folder / "model_index.json")
         # without torchvision transformers writes the name of a stand-in that older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (folder / SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
         exact = svd_files.exact_vae_tensors(self.vae)
         if exact:
             save_file(exact, folder / TENSORS_FILE)
 
     def _settings(self, gap: ExportGap) -> dict[str, Any]:
         return {
-            "unet": svd_files.plain(self.unet.config),
-            "vae": svd_files.plain(self.vae.config),
+            "unet": folders.plain(self.unet.config),
+            "vae": folders.plain(self.vae.config),
             "objective": asdict(self.objective),
             "motion_quantiles": list(self.motion.quantiles),
             **{name: getattr(self, name) for name in _PLAIN_SETTINGS},

@@ -14,11 +14,12 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files
+from inflate.models import folders
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
-SETTINGS_FILE, TENSORS_FILE = "inflate.json", "inflate.safetensors"
-"""What an export holds beside diffusers' layout."""
+TENSORS_FILE = "inflate.safetensors"
+"""What an export holds of weights beside diffusers' layout."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -78,11 +79,11 @@ class Encoders(Encoding):
             inside = svd_files.encoder_folder(needed_encoder(path, image_encoder))
             vae = svd_files.load_sgm_vae(Path(path).expanduser())
             return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))
-        folder = svd_files.resolve(path)
+        folder = folders.resolve(path)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
-            vae, _ = inflate_vae(svd_files.load_parent(AutoencoderKL, folder / "vae"))
+            vae, _ = inflate_vae(folders.load_parent(AutoencoderKL, folder / "vae"))
             statistics |= image_statistics(inside)
         else:
             refuse_another_encoder(path, image_encoder)
@@ -92,8 +93,8 @@ class Encoders(Encoding):
 
 def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
-    own, extra = folder / SETTINGS_FILE, folder / TENSORS_FILE
-    settings = svd_files.read_json(own) if own.is_file() else {}
+    own, extra = folder / folders.SETTINGS_FILE, folder / TENSORS_FILE
+    settings = folders.read_json(own) if own.is_file() else {}
     overrides = svd_files.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)
 
@@ -111,12 +112,12 @@ def refuse_another_encoder(path: str | Path, image_encoder: str | Path | None) -
         raise CheckpointError(f"{path} is a video model with an image encoder of its own; leave image_encoder out")
 
 
-def image_statistics(*folders: Path) -> dict[str, Any]:
+def image_statistics(*places: Path) -> dict[str, Any]:
     """The input mean and deviation that the first preprocessor_config.json found states; none: the class's own."""
-    for folder in folders:
+    for folder in places:
         file = folder / "preprocessor_config.json"
         if file.is_file():
-            stated = svd_files.read_json(file)
+            stated = folders.read_json(file)
             return {name: tuple(stated[name]) for name in ("image_mean", "image_std") if name in stated}
     return {}
 

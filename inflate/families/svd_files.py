@@ -3,8 +3,7 @@
 Everything is read and checked before a model exists: models are built without memory and take the tensors over.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,16 +23,11 @@ from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
-from inflate.files import new_folder
+from inflate.models.folders import HALF_WEIGHTS_NAME, plain, read_json, resolve, unet_kind
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
-HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
 DIFFUSERS_EPS = 1e-6
-POCKET = Path(__file__).parents[1] / "pocket"
-"""The pocket Stable Diffusion that comes with the package."""
-PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
-PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
@@ -80,48 +72,6 @@ def is_image_model(folder: Path) -> bool:
     return unet_kind(folder / "unet", UNet2DConditionModel, UNetSpatioTemporalConditionModel) is UNet2DConditionModel
 
 
-def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
-    """The one of these classes that a UNet's folder names; CheckpointError, naming its class, where it is none."""
-    name = read_json(folder / "config.json").get("_class_name")
-    for kind in kinds:
-        if kind.__name__ == name:
-            return kind
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
-
-
-def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
-    """The local folder of `path`, of the shipped `pocket` model, or of a model owner/name on the Hub.
-
-    Of the last, `files` are downloaded. CheckpointError where there is none.
-    """
-    folder = POCKET if str(path) == "pocket" else Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
-    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where the file is missing or damaged."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    return content
-
-
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a diffusers model folder, in float32; CheckpointError where a file is missing or cut short."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -145,15 +95,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return {key: tensor.float() for key, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
-
-
-def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
-    """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not there: inflation needs a Stable Diffusion folder in diffusers' layout")
-    half = (folder / HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
-    settings: dict[str, Any] = {"torch_dtype": torch.float32, "variant": "fp16" if half else None}
-    return load_strictly(kind.from_pretrained, folder, settings)
 
 
 def encoder_folder(path: str | Path) -> Path:
@@ -374,25 +315,6 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     names = svd_keys.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
     adopt(vae, svd_keys.convert(tensors, names, wanted, origin))
     return vae
-
-
-def write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder anew; an export that stood there stays until the new one is whole.
-
-    CheckpointError where the folder holds anything but an earlier export, or cannot be written.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
-    try:
-        with new_folder(folder) as aside:
-            fill(aside)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers configuration without its private entries."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _with_defaults(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
