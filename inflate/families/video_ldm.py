@@ -122,9 +122,10 @@ class VideoLDM(Encoding):
         CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
         """
         folder = folders.resolve(path)
+        kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
-        if folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet) is VideoUNet:
+        if kind is VideoUNet:
             clips = read_clips(folder / folders.SETTINGS_FILE)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:

@@ -76,6 +76,11 @@ def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
     raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
 
 
+def holds(path: str | Path, kind: type[ConfigMixin]) -> bool:
+    """Whether a model's UNet is of a class."""
+    return bool(read_json(resolve(path) / "unet" / "config.json").get("_class_name") == kind.__name__)
+
+
 def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
     """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
     if not (folder / "config.json").is_file():
