@@ -38,11 +38,11 @@ Say = Callable[[str], None]
 class Caching:
     """The settings of a recipe that what is cached follows from."""
 
-    stage: str = "image_to_video"
-    """what a recipe trains: its stages of text-to-video read captions, all others first frames"""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    stage: str = "image_to_video"
+    """what a recipe trains: its stages of text-to-video read captions, all others first frames"""
 
     def encoder(self, device: torch.device) -> ClipEncoder | TextClipEncoder:
         """The model's encoders, on the device."""
