@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 Sampler = Literal["ddim", "euler"]
 SPEC = TemporalSpec(added_ids=0)
 """Temporal residual blocks and transformer blocks, mixed in by learned shares, and no conditions but the prompt."""
+TEMPORAL_FILE = "temporal.safetensors"
+"""Temporal layers alone, of an export that names the image model that they belong over."""
 COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
 """What older text encoders' files hold beside weights."""
 
@@ -117,11 +120,13 @@ class VideoLDM(Encoding):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Loads what `path` is: an image model, which is inflated, or an export of ours.
+        """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
         CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
         """
         folder = folders.resolve(path)
+        if (folder / TEMPORAL_FILE).is_file():
+            return cls._over_image_model(folder)
         kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
@@ -198,12 +203,52 @@ class VideoLDM(Encoding):
         """
         folders.write(Path(folder), self._write)
 
+    def save_temporal(self, folder: str | Path, image_model: str) -> None:
+        """Writes the temporal layers alone, in half precision, and the name of the image model that they belong over.
+
+        CheckpointError, with nothing written, where the image model is not this one's, to the bit.
+        """
+        parent, own = VideoLDM.load(image_model), self.unet.state_dict()
+        created = self.unet.created_parameters().keys()
+        theirs = {name: value for name, value in parent.unet.state_dict().items() if name not in created}
+        changed = [name for name, value in theirs.items() if not torch.equal(value, own[name].cpu())]
+        if changed:
+            raise CheckpointError(
+                f"{image_model} has other image layers ({len(changed)} tensors, such as {changed[0]})"
+            )
+        tensors = {name: own[name].half().contiguous() for name in sorted(created)}
+        folders.write(Path(folder), lambda aside: self._write_temporal(aside, tensors, image_model))
+
+    def _write_temporal(self, folder: Path, tensors: dict[str, Tensor], image_model: str) -> None:
+        save_file(tensors, folder / TEMPORAL_FILE)
+        self._write_settings(folder, image_model=image_model, spec=self.unet.spec.to_dict())
+
+    @classmethod
+    def _over_image_model(cls, folder: Path) -> Self:
+        file = folder / folders.SETTINGS_FILE
+        settings = read_settings(file)
+        family = cls.load(settings["image_model"])
+        if family.unet.spec.to_dict() != settings["spec"]:
+            raise CheckpointError(f"{file} is of temporal layers {settings['spec']}, not {family.unet.spec.to_dict()}")
+        tensors, wanted = load_file(folder / TEMPORAL_FILE), family.unet.created_parameters()
+        if tensors.keys() != wanted.keys():
+            differ = ", ".join(sorted(tensors.keys() ^ wanted.keys()))
+            raise CheckpointError(f"{folder / TEMPORAL_FILE} does not hold this model's temporal layers: {differ}")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(tensors[name])
+        family.clips = read_clips(file)
+        return family
+
     def _write(self, folder: Path) -> None:
         parts = ("unet", "vae", "text_encoder", "tokenizer")
         for name in parts:
             getattr(self, name).save_pretrained(folder / name)
         self.noise.save_pretrained(folder / "scheduler")
-        settings = {"family": "video_ldm", "clips": asdict(self.clips)}
+        self._write_settings(folder)
+
+    def _write_settings(self, folder: Path, **others: Any) -> None:
+        settings = {"family": "video_ldm", "clips": asdict(self.clips), **others}
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -269,13 +314,19 @@ _DDIM_SETTINGS = (*_SHARED_WITH_EULER, "set_alpha_to_one")
 
 def read_clips(file: Path) -> Clips:
     """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    settings: dict[str, Any] = folders.read_json(file)
-    if settings.get("family") != "video_ldm":
-        raise CheckpointError(f"{file} is of family {settings.get('family')}; give a text-to-video export")
+    settings = read_settings(file)
     try:
         return Clips(**settings["clips"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """An export's settings; CheckpointError where they are another family's."""
+    settings = folders.read_json(file)
+    if settings.get("family") != "video_ldm":
+        raise CheckpointError(f"{file} is of family {settings.get('family')}; give a text-to-video export")
+    return settings
 
 
 def refuse_two_text_encoders(folder: Path) -> None:

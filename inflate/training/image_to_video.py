@@ -221,7 +221,7 @@ class ImageToVideoTask:
                 self.condition(batch, noise), self.players[0].network, image_only or is_image(batch)
             )
             fixed, objective = noise.normal("held-out", *clean.shape[1:]), self.family.objective
-            sigmas = clean.new_tensor(levels)[:, None].expand(-1, len(clean))  # (levels, B)
+            sigmas = torch.tensor(levels, device=clean.device)[:, None].expand(-1, len(clean))  # (levels, B)
             return torch.stack([objective.loss(predict, clean, sigma, fixed) for sigma in sigmas], dim=1)
 
         return fixed_losses(clips, len(levels), self.seed, self._device(), measure)

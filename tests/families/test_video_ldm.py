@@ -79,6 +79,29 @@ def test_an_export_may_have_a_temporal_decoder(export: Path, tmp_path: Path) -> 
     assert not torch.allclose(loaded.decode(latents), alone)
 
 
+def test_temporal_layers_are_kept_alone_over_their_image_model(folder: Path, tmp_path: Path) -> None:
+    family = VideoLDM.load(folder)
+    for parameter in family.unet.temporal_parameters().values():
+        parameter.data.copy_((parameter + 0.05 * torch.randn(parameter.shape)).half())
+    family.clips = Clips(3, 7.0, 16, 24)
+    family.save_temporal(tmp_path / "alone", str(folder))
+    loaded = VideoLDM.load(tmp_path / "alone")
+    assert loaded.clips == family.clips
+    assert torch.equal(output(loaded), output(family))
+    tensors = load_file(tmp_path / "alone" / "temporal.safetensors")
+    assert all(".temporal." in name for name in tensors)
+    name, _ = tensors.popitem()
+    save_file(tensors, tmp_path / "alone" / "temporal.safetensors")
+    with pytest.raises(CheckpointError, match=f"temporal layers: {name}"):
+        VideoLDM.load(tmp_path / "alone")
+
+
+def test_temporal_layers_are_not_kept_over_another_image_model(trained: VideoLDM, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has other image layers"):
+        trained.save_temporal(tmp_path / "alone", str(folder))
+    assert not (tmp_path / "alone").exists()
+
+
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:
     family, latents = VideoLDM.load(folder), torch.randn(2, 3, 4, 8, 8)
     theirs = parents(folder)[1].decode(latents[1, 2, None] / family.vae.config.scaling_factor).sample
