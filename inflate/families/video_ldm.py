@@ -94,6 +94,8 @@ class Encoders(Encoding):
     def load(cls, path: str | Path) -> Self:
         """The encoders of what `VideoLDM.load` loads; CheckpointError as there."""
         folder = folders.resolve(path)
+        if (folder / TEMPORAL_FILE).is_file():
+            return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
         refuse_two_text_encoders(folder)
         return cls(load_vae(folder / "vae"), load_text_encoder(folder), load_tokenizer(folder))
 
@@ -226,10 +228,9 @@ class VideoLDM(Encoding):
     @classmethod
     def _over_image_model(cls, folder: Path) -> Self:
         file = folder / folders.SETTINGS_FILE
-        settings = read_settings(file)
-        family = cls.load(settings["image_model"])
-        if family.unet.spec.to_dict() != settings["spec"]:
-            raise CheckpointError(f"{file} is of temporal layers {settings['spec']}, not {family.unet.spec.to_dict()}")
+        family, spec = cls.load(entry(file, "image_model")), entry(file, "spec")
+        if family.unet.spec.to_dict() != spec:
+            raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec.to_dict()}")
         tensors, wanted = load_file(folder / TEMPORAL_FILE), family.unet.created_parameters()
         if tensors.keys() != wanted.keys():
             differ = ", ".join(sorted(tensors.keys() ^ wanted.keys()))
@@ -314,19 +315,20 @@ _DDIM_SETTINGS = (*_SHARED_WITH_EULER, "set_alpha_to_one")
 
 def read_clips(file: Path) -> Clips:
     """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    settings = read_settings(file)
     try:
-        return Clips(**settings["clips"])
-    except (KeyError, TypeError) as error:
+        return Clips(**entry(file, "clips"))
+    except TypeError as error:
         raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """An export's settings; CheckpointError where they are another family's."""
+def entry(file: Path, name: str) -> Any:
+    """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
     settings = folders.read_json(file)
     if settings.get("family") != "video_ldm":
         raise CheckpointError(f"{file} is of family {settings.get('family')}; give a text-to-video export")
-    return settings
+    if name not in settings:
+        raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
+    return settings[name]
 
 
 def refuse_two_text_encoders(folder: Path) -> None:

@@ -77,8 +77,9 @@ def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
 
 
 def holds(path: str | Path, kind: type[ConfigMixin]) -> bool:
-    """Whether a model's UNet is of a class."""
-    return bool(read_json(resolve(path) / "unet" / "config.json").get("_class_name") == kind.__name__)
+    """Whether a model has a UNet of a class."""
+    file = resolve(path) / "unet" / "config.json"
+    return file.is_file() and bool(read_json(file).get("_class_name") == kind.__name__)
 
 
 def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:

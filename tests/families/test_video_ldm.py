@@ -88,6 +88,7 @@ def test_temporal_layers_are_kept_alone_over_their_image_model(folder: Path, tmp
     loaded = VideoLDM.load(tmp_path / "alone")
     assert loaded.clips == family.clips
     assert torch.equal(output(loaded), output(family))
+    assert torch.equal(Encoders.load(tmp_path / "alone").embed([PROMPT]), family.embed([PROMPT]))
     tensors = load_file(tmp_path / "alone" / "temporal.safetensors")
     assert all(".temporal." in name for name in tensors)
     name, _ = tensors.popitem()
