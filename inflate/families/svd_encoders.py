@@ -95,7 +95,7 @@ def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
     own, extra = folder / folders.SETTINGS_FILE, folder / TENSORS_FILE
     settings = folders.read_json(own) if own.is_file() else {}
-    overrides = svd_files.read_tensors(extra) if extra.is_file() else {}
+    overrides = folders.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)
 
 

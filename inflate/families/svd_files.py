@@ -17,13 +17,12 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
-from inflate.models.folders import HALF_WEIGHTS_NAME, plain, read_json, resolve, unet_kind
+from inflate.models.folders import HALF_WEIGHTS_NAME, plain, read_json, read_tensors, resolve, unet_kind
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
@@ -87,14 +86,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file in files:
         tensors.update(read_tensors(file))
     return tensors
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file, in float32; CheckpointError where it is missing or cut short."""
-    try:
-        return {key: tensor.float() for key, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
 def encoder_folder(path: str | Path) -> Path:

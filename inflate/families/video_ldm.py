@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -194,9 +195,10 @@ class VideoLDM(Encoding):
 
     def scheduler(self, sampler: Sampler) -> DDIMScheduler | EulerDiscreteScheduler:
         """A sampler on the model's noise schedule."""
-        kind = DDIMScheduler if sampler == "ddim" else EulerDiscreteScheduler
-        settings = {key: value for key, value in self.noise.config.items() if key in _SHARED_WITH_EULER}
-        return kind.from_config(self.noise.config if sampler == "ddim" else settings)
+        if sampler == "ddim":
+            return DDIMScheduler.from_config(self.noise.config)
+        shared = {key: value for key, value in self.noise.config.items() if key in _SHARED_WITH_EULER}
+        return EulerDiscreteScheduler.from_config(shared)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes every part in its own sub-folder, and what the clips were to inflate.json; atomic.
@@ -228,12 +230,13 @@ class VideoLDM(Encoding):
     @classmethod
     def _over_image_model(cls, folder: Path) -> Self:
         file = folder / folders.SETTINGS_FILE
-        family, spec = cls.load(entry(file, "image_model")), entry(file, "spec")
-        if family.unet.spec.to_dict() != spec:
-            raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec.to_dict()}")
-        tensors, wanted = load_file(folder / TEMPORAL_FILE), family.unet.created_parameters()
-        if tensors.keys() != wanted.keys():
-            differ = ", ".join(sorted(tensors.keys() ^ wanted.keys()))
+        family, spec = cls.load(entry(file, "image_model")), TemporalSpec.from_dict(entry(file, "spec"))
+        if family.unet.spec != spec:
+            raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
+        tensors, wanted = folders.read_tensors(folder / TEMPORAL_FILE), family.unet.created_parameters()
+        differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
+        if differing:
+            differ = ", ".join(sorted({name for name, _ in differing}))
             raise CheckpointError(f"{folder / TEMPORAL_FILE} does not hold this model's temporal layers: {differ}")
         with torch.no_grad():
             for name, parameter in wanted.items():
@@ -281,7 +284,10 @@ def load_text_encoder(folder: Path) -> CLIPTextModel:
     """The CLIP text encoder of a pipeline's folder, in float32; CheckpointError where it is missing or not whole."""
     inside = folder / "text_encoder"
     folders.read_json(inside / "config.json")
-    return load_strictly(CLIPTextModel.from_pretrained, inside, {"dtype": torch.float32}, COUNTERS)
+    try:
+        return load_strictly(CLIPTextModel.from_pretrained, inside, {"dtype": torch.float32}, COUNTERS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{inside} cannot be read: {error}; download or copy it again") from error
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -12,6 +12,9 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.files import new_folder
@@ -64,6 +67,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
     return content
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, in float32; CheckpointError where it is missing or cut short."""
+    try:
+        return {key: tensor.float() for key, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
 def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:

@@ -160,6 +160,13 @@ def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
         VideoLDM.load(folder)
 
 
+def test_a_text_encoder_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    file = write_text_model(tmp_path) / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="text_encoder cannot be read"):
+        VideoLDM.load(tmp_path)
+
+
 def test_another_familys_export_is_refused(export: Path, tmp_path: Path) -> None:
     shutil.copytree(export, tmp_path / "copy")
     (tmp_path / "copy" / "inflate.json").write_text("{}")
