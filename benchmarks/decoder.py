@@ -29,7 +29,7 @@ from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.families.svd import SVD
 from inflate.training.decoder import Decoder, DecoderTask, HeldOut
-from inflate.training.image_to_video import join
+from inflate.training.held_out import join
 from inflate.training.loop import fit
 from inflate.training.settings import Training
 from record import command, record, write

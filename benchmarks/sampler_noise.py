@@ -27,7 +27,7 @@ from inflate.data.clips import ClipDataset, collate
 from inflate.data.settings import Data
 from inflate.families.svd import SVD, Condition
 from inflate.sampling.svd import Sampling, euler, sample_latents
-from inflate.training.image_to_video import join
+from inflate.training.held_out import join
 from record import command, record, write
 
 LEVELS = (0.25, 0.5, 1.0, 2.0)

@@ -1,6 +1,7 @@
 """The command `inflate`. Each command imports what it needs when it runs, so that --help answers at once."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from inflate.data.preflight import Progress
     from inflate.data.settings import Data
     from inflate.families.svd import SVD
+    from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.svd import Sampling
+    from inflate.sampling.text_to_video import Sampling as TextSampling
 
 app = typer.Typer(
     help="Turn a Stable Diffusion checkpoint into a video model.",
@@ -45,7 +48,7 @@ Settings = Annotated[
 
 RunSettings = Annotated[
     list[str],
-    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: of data, model, image_to_video."),
+    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: stage, data, model, image_to_video."),
 ]
 
 
@@ -100,7 +103,7 @@ def cache_clips(
     ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove what these settings do not need.")] = False,
 ) -> None:
-    """Encode the clips of a run once into data.cache: latents and image embeddings, which training then reads.
+    """Encode the clips of a run once into data.cache, which training then reads: latents, embeddings, caption states.
 
     What is there already is kept, and what has changed is encoded anew. `accelerate launch --multi_gpu -m inflate data
     cache ...` shares the clips among several GPUs.
@@ -177,14 +180,15 @@ def verify(path: ModelPath) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from inflate.families import svd_files
+    from inflate.models import folders
     from inflate.models.unet import TemporalSpec
     from inflate.surgery import IDENTITY, inflate_unet, inflate_vae, verify_identity
 
-    folder = svd_files.resolve(path)
+    folder = folders.resolve(path)
     if not svd_files.is_image_model(folder):
         raise CheckpointError(f"{path} is a video model already; verify compares an image model with its inflation")
-    unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
-    vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+    unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+    vae = folders.load_parent(AutoencoderKL, folder / "vae")
     video_unet, unet_report = inflate_unet(unet, TemporalSpec(), in_channels=2 * vae.config.latent_channels)
     video_vae, vae_report = inflate_vae(vae)
     typer.echo(f"UNet\n{unet_report.table()}\n\nVAE\n{vae_report.table()}\n")
@@ -288,6 +292,49 @@ def evaluate(
         typer.echo(f"wrote {output}")
 
 
+@app.command()
+@report_errors()
+def generate(
+    path: ModelPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the clip shows.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
+    negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 there is none, at half the cost.")] = 7.5,
+    sampler: Annotated[str, typer.Option(help="ddim, or euler.")] = "ddim",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file [default: the model's clips']")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Draw a clip of PROMPT with the text-to-video model in PATH."""
+    _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
+    if sampler not in ("ddim", "euler"):
+        raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
+    from inflate.data.pixels import tiled
+    from inflate.families.video_ldm import VideoLDM
+    from inflate.sampling.text_to_video import Sampling
+
+    family = VideoLDM.load(path).to(_device())
+    _note_image_model(path)
+    settings = Sampling(
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        sampler="euler" if sampler == "euler" else "ddim",
+        frames=frames,
+        height=height,
+        width=width,
+    )
+    clips = _draw(family, prompt, range(seed, seed + grid), settings)
+    _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
+
+
 @app.command("sweep", context_settings={"ignore_unknown_options": True})
 @report_errors()
 def run_sweep(
@@ -389,14 +436,27 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
 
 def _load(path: str) -> "SVD":
     """Return the family in `path`, inflated if it is an image model, on the GPU if there is one."""
-    import torch
-
-    from inflate.families import svd_files
     from inflate.families.svd import SVD
 
-    if svd_files.is_image_model(svd_files.resolve(path)):
+    _note_image_model(path)
+    return SVD.load(path).to(_device())
+
+
+def _note_image_model(path: str) -> None:
+    """Say what a freshly inflated model cannot do yet."""
+    from diffusers import UNet2DConditionModel
+
+    from inflate.models import folders
+
+    if folders.holds(path, UNet2DConditionModel):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
-    return SVD.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device() -> str:
+    """Return the GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:
@@ -426,8 +486,27 @@ def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling"
     return to_uint8(unit(clip))  # (F, H, W, 3)
 
 
-def _write(output: Path, frames: "npt.NDArray[np.uint8]", fps: float) -> None:
+def _draw(
+    family: "VideoLDM", prompt: str, seeds: "Sequence[int]", settings: "TextSampling"
+) -> "list[npt.NDArray[np.uint8]]":
+    """Return a clip (F, H, W, 3) of each seed, one after the other, showing the progress."""
+    from tqdm import tqdm
+
+    from inflate.data.pixels import to_uint8, unit
+    from inflate.sampling.text_to_video import sample as draw
+
+    clips = []
+    for seed in seeds:
+        clip = draw(family, [prompt], [seed], settings, lambda steps: tqdm(steps, desc="sampling", unit="step"))
+        clips.append(to_uint8(unit(clip[0])))  # (F, H, W, 3)
+    return clips
+
+
+def _write(
+    output: Path, frames: "npt.NDArray[np.uint8]", fps: float, rows: "Sequence[npt.NDArray[np.uint8]] | None" = None
+) -> None:
+    """Write the video, and a contact sheet of it or of the clips that it is made of."""
     from inflate.data.video import contact_sheet, write
 
-    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), [frames])):
+    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), rows or [frames])):
         typer.echo(f"wrote {file}")

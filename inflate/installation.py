@@ -288,14 +288,14 @@ def pocket_model() -> Finding:
     quieten()
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from inflate.families import svd_files
     from inflate.families.svd import SVD
+    from inflate.models import folders
     from inflate.surgery import IDENTITY, verify_identity
 
-    folder = svd_files.resolve("pocket")
+    folder = folders.resolve("pocket")
     family = SVD.load("pocket", frames=2)
-    unet = verify_identity(family.unet, svd_files.load_parent(UNet2DConditionModel, folder / "unet"))
-    decoder = verify_identity(family.vae, svd_files.load_parent(AutoencoderKL, folder / "vae"))
+    unet = verify_identity(family.unet, folders.load_parent(UNet2DConditionModel, folder / "unet"))
+    decoder = verify_identity(family.vae, folders.load_parent(AutoencoderKL, folder / "vae"))
     found = f"inflated, differs from its parent by {unet:.1e} (UNet) and {decoder:.1e} (decoder)"
     equal = unet <= IDENTITY and decoder <= IDENTITY  # neither is, where it is not a number
     return Finding(found) if equal else failed(found, f"{IDENTITY:g} is allowed; install torch and diffusers again")

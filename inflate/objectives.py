@@ -2,6 +2,7 @@
 
 EDM is the continuous-noise objective of Karras et al., 2206.00364, in the preconditioning of Stable Video Diffusion
 (2311.15127, appendix D): a v-prediction, so that both the published video models and a v-predicting image model fit.
+DDPM is the one that Stable Diffusion itself was trained with, on its thousand timesteps.
 """
 
 import functools
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from inflate.errors import ConfigError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,16 +33,24 @@ class Scalings(NamedTuple):
 
 
 @functools.cache
-def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
-    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float32).
+def schedule_signal(zero_terminal_snr: bool) -> Tensor:
+    """The 1,000 shares of signal in the variance, descending, of Stable Diffusion's scaled-linear schedule (float32).
 
-    With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1; its last level, which would be
-    infinite, is 4,096, the value that diffusers' EulerDiscreteScheduler uses.
+    With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1, so that the last is 0.
     """
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float32) ** 2
     signal = torch.cumprod(1.0 - betas, dim=0)
-    if zero_terminal_snr:
-        signal = _zero_terminal(signal)
+    return _zero_terminal(signal) if zero_terminal_snr else signal
+
+
+@functools.cache
+def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
+    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float32).
+
+    The last of a stretched schedule, which would be infinite, is 4,096, the value that diffusers'
+    EulerDiscreteScheduler uses.
+    """
+    signal = schedule_signal(zero_terminal_snr).clamp(min=2.0**-24)
     return ((1.0 - signal) / signal) ** 0.5
 
 
@@ -49,9 +60,7 @@ def _zero_terminal(signal: Tensor) -> Tensor:
     stretched = ((root - last) * (first / (first - last))) ** 2
     # through the betas and back, as the reference does it, for the same rounding
     ratio = torch.cat([stretched[:1], stretched[1:] / stretched[:-1]])
-    signal = torch.cumprod(1.0 - (1.0 - ratio), dim=0)
-    signal[-1] = 2.0**-24
-    return signal
+    return torch.cumprod(1.0 - (1.0 - ratio), dim=0)
 
 
 def sigma_to_timestep(sigma: Tensor, zero_terminal_snr: bool = False) -> Tensor:
@@ -127,6 +136,53 @@ class EDM:
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         prediction = predict(_per_video(c_in, noisy) * noisy, c_noise)  # (B, F, C, h, w)
         return _per_video(c_skip, noisy) * noisy + _per_video(c_out, noisy) * prediction.to(noisy.dtype)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Stable Diffusion's own objective: a timestep drawn evenly, and the mean squared error of the noise or of v.
+
+    Timesteps are whole numbers in [0, 999], (B,) for all frames of a clip or (B, F) for each of its own. ConfigError
+    where the noise is to be predicted from pure noise: there its error says nothing of the clip.
+    """
+
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    """what the network predicts: the noise, or v = alpha noise - sigma clean (2202.00512)"""
+    zero_terminal_snr: bool = False
+    """whether the last timestep is pure noise (2305.08891)"""
+
+    def __post_init__(self) -> None:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ConfigError("zero terminal SNR needs a model that predicts v: pure noise is its own prediction")
+
+    def timestep(self, uniform: Tensor) -> Tensor:
+        """Timesteps from draws in [0, 1); same shape."""
+        return (TRAIN_TIMESTEPS * uniform).long().clamp(max=TRAIN_TIMESTEPS - 1)
+
+    def noisy(self, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """The clips (B, F, C, h, w) at their timesteps: alpha clean + sigma noise."""
+        alpha, sigma = self._shares(timestep, clean)
+        return alpha * clean + sigma * noise
+
+    def target(self, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """What the network should predict, of the shape of `clean`."""
+        if self.prediction == "epsilon":
+            return noise
+        alpha, sigma = self._shares(timestep, clean)
+        return alpha * noise - sigma * clean
+
+    def loss(self, predict: Predict, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of each frame (B, F), at least in float32; `clean` and `noise` are (B, F, C, h, w)."""
+        clean, noise = at_least_float32(clean), at_least_float32(noise)
+        prediction = predict(self.noisy(clean, timestep, noise), timestep)  # (B, F, C, h, w)
+        error = prediction.to(clean.dtype) - self.target(clean, timestep, noise)
+        return error.square().flatten(2).mean(dim=2)  # (B, F)
+
+    def _shares(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of timesteps, each (B, 1 or F, 1, 1, 1)."""
+        signal = schedule_signal(self.zero_terminal_snr).to(like)[timestep.to(like.device)]
+        signal = signal.reshape(len(like), -1, *(1,) * (like.ndim - 2))  # (B, 1 or F, 1, 1, 1)
+        return signal.sqrt(), (1.0 - signal).sqrt()
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

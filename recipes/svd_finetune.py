@@ -20,24 +20,24 @@ from typing import Literal
 import torch
 
 from inflate import config as configuration
-from inflate.data.buckets import Bucket
+from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import Batch, ClipDataset, Frames, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.data.sources import find_clips
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
-from inflate.families.svd_files import check_place
 from inflate.families.svd_model import Model
-from inflate.measures import remark
-from inflate.training.card import write_card
+from inflate.models.folders import check_place
+from inflate.training.card import image_use, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.encoding import clip_encoder
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, join
-from inflate.training.log import found_overfitting
+from inflate.training.held_out import join
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.loop import Result, check_output, fit
 from inflate.training.noise import seed_of
+from inflate.training.outcome import say
 from inflate.training.previews import compare_previews
 from inflate.training.processes import join_processes, together
 from inflate.training.settings import Training
@@ -76,7 +76,7 @@ def main(config: Config, arguments: list[str]) -> None:
     if config.stage == "demo":
         demo(config, arguments)
     else:
-        say(train(config), config)
+        say(train(config), config.stage, config.training.output)
 
 
 def demo(config: Config, arguments: list[str]) -> None:
@@ -99,7 +99,7 @@ def demo(config: Config, arguments: list[str]) -> None:
             continue
         fixed = [f"stage={stage}", f"data.path={clips}", f"training.output={output / stage}", f"model.path={start}"]
         config = configuration.load(Config, [str(settings), *arguments, *fixed])
-        say(train(config), config)
+        say(train(config), config.stage, config.training.output)
         start = str(config.training.output / "export")
 
 
@@ -117,7 +117,7 @@ def train(config: Config) -> Result:
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
     family = config.model.load(config.data.main.frames)
-    check_sizes(config.data, family)
+    check_multiples(config.data.sizes, 2 ** (len(family.vae.config.block_out_channels) - 1))
     if dataset.cache:
         dataset.read_encoded(clip_encoder(family, config.data, config.image_to_video), frames_encoded(config))
     task = make_task(config, family, dataset, held_out)
@@ -134,14 +134,6 @@ def frames_encoded(config: Config) -> Frames:
     if config.stage == "decoder":
         return "all"
     return "none" if config.data.cache_draws else "first"
-
-
-def check_sizes(data: Data, family: SVD) -> None:
-    """Raise ConfigError naming a bucket whose pixels do not make whole latents."""
-    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
-    for bucket in data.sizes:
-        if bucket.height % factor or bucket.width % factor:
-            raise ConfigError(f"data: bucket {bucket}: height and width must be multiples of {factor}")
 
 
 def make_task(
@@ -202,34 +194,8 @@ def finish(config: Config, result: Result) -> None:
     write_card(
         output, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", facts, result.held_out,
         json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config),
-        exported["decode_chunk"],
+        image_use(exported["decode_chunk"]),
     )  # fmt: skip
-
-
-def say(result: Result, config: Config) -> None:
-    """Name the results on standard output; end every process after a signal."""
-    output, tells = config.training.output, join_processes().is_main_process
-    if result.export is None:
-        if tells:
-            last = output / f"checkpoint-{result.step}"
-            print(f"stopped by {result.stopped} at step {result.step}; {last} is whole: training.resume=latest goes on")
-        sys.exit(130 if result.stopped == "SIGINT" else 143)
-    if not tells:
-        return
-    first, last = result.held_out[0], result.held_out[-1]
-    print(f"\n{config.stage}: {result.step} steps; measured, before -> after:")
-    for name in last:
-        if name in first and name != "step" and not name.startswith("parent/"):
-            print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g} {remark(name)}".rstrip())
-    for one in found_overfitting(output, result.held_out):
-        print(f"  {one}")
-    for name, path in (
-        ("before/after video", output / "before_after.mp4"), ("as a picture", output / "before_after.png"),
-        ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),
-        ("model", result.export),
-    ):  # fmt: skip
-        if path.exists():
-            print(f"  {name}: {path}")
 
 
 if __name__ == "__main__":

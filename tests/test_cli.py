@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from helpers import CROSS, tiny_unet_sd2, tiny_vae
 from inflate import __version__, cli, shelves
 from inflate.data import video
+from inflate.sampling.text_to_video import Sampling
 
 
 def inflate(*arguments: object) -> Result:
@@ -70,7 +71,7 @@ def test_version() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = inflate("--help").output
-    assert all(command in text for command in ("init", "verify", "sample", "evaluate"))
+    assert all(command in text for command in ("init", "verify", "sample", "generate", "evaluate"))
 
 
 def test_a_wrong_option_ends_with_status_2() -> None:
@@ -199,6 +200,13 @@ def test_the_clips_size_follows_the_image_at_the_models_area() -> None:
     assert cli._fitting(1080, 1920, trained) == (320, 576)  # type: ignore[arg-type]  # a stand-in
 
 
+def test_the_options_of_generate_default_to_the_samplers() -> None:
+    options = {name: option.default for name, option in inspect.signature(cli.generate).parameters.items()}
+    assert {field.name: options[field.name] for field in fields(Sampling)} == {
+        f.name: f.default for f in fields(Sampling)
+    }
+
+
 def test_the_options_defaults_are_the_samplers() -> None:
     from inflate.sampling.svd import Sampling
 
@@ -206,6 +214,23 @@ def test_the_options_defaults_are_the_samplers() -> None:
     shared = [field for field in fields(Sampling) if options.get(field.name) is not None]
     assert {field.name: options[field.name] for field in shared} == {field.name: field.default for field in shared}
     assert len(shared) == 6
+
+
+def test_generate_draws_a_prompt_with_the_pocket_model(tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    options = ("--steps", 1, "--frames", 2, "--grid", 3, "--fps", 4, "--sampler", "euler")
+    result = inflate("generate", "pocket", "a red disc over blue", "-o", output, *options)
+    assert result.exit_code == 0, result.output
+    assert "freshly inflated" in result.output
+    probe = video.probe(output)
+    assert (probe.frames, probe.height, probe.width, probe.fps) == (2, 128, 128, 4)
+    assert output.with_suffix(".png").is_file()
+
+
+def test_generate_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    arguments = ("generate", "./nowhere", "a disc", "-o", tmp_path / "out.mp4")
+    assert "must be ddim or euler" in refused(*arguments, "--sampler", "heun")
+    assert "./nowhere does not exist" in refused(*arguments)
 
 
 def test_sample_checks_its_output_first(picture: Path, tmp_path: Path) -> None:

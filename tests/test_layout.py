@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -21,7 +22,8 @@ from inflate.config import check, help_text, load
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*_finetune.py"))
-CARDS = sorted([*ROOT.glob("adapters/*.yaml"), *ROOT.glob("datasets/*.yaml")])
+DATASETS = sorted(ROOT.glob("datasets/*.yaml"))
+ADAPTERS = sorted(ROOT.glob("adapters/*.yaml"))
 LAUNCHES = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 RECIPE_SETTINGS = sorted(ROOT.glob("recipes/*.yaml"))
 
@@ -167,12 +169,24 @@ def test_every_recipe_yaml_holds_settings_of_its_recipe(file: Path) -> None:
     assert load(schema, [str(file)]) is not None
 
 
-@pytest.mark.parametrize("file", CARDS, ids=lambda file: f"{file.parent.name}/{file.name}")
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
-def test_every_card_fits_every_recipe(file: Path, recipe: Path) -> None:
-    schema = load_recipe(recipe).Config
-    check(schema, [str(file)])
+def check_card(file: Path, recipe: Path) -> None:
+    check(load_recipe(recipe).Config, [str(file)])
     assert file.read_text().startswith("#"), "a card begins with a comment that says what it does"
+
+
+@pytest.mark.parametrize("file", DATASETS, ids=lambda file: file.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_every_dataset_fits_every_recipe(file: Path, recipe: Path) -> None:
+    check_card(file, recipe)
+
+
+@pytest.mark.parametrize("file", ADAPTERS, ids=lambda file: file.name)
+def test_every_adapter_fits_the_recipes_that_have_its_groups(file: Path) -> None:
+    groups = yaml.safe_load(file.read_text()).keys()
+    fitting = [recipe for recipe in RECIPES if groups <= load_recipe(recipe).Config.__dataclass_fields__.keys()]
+    assert fitting
+    for recipe in fitting:
+        check_card(file, recipe)
 
 
 @pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.name)

@@ -1,17 +1,21 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
+from inflate.errors import ConfigError
 from inflate.objectives import (
     BETA_END,
     BETA_START,
+    DDPM,
     EDM,
     _place_of_float64,
     hinge_discriminator_loss,
     hinge_generator_loss,
     schedule_sigmas,
+    schedule_signal,
     sigma_to_timestep,
     vanilla_discriminator_loss,
 )
@@ -131,3 +135,48 @@ def test_adversarial_losses() -> None:
     assert hinge_generator_loss(fake).item() == pytest.approx(0.5)
     undecided = vanilla_discriminator_loss(torch.zeros(2), torch.zeros(2))
     assert undecided.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(("prediction", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+def test_ddpm_is_diffusers_schedule(prediction: Literal["epsilon", "v_prediction"], zero: bool) -> None:
+    theirs = DDPMScheduler(
+        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear", prediction_type=prediction,
+        rescale_betas_zero_snr=zero,
+    )  # fmt: skip
+    ours, steps = DDPM(prediction, zero), torch.tensor([0, 517, 999])
+    clean, noise = clip(0).float(), clip(1).float()
+    torch.testing.assert_close(ours.noisy(clean, steps, noise), theirs.add_noise(clean, noise, steps))
+    wanted = noise if prediction == "epsilon" else theirs.get_velocity(clean, noise, steps)
+    torch.testing.assert_close(ours.target(clean, steps, noise), wanted)
+    assert torch.equal(schedule_signal(zero), theirs.alphas_cumprod)
+
+
+def test_ddpm_loss_is_the_squared_error_of_what_is_predicted() -> None:
+    clean, noise, steps = clip(0), clip(1), torch.tensor([10, 500, 999])
+    share = torch.cumprod(1 - torch.linspace(BETA_START**0.5, BETA_END**0.5, 1000) ** 2, 0)[steps].double()
+    alpha, sigma = (part.sqrt()[:, None, None, None, None] for part in (share, 1 - share))
+    noisy = alpha * clean + sigma * noise
+    for prediction, target in (("epsilon", noise), ("v_prediction", alpha * noise - sigma * clean)):
+        loss = DDPM(prediction).loss(network, clean, steps, noise)
+        torch.testing.assert_close(loss, (network(noisy, steps) - target).square().mean((2, 3, 4)), atol=1e-6, rtol=0)
+
+
+def test_ddpm_takes_a_timestep_per_frame() -> None:
+    clean, noise = clip(0), clip(1)
+    steps = torch.tensor([[3, 700], [0, 999], [42, 42]])
+    told = DDPM("v_prediction", True)
+    noisy = told.noisy(clean, steps, noise)
+    for frame in range(2):
+        alone = told.noisy(clean[:, frame, None], steps[:, frame], noise[:, frame, None])
+        assert torch.equal(noisy[:, frame, None], alone)
+    assert torch.equal(noisy[1, 1], noise[1, 1]), "the last timestep is pure noise"
+
+
+def test_ddpm_draws_every_timestep_evenly() -> None:
+    draws = DDPM().timestep((torch.arange(4000) + 0.5) / 4000)
+    assert torch.equal(draws, torch.arange(1000).repeat_interleave(4))
+
+
+def test_the_noise_is_not_predicted_from_pure_noise() -> None:
+    with pytest.raises(ConfigError, match="predicts v"):
+        DDPM("epsilon", zero_terminal_snr=True)

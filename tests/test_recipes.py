@@ -19,6 +19,8 @@ from helpers import load_recipe
 from inflate.config import load
 from inflate.data import video
 from inflate.data.demo_clips import build
+from inflate.errors import ConfigError
+from inflate.families.video_ldm import Clips, VideoLDM
 from inflate.measures import SHARES
 from inflate.training import caching, log
 
@@ -199,3 +201,33 @@ def test_help_lists_every_setting_with_its_meaning() -> None:
     result = recipe("--help")
     assert result.returncode == 0
     assert "noise_aug_mean" in result.stdout
+
+
+def aligned(clips: Path, output: Path, *arguments: str) -> Path:
+    """The run of a step of text-to-video on the pocket model."""
+    module = load_recipe(ROOT / "recipes" / "video_ldm_finetune.py")
+    small = ("training.steps=1", "training.batch=2", "training.precision=no", "training.warmup=0", "sampling.steps=1")
+    few = ("text_to_video.held_out_clips=1", "text_to_video.train_clips=1", "text_to_video.preview_clips=1")
+    quiet = ("training.tracker=none", "training.progress=false", "data.seconds_per_clip=null")
+    card, places = str(ROOT / "recipes" / "video_ldm_pocket.yaml"), (f"data.path={clips}", f"training.output={output}")
+    module.main(load(module.Config, [card, *small, *few, *quiet, *places, *arguments]))
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_text_to_video_trains_from_a_cache(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, card = f"data.cache={tmp_path / 'cache'}", str(ROOT / "recipes" / "video_ldm_pocket.yaml")
+    sources = [card, f"data.path={clips}", "data.seconds_per_clip=null", "data.window=centre", cache]
+    caching.cache_clips(load(caching.Caching, sources, partial=True), False, False, lambda _: lambda *_: None, print)
+    output = aligned(clips, tmp_path / "run", cache, "data.window=centre")
+    assert f"card: {output / 'README.md'}" in capsys.readouterr().out
+    assert 'inflate generate export "a prompt" -o out.mp4' in (output / "README.md").read_text()
+    assert VideoLDM.load(output / "export").clips == Clips(8, 8.0, 64, 64)
+    losses = json.loads((output / "metrics.json").read_text())
+    assert losses["held_out"][0]["held-out loss"] == losses["held_out"][0]["held-out loss, temporal layers bypassed"]
+
+
+def test_images_are_refused_where_only_temporal_layers_learn(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bucket 1x64x64 has one frame.*stage=joint"):
+        aligned(clips, tmp_path / "run", "data.buckets=[8x64x64,1x64x64]")

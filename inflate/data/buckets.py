@@ -106,6 +106,13 @@ def largest(buckets: Sequence[Bucket], width: int, height: int) -> Bucket:
     return max(buckets, key=rank)
 
 
+def check_multiples(buckets: Sequence[Bucket], factor: int) -> None:
+    """Raise ConfigError naming a bucket whose pixels do not make whole latents, of `factor` pixels a side."""
+    for bucket in buckets:
+        if bucket.height % factor or bucket.width % factor:
+            raise ConfigError(f"data: bucket {bucket}: height and width must be multiples of {factor}")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The bucket of each optimiser step, for buckets of `windows` windows and steps of `samples` samples.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,3 +27,12 @@ def to_float(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 def to_uint8(frames: Tensor) -> npt.NDArray[np.uint8]:
     """Frames (F, 3, H, W) in [0, 1] as uint8 (F, H, W, 3)."""
     return np.asarray((frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def tiled(clips: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """Clips (F, H, W, 3) of one size as one (F, rows * H, columns * W, 3), about as many rows as columns."""
+    columns = math.ceil(math.sqrt(len(clips)))
+    empty = [np.zeros_like(clips[0])] * (-len(clips) % columns)
+    cells = [*clips, *empty]
+    rows = [np.concatenate(cells[first : first + columns], axis=2) for first in range(0, len(cells), columns)]
+    return np.concatenate(rows, axis=1)

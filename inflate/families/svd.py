@@ -30,7 +30,6 @@ from inflate.families import svd_files
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
-    SETTINGS_FILE,
     TENSORS_FILE,
     Encoding,
     image_statistics,
@@ -191,13 +190,13 @@ class SVD(Encoding):
         export exactly. `frames` is its clip length. A video model has both already. `prediction` is what an image
         model in a single file predicts, where the file does not tell.
         """
-        if str(path).endswith(svd_files.SAFETENSORS):
+        if str(path).endswith(folders.SAFETENSORS):
             encoder, file = needed_encoder(path, image_encoder), Path(path).expanduser()
             if not is_single_image_model(file):
                 return cls.from_sgm(file, encoder)
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_single_file(file, encoder, spec, prediction, frames)
-        folder = svd_files.resolve(path)
+        folder = folders.resolve(path)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
@@ -218,13 +217,13 @@ class SVD(Encoding):
         Without `objective` the network is told of noise as its scheduler did, which keeps a v-predicting model's
         denoiser exact. CheckpointError, with nothing made, where a part is missing, not whole, or does not fit.
         """
-        folder = svd_files.resolve(path)
+        folder = folders.resolve(path)
         scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
         encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
         encoder = svd_files.load_image_encoder(encoder_folder)
-        image_unet = svd_files.load_parent(UNet2DConditionModel, folder / "unet")
-        image_vae = svd_files.load_parent(AutoencoderKL, folder / "vae")
+        image_unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+        image_vae = folders.load_parent(AutoencoderKL, folder / "vae")
         statistics = image_statistics(encoder_folder, folder / "feature_extractor")
         networks = inflated(image_unet, image_vae, spec or TemporalSpec())
         return cls(*networks, encoder, inherited, frames=frames, decode_chunk=frames, **statistics)
@@ -255,8 +254,8 @@ class SVD(Encoding):
 
         CheckpointError, listing the tensors, where they do not match the models one to one.
         """
-        folder = svd_files.resolve(path)
-        own = folder / SETTINGS_FILE
+        folder = folders.resolve(path)
+        own = folder / folders.SETTINGS_FILE
         settings = folders.read_json(own) if own.is_file() else {}
         unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
         vae = load_video_vae(folder)
@@ -325,7 +324,7 @@ class SVD(Encoding):
         svd_files.refuse_what_diffusers_lacks(self.unet, self.vae, self.image_encoder.config.image_size)
         unet, vae = self._twins()
         gap = self._gap(unet, vae, seed=0)
-        svd_files.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
+        folders.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
         return gap
 
     def _twins(self) -> tuple[UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder]:
@@ -364,7 +363,7 @@ class SVD(Encoding):
         # without torchvision transformers writes the name of a stand-in that older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (folder / SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
         exact = svd_files.exact_vae_tensors(self.vae)
         if exact:
             save_file(exact, folder / TENSORS_FILE)

@@ -19,8 +19,8 @@ from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
-SETTINGS_FILE, TENSORS_FILE = "inflate.json", "inflate.safetensors"
-"""What an export holds beside diffusers' layout."""
+TENSORS_FILE = "inflate.safetensors"
+"""What an export holds of weights beside diffusers' layout."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -76,16 +76,16 @@ class Encoders(Encoding):
     @classmethod
     def load(cls, path: str | Path, image_encoder: str | Path | None = None) -> Self:
         """The encoders of what `SVD.load` loads, with the weights that it gives them; CheckpointError as there."""
-        if str(path).endswith(svd_files.SAFETENSORS):
+        if str(path).endswith(folders.SAFETENSORS):
             inside, file = svd_files.encoder_folder(needed_encoder(path, image_encoder)), Path(path).expanduser()
             is_image = is_single_image_model(file)
             vae = inflate_vae(load_vae(file))[0] if is_image else svd_files.load_sgm_vae(file)
             return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))
-        folder = svd_files.resolve(path)
+        folder = folders.resolve(path)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
-            vae, _ = inflate_vae(svd_files.load_parent(AutoencoderKL, folder / "vae"))
+            vae, _ = inflate_vae(folders.load_parent(AutoencoderKL, folder / "vae"))
             statistics = image_statistics(inside, folder / "feature_extractor")
         else:
             refuse_another_encoder(path, image_encoder)
@@ -95,7 +95,7 @@ class Encoders(Encoding):
 
 def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
-    own, extra = folder / SETTINGS_FILE, folder / TENSORS_FILE
+    own, extra = folder / folders.SETTINGS_FILE, folder / TENSORS_FILE
     settings = folders.read_json(own) if own.is_file() else {}
     overrides = exchange.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)

@@ -3,7 +3,7 @@
 Everything is read and checked before a model exists: models are built without memory and take the tensors over.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,19 @@ from diffusers import (
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
-from inflate.files import new_folder
 from inflate.models import exchange, folders, original_names
 from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
 DIFFUSERS_EPS = 1e-6
-POCKET = Path(__file__).parents[1] / "pocket"
-"""The pocket Stable Diffusion that comes with the package."""
-PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
-PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
-SAFETENSORS = ".safetensors"
 ENCODERS = {
     768: "that of Stable Diffusion 1 is openai/clip-vit-large-patch14",
     1024: "that of Stable Diffusion 2 and Stable Video Diffusion is laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -77,53 +67,9 @@ def is_image_model(folder: Path) -> bool:
     )
 
 
-def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
-    """The local folder of `path`, of the shipped `pocket` model, or of a model owner/name on the Hub.
-
-    Of the last, `files` are downloaded. CheckpointError where there is none.
-    """
-    folder = local_folder(path)
-    if folder is not None:
-        return folder
-    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
-
-
-def local_folder(path: str | Path) -> Path | None:
-    """The folder that `path` or `pocket` names; None for owner/name on the Hub, CheckpointError for anything else."""
-    folder = POCKET if str(path) == "pocket" else Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
-    return None
-
-
-def check_place(path: str | Path) -> None:
-    """Raise CheckpointError for a path of a model that does not exist; nothing is read or downloaded."""
-    if not str(path).endswith(SAFETENSORS):
-        local_folder(path)
-    elif not Path(path).expanduser().is_file():
-        raise CheckpointError(f"{path} does not exist; give the original's {SAFETENSORS} file, or a model's folder")
-
-
-def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
-    """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not there: inflation needs a Stable Diffusion folder in diffusers' layout")
-    half = (folder / folders.HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
-    settings: dict[str, Any] = {"torch_dtype": torch.float32, "variant": "fp16" if half else None}
-    return load_strictly(kind.from_pretrained, folder, settings)
-
-
 def encoder_folder(path: str | Path) -> Path:
     """The folder of the image encoder that `path` is or, being a pipeline, has; CheckpointError where there is none."""
-    folder = resolve(path, ENCODER_FILES)
+    folder = folders.resolve(path, ENCODER_FILES)
     inside = folder / "image_encoder"
     return inside if inside.is_dir() else folder
 
@@ -322,20 +268,6 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
     exchange.adopt(vae, exchange.convert(tensors, names, wanted, origin))
     return vae
-
-
-def write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a folder anew; an export that stood there stays until the new one is whole.
-
-    CheckpointError where the folder holds anything but an earlier export, or cannot be written.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
-    try:
-        with new_folder(folder) as aside:
-            fill(aside)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,17 +1,65 @@
-"""Folders that hold models in diffusers' layout."""
+"""Folders that hold models in diffusers' layout: where a name points, and how one is read and written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from inflate.errors import CheckpointError
+from inflate.files import new_folder
+from inflate.models.unet import load_strictly
 
 HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
+SAFETENSORS = ".safetensors"
+PARTS = ("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "feature_extractor", "scheduler")
+PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
+SETTINGS_FILE = "inflate.json"
+"""What an export of ours holds of settings that diffusers' layout has no place for."""
+SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v")}
+"""The models that come with the package, by the names that stand for their folders."""
+
+
+def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
+    """The local folder of `path`, of a shipped model (`pocket`), or of a model owner/name on the Hub.
+
+    Of the last, `files` are downloaded. CheckpointError where there is none.
+    """
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
+    unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
+
+
+def local_folder(path: str | Path) -> Path | None:
+    """The folder that `path` or `pocket` names; None for owner/name on the Hub, CheckpointError for anything else."""
+    folder = SHIPPED.get(str(path), Path(path).expanduser())
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
+    return None
+
+
+def check_place(path: str | Path) -> None:
+    """Raise CheckpointError for a path of a model that does not exist; nothing is read or downloaded."""
+    if not str(path).endswith(SAFETENSORS):
+        local_folder(path)
+    elif not Path(path).expanduser().is_file():
+        raise CheckpointError(f"{path} does not exist; give a {SAFETENSORS} file, or a model's folder")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -37,6 +85,39 @@ def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
     raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
 
 
+def holds(path: str | Path, kind: type[ConfigMixin]) -> bool:
+    """Whether a model has a UNet of a class."""
+    file = resolve(path) / "unet" / "config.json"
+    return file.is_file() and bool(read_json(file).get("_class_name") == kind.__name__)
+
+
+def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:
+    """An image model from its folder, in float32; CheckpointError, listing the tensors, where it is not whole."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not there: inflation needs a Stable Diffusion folder in diffusers' layout")
+    half = (folder / HALF_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+    settings: dict[str, Any] = {"torch_dtype": torch.float32, "variant": "fp16" if half else None}
+    return load_strictly(kind.from_pretrained, folder, settings)
+
+
+def write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fills a folder anew; an export that stood there stays until the new one is whole.
+
+    CheckpointError where the folder holds anything but an earlier export, or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not _is_export(folder):
+        raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
+    try:
+        with new_folder(folder) as aside:
+            fill(aside)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+
+
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A diffusers configuration without its private entries."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _is_export(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model_index.json", SETTINGS_FILE))

@@ -3,9 +3,7 @@
 Equal to diffusers' StableVideoDiffusionPipeline on the exported folder, down to its random draws.
 """
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -14,9 +12,8 @@ from torch import Tensor
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
 from inflate.objectives import Predict
+from inflate.sampling.steps import Progress, integrate
 from inflate.surgery import evaluating
-
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -113,16 +110,4 @@ def euler(
     With `guidance` (F,), `predict` is given the batch twice: first without, then with the condition.
     """
     scheduler.set_begin_index(0)
-    latents = noise * scheduler.init_noise_sigma
-    for timestep in (progress or list)(list(scheduler.timesteps)):
-        scaled = scheduler.scale_model_input(latents, timestep)
-        prediction = _guided(predict, scaled, timestep, guidance)  # (B, F, C, h, w)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
-
-
-def _guided(predict: Predict, scaled: Tensor, timestep: Tensor, guidance: Tensor | None) -> Tensor:
-    if guidance is None:
-        return predict(scaled, timestep.expand(len(scaled)))
-    without, given = predict(torch.cat([scaled] * 2), timestep.expand(2 * len(scaled))).chunk(2)
-    return without + guidance[:, None, None, None] * (given - without)
+    return integrate(predict, noise, scheduler, guidance, progress)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from inflate.data.preflight import Preflight, Progress, preflight, refuse_droppe
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
-from inflate.families.svd_encoders import Encoding
+from inflate.families import svd_encoders, video_ldm
 from inflate.families.svd_model import Model
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
 from inflate.tables import aligned
-from inflate.training.encoding import ClipEncoder, clip_encoder
+from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
 from inflate.training.image_to_video import ImageToVideo
 from inflate.training.processes import join_processes, together
+from inflate.training.text_to_video import Stage
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -40,14 +41,24 @@ class Caching:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    stage: str = "image_to_video"
+    """what a recipe trains: its stages of text-to-video read captions, all others first frames"""
 
-    def encoder(self, device: torch.device) -> ClipEncoder:
+    def encoder(self, device: torch.device) -> ClipEncoder | TextClipEncoder:
         """The model's encoders, on the device."""
+        if self.stage in get_args(Stage):
+            return self._text_encoder(device)
         encoders = self.model.encoders()
         encoders.decode_chunk = self.data.main.frames
         for network in (encoders.vae, encoders.image_encoder):
             network.requires_grad_(False).eval().to(device)
         return clip_encoder(encoders, self.data, self.image_to_video)
+
+    def _text_encoder(self, device: torch.device) -> TextClipEncoder:
+        encoders = video_ldm.Encoders.load(self.model.path)
+        for network in (encoders.vae, encoders.text_encoder):
+            network.requires_grad_(False).eval().to(device)
+        return TextClipEncoder(encoders, self.data.cache_dtype)
 
 
 def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable[[str], Progress], say: Say) -> None:
@@ -134,7 +145,7 @@ def show_cached(settings: Caching, output: Path, count: int, say: Say) -> None:
     say(f"wrote {output}")
 
 
-def _show(folder: Path, item: Item, family: Encoding, number: int) -> tuple[str, ...]:
+def _show(folder: Path, item: Item, family: svd_encoders.Encoding | video_ldm.Encoding, number: int) -> tuple[str, ...]:
     """Write one window's mp4 and contact sheet; its line of the table."""
     values: dict[str, Any] = dict(item)
     latents = values["latents"].to(family.vae.device, family.vae.dtype)
@@ -143,10 +154,12 @@ def _show(folder: Path, item: Item, family: Encoding, number: int) -> tuple[str,
     rows = [to_uint8(real), to_uint8(made)]
     video.write(folder / f"{name}.mp4", np.concatenate(rows, axis=2), fps)
     video.contact_sheet(folder / f"{name}.png", rows, ["file", "cache"])
+    animates = "context" in values
+    embedding = values["context"] if animates else values["caption_states"]
     augs = [f"{float(aug):.3f}" for aug in values.get("augs", ())]
     return (
         name, item["name"], str(len(latents)), f"{fps:.4g}", f"{float(item['motion']):.3f}",
-        f"norm {float(values['context'].float().norm()):.3f}", " ".join(augs) or "in each step",
+        f"norm {float(embedding.float().norm()):.3f}", " ".join(augs) or ("in each step" if animates else "none"),
         f"{float(psnr(made[None], real[None]).mean()):.2f} dB",
     )  # fmt: skip
 

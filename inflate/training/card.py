@@ -20,23 +20,34 @@ def write_card(
     held_out: Rows,
     scores: Mapping[str, float],
     config: str,
-    decode_chunk: int,
+    use: str,
 ) -> Path:
-    """Write FOLDER/README.md; every number in it is one that the run measured."""
+    """Write FOLDER/README.md, which says by `use` what to do with the export; every number in it was measured."""
     sections = [
         f"# {title}",
         "\n".join(f"- {name}: {value}" for name, value in {**facts, "hardware": hardware()}.items()),
         _measured(held_out, found_overfitting(folder, held_out)),
         _scored(scores),
-        "## Use\n\n```bash\ninflate sample export image.png -o out.mp4\n```\n\n"
-        "```python\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
-        'pipeline = StableVideoDiffusionPipeline.from_pretrained("export")\n'
-        f"frames = pipeline(image, decode_chunk_size={decode_chunk}).frames[0]  # the decoder's training chunk\n```",
+        f"## Use\n\n{use}",
         f"## Settings\n\n```yaml\n{config.strip()}\n```",
     ]
     path = folder / "README.md"
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def image_use(decode_chunk: int) -> str:
+    """How to animate an image with an export of Stable Video Diffusion; the chunk is that of the decoder's training."""
+    return (
+        "```bash\ninflate sample export image.png -o out.mp4\n```\n\n"
+        "```python\nfrom diffusers import StableVideoDiffusionPipeline\n\n"
+        'pipeline = StableVideoDiffusionPipeline.from_pretrained("export")\n'
+        f"frames = pipeline(image, decode_chunk_size={decode_chunk}).frames[0]  # the decoder's training chunk\n```"
+    )
+
+
+TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
+"""How to draw a prompt with a text-to-video export."""
 
 
 def hardware() -> str:

@@ -1,15 +1,19 @@
-"""What is cached of clips for Stable Video Diffusion: latents, image embeddings, and noised condition frames."""
+"""What is cached of clips: latents and, by family, image embeddings and noised first frames, or captions' states."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from inflate.data.settings import Data
+from inflate.families import video_ldm
 from inflate.families.svd_encoders import Encoding
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
@@ -18,6 +22,7 @@ from inflate.training.noise import seed_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
 VAE_SETTINGS = ("act_fn", "norm_num_groups")
+TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 IMAGE_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 """Of the networks' configurations: what makes other results of the same weights."""
 
@@ -78,6 +83,45 @@ class ClipEncoder:
         augs = torch.exp(mean + std * torch.randn(self.draws, generator=generator))  # (K,)
         noise = torch.randn(self.draws, *frame.shape, generator=generator).to(frame.device)  # (K, 3, H, W)
         return self.family.image_latent(frame.expand(self.draws, -1, -1, -1), augs.to(frame.device), noise), augs
+
+
+class TextClipEncoder:
+    """The frozen networks of a text-to-video model, as `inflate.data.cache.Encoder`."""
+
+    reads_captions = True
+
+    def __init__(self, family: video_ldm.Encoding, precision: Precision) -> None:
+        self.family, self.precision, self.dtype = family, precision, getattr(torch, precision)
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes of the encoders, the length of prompts in tokens, and the precision."""
+        family = self.family
+        return {
+            "vae": encoder_sha256(family.vae), "latent scale": str(family.vae.config.scaling_factor),
+            "vae settings": _settings(family.vae, VAE_SETTINGS), "text_encoder": weights_sha256(family.text_encoder),
+            "text settings": _settings(family.text_encoder, TEXT_SETTINGS),
+            "vocabulary": vocabulary_sha256(family.tokenizer),
+            "tokens": str(family.tokenizer.model_max_length), "precision": self.precision,
+        }  # fmt: skip
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
+        return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
+
+    def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
+        """Nothing: no frame is a condition."""
+        return {}
+
+    def captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`caption_states` (N, L, D), the text encoder's states."""
+        return {"caption_states": self.family.embed(texts).to(self.dtype)}
+
+
+def vocabulary_sha256(tokenizer: CLIPTokenizer) -> str:
+    """A hash of a tokenizer's words and their numbers."""
+    words = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _settings(network: Any, names: Sequence[str]) -> str:

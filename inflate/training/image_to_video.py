@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,19 @@ from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
 from inflate.sampling.svd import Sampling, sample
+from inflate.training.held_out import (
+    REMEDY,
+    band_name,
+    fixed_losses,
+    is_image,
+    named_losses,
+    same_size,
+    size_of,
+    visiting,
+)
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
-from inflate.training.player import Selected
-
-Batch = dict[str, Any]
-REMEDY = "cache what the frozen encoders make of the clips (`inflate data cache`)"
+from inflate.training.player import Batch, Selected
 
 
 @dataclass
@@ -172,16 +179,9 @@ class ImageToVideoTask:
         aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
         return self.family.image_latent(first, aug, noise.normal("aug pixels", *first.shape[1:])), aug
 
-    @contextmanager
-    def _encoders(self) -> Iterator[None]:
+    def _encoders(self) -> AbstractContextManager[None]:
         """Have every encoder on the device meanwhile."""
-        try:
-            for module in self._visiting:
-                module.to(self._device())
-            yield
-        finally:
-            for module in self._visiting:
-                module.to("cpu")
+        return visiting(self._visiting, self._device())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -195,16 +195,8 @@ class ImageToVideoTask:
             losses = self.fixed_losses(self.held_out, levels)  # (N, levels)
             bypassed = self.fixed_losses(self.held_out, levels, image_only=True)  # (N, levels)
             known = self.fixed_losses(self.training, levels)
-        named = {"held-out loss": float(losses.mean())}
-        if self.training:
-            named["training-clip loss"] = float(known.mean())
-        for place, sigma in enumerate(levels):
-            named[f"held-out loss at sigma {sigma:.3g}"] = float(losses[:, place].mean())
-        sizes = [size_of(clip) for clip in self.held_out]
-        for size in dict.fromkeys(sizes) if len(set(sizes)) > 1 else ():
-            chosen = torch.tensor([one == size for one in sizes])
-            named[f"held-out loss in {'x'.join(map(str, size))}"] = float(losses[chosen].mean())
-        return {**named, "held-out loss, temporal layers bypassed": float(bypassed.mean())}
+        named = [f"sigma {sigma:.3g}" for sigma in levels]
+        return named_losses(losses, bypassed, known, named, [size_of(clip) for clip in self.held_out])
 
     def levels(self) -> list[float]:
         """The noise levels of the held-out loss: the middles of the bands."""
@@ -220,23 +212,19 @@ class ImageToVideoTask:
         """The noise level that a share of training is below."""
         return float(self.family.objective.sigma(torch.tensor([NormalDist().inv_cdf(share)])))
 
-    def fixed_losses(
-        self, clips: list[Batch], levels: list[float], image_only: bool = False, together: int = 4
-    ) -> Tensor:
+    def fixed_losses(self, clips: list[Batch], levels: list[float], image_only: bool = False) -> Tensor:
         """The loss of each clip at each noise level (N, levels), float64, on noise fixed by the seed and its number."""
-        losses, device = torch.zeros(len(clips), len(levels), dtype=torch.float64), self._device()
-        for places in same_size(clips, together):
-            batch = join([clips[place] for place in places])
-            noise = Noise(self.seed, batch["number"], device)
-            clean = self.clean(batch, device)
+
+        def measure(batch: Batch, noise: Noise) -> Tensor:
+            clean = self.clean(batch, noise.device)
             predict = self.family.predict(
                 self.condition(batch, noise), self.players[0].network, image_only or is_image(batch)
             )
-            fixed = noise.normal("held-out", *clean.shape[1:])
-            for level, sigma in enumerate(levels):
-                sigmas = torch.full((len(clean),), sigma, device=device)
-                losses[places, level] = self.family.objective.loss(predict, clean, sigmas, fixed).double().cpu()
-        return losses
+            fixed, objective = noise.normal("held-out", *clean.shape[1:]), self.family.objective
+            sigmas = torch.tensor(levels, device=clean.device)[:, None].expand(-1, len(clean))  # (levels, B)
+            return torch.stack([objective.loss(predict, clean, sigma, fixed) for sigma in sigmas], dim=1)
+
+        return fixed_losses(clips, len(levels), self.seed, self._device(), measure)
 
     def preview(self, folder: Path) -> None:
         """Animate the first held-out clips' first frames: an mp4 each, a contact sheet per size (truth above sample).
@@ -322,44 +310,7 @@ def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> 
         parameter.requires_grad_(name not in inert and (trainable == "all" or name in chosen))
 
 
-def band_name(low: float, high: float) -> str:
-    """A range of noise levels in words."""
-    if not low:
-        return f"below {high:.3g}"
-    return f"{low:.3g}-{high:.3g}" if math.isfinite(high) else f"above {low:.3g}"
-
-
-def is_image(batch: Batch) -> bool:
-    """Whether a batch's clips have one frame."""
-    return int(batch["latents" if "latents" in batch else "pixels"].shape[1]) == 1
-
-
 def first_frame(batch: Batch) -> Tensor:
     """The clips' first frames (B, 3, H, W) in [-1, 1]."""
     frame: Tensor = batch["first"] if "first" in batch else batch["pixels"][:, 0]
     return frame
-
-
-def size_of(batch: Batch) -> tuple[int, int, int]:
-    """Frames, height and width of a batch's clips, or of their latents where it holds no pixels."""
-    _, frames, _, height, width = batch["pixels" if "pixels" in batch else "latents"].shape
-    return frames, height, width
-
-
-def same_size(batches: list[Batch], most: int) -> Iterator[list[int]]:
-    """The places of batches whose clips have one size, at most so many together, the sizes in order of appearance."""
-    sizes = [size_of(batch) for batch in batches]
-    for size in dict.fromkeys(sizes):
-        places = [place for place, one in enumerate(sizes) if one == size]
-        yield from (places[start : start + most] for start in range(0, len(places), most))
-
-
-def join(batches: list[Batch]) -> Batch:
-    """Several batches of one size as one."""
-    first = batches[0]
-    return {
-        key: torch.cat([b[key] for b in batches])
-        if isinstance(first[key], Tensor)
-        else sum((b[key] for b in batches), [])
-        for key in first
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,22 @@ def test_what_is_cached_can_be_looked_at(clips: Path, tmp_path: Path) -> None:
     truth = ClipDataset(settings(clips, None).data, shuffle=False)[4]["pixels"]
     shown = torch.from_numpy(frames[:, :, :64]).permute(0, 3, 1, 2) / 127.5 - 1
     assert float((shown - truth).abs().mean()) < 0.05, "the file's own frames are at the left"
+
+
+def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:
+    wanted = replace(settings(clips, tmp_path / "cache"), stage="temporal")
+    cache_clips(wanted, False, False, lambda _: lambda done, whole: None, lambda _: None)
+    dataset, encoder = ClipDataset(wanted.data, shuffle=False), wanted.encoder(torch.device("cpu"))
+    dataset.read_encoded(encoder, "none")
+    item = dict(dataset[3])
+    assert {"latents", "caption_states"} <= item.keys()
+    assert not {"pixels", "context"} & item.keys()
+    assert torch.equal(item["caption_states"], encoder.captions([dataset[3]["caption"]])["caption_states"][0])
+    said: list[str] = []
+    show_cached(wanted, tmp_path / "shown", 1, said.append)
+    assert said[1].split()[-3:-2] == ["none"]
+    with pytest.raises(DataError, match="encoded for other windows, sizes, weights or precision"):
+        dataset.read_encoded(replace(wanted, stage="image_to_video").encoder(torch.device("cpu")), "none")
 
 
 def test_a_cache_needs_a_folder_that_can_be_written(clips: Path, tmp_path: Path) -> None:

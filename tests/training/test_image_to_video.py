@@ -12,7 +12,8 @@ from helpers import randomise, write_image_model
 from inflate.data import video
 from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, MotionBuckets
-from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable, join
+from inflate.training.held_out import join
+from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
 from inflate.training.previews import compare_previews

@@ -207,7 +207,7 @@ def test_a_run_that_overfits_says_so_everywhere(tmp_path: Path, caplog: pytest.L
     assert f"overfitting: held-out loss was best at step {best['step']} and went from {min(losses):.4g}" in warning
     told = runs.describe(runs.read(output))
     assert f"    {log.found_overfitting(output, result.held_out)[0]}" in told.splitlines()
-    card = write_card(output, "A run", {}, result.held_out, {}, "", 1).read_text()
+    card = write_card(output, "A run", {}, result.held_out, {}, "", "").read_text()
     assert f"; the nearest checkpoint is {near}**" in card
     assert f"| held-out loss | {losses[0]:.4g} | {losses[-1]:.4g} | lower |" in card
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from inflate.data import video
-from inflate.training.card import write_card
+from inflate.training.card import image_use, write_card
 from inflate.training.previews import LEAST_HEIGHT, compare_previews
 
 
@@ -35,7 +35,9 @@ def test_nothing_is_written_without_a_common_video(tmp_path: Path) -> None:
 
 def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     held_out = [{"step": 0, "loss": 0.5}, {"step": 8, "loss": 0.25, "new": 1.0}]
-    path = write_card(tmp_path, "A title", {"clips": "mine"}, held_out, {"frame 0": 31.5}, "stage: decoder\n", 8)
+    path = write_card(
+        tmp_path, "A title", {"clips": "mine"}, held_out, {"frame 0": 31.5}, "stage: decoder\n", image_use(8)
+    )
     text = path.read_text()
     assert "| loss | 0.5 | 0.25 |" in text
     assert "| frame 0 | 31.5 |" in text

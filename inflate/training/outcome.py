@@ -1,0 +1,39 @@
+"""What a recipe tells at its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from inflate.measures import remark
+from inflate.training.log import found_overfitting
+from inflate.training.loop import Result
+from inflate.training.processes import join_processes
+
+
+def say(result: Result, stage: str, output: Path) -> None:
+    """Name the results on standard output; end every process after a signal."""
+    tells = join_processes().is_main_process
+    if result.export is None:
+        if tells:
+            saved = output / f"checkpoint-{result.step}"
+            print(
+                f"stopped by {result.stopped} at step {result.step}; {saved} is whole: training.resume=latest goes on"
+            )
+        sys.exit(130 if result.stopped == "SIGINT" else 143)
+    if not tells:
+        return
+    first, last = result.held_out[0], result.held_out[-1]
+    print(f"\n{stage}: {result.step} steps; measured, before -> after:")
+    for name in last:
+        if name in first and name != "step" and not name.startswith("parent/"):
+            print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g} {remark(name)}".rstrip())
+    for one in found_overfitting(output, result.held_out):
+        print(f"  {one}")
+    for name, path in (
+        ("before/after video", output / "before_after.mp4"), ("as a picture", output / "before_after.png"),
+        ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),
+        ("model", result.export),
+    ):  # fmt: skip
+        if path.exists():
+            print(f"  {name}: {path}")

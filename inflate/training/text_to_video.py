@@ -1,0 +1,214 @@
+"""Text-to-video by alignment of an image model: what one step does, how it is measured and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from inflate.data import video
+from inflate.data.pixels import to_uint8, unit
+from inflate.errors import ConfigError, DataError
+from inflate.families.video_ldm import Sampler, VideoLDM
+from inflate.models.unet import VideoUNet
+from inflate.objectives import TRAIN_TIMESTEPS
+from inflate.sampling.text_to_video import Sampling, sample
+from inflate.training.held_out import REMEDY, fixed_losses, is_image, named_losses, same_size, size_of, visiting
+from inflate.training.loop import Player
+from inflate.training.noise import Noise
+from inflate.training.player import Batch, Selected
+
+Stage = Literal["spatial", "temporal", "joint"]
+
+
+@dataclass
+class TextToVideo:
+    """Settings of text-to-video training (Video LDM, 2304.08818)."""
+
+    drop_caption: float = 0.1
+    """share of samples with the empty prompt, the null condition of guidance"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory for about a third more time"""
+    held_out_clips: int = 32
+    """held-out clips that the loss is measured on"""
+    bands: int = 4
+    """bands of the timestep: the training loss is told for each, the held-out loss at its middle"""
+    train_clips: int = 8
+    """training clips that the same is measured on as on held-out ones, to tell overfitting; 0 = none"""
+    preview_clips: int = 8
+    """held-out clips whose captions each preview samples"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_caption <= 1:
+            raise ConfigError(f"text_to_video.drop_caption={self.drop_caption}: a share from 0 to 1")
+        if min(self.held_out_clips, self.bands, self.preview_clips) < 1 or self.train_clips < 0:
+            raise ConfigError(
+                "text_to_video: held_out_clips, bands and preview_clips must be at least 1, train_clips at least 0"
+            )
+
+
+@dataclass
+class Preview:
+    """How previews are sampled; the prompt, the length and the seed are each held-out clip's own."""
+
+    steps: int = 50
+    """denoising steps"""
+    guidance: float = 7.5
+    """guidance scale; up to 1 there is no guidance, at half the cost"""
+    negative: str = ""
+    """prompt that guidance leads away from"""
+    sampler: Sampler = "ddim"
+    """ddim, or euler"""
+
+
+class TextToVideoTask:
+    """Trains `family.unet` to draw clips of their captions; measures and shows it on held-out clips.
+
+    `spatial` trains the image model's layers on single frames, each with a timestep of its own; `temporal` the temporal
+    layers, on clips, with the image model as it is; `joint` everything. A clip of one frame is an image: the temporal
+    layers are bypassed.
+
+    `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`).
+    Where batches hold the clips' `latents` and `caption_states` (`cached`), the encoders are on the device only to look
+    at the model.
+    """
+
+    def __init__(
+        self,
+        family: VideoLDM,
+        stage: Stage,
+        settings: TextToVideo,
+        held_out: list[Batch],
+        sampling: Preview,
+        lr: float,
+        seed: int,
+        training: Sequence[Batch] = (),
+        cached: bool = False,
+    ) -> None:
+        if not held_out:
+            raise DataError("there are no held-out clips (data.held_out) to measure and preview")
+        if settings.gradient_checkpointing:
+            family.unet.enable_gradient_checkpointing()
+        self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
+        encoders: list[nn.Module] = [family.vae, family.text_encoder]
+        for module in encoders:
+            module.requires_grad_(False).eval()
+        self.frozen, self._visiting = ([], encoders) if cached else (encoders, [])
+        self.nothing = family.embed([""])  # (1, L, D)
+        self.held_out = held_out[: settings.held_out_clips]
+        self.training = [*training[: settings.train_clips]]
+        self.shown = self.held_out[: settings.preview_clips]
+        choose_trainable(family.unet, stage)
+        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY)]
+
+    def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Selected]]:
+        """The loss per sample (B,), fp32, of one batch; logged for each band of the timestep."""
+        family, objective = self.family, self.family.objective
+        clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
+        context = self.drop(self.context(batch, noise.device), noise.uniform("drop"))
+        timestep = objective.timestep(noise.uniform("timestep", *self._drawn_alone(clean)))  # (B,) or (B, F)
+        predict = family.predict(context, self.players[0].network, self._single(batch))
+        loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
+        band = (timestep * self.settings.bands // TRAIN_TIMESTEPS).reshape(len(clean), -1).expand_as(loss)
+        told = {name: Selected(loss.flatten(), (band == n).flatten()) for n, name in enumerate(self._bands())}
+        return loss.mean(dim=1), told
+
+    def clean(self, batch: Batch, device: torch.device) -> Tensor:
+        """The clips' scaled latents (B, F, C, h, w)."""
+        if "latents" in batch:
+            latents: Tensor = batch["latents"].to(device, self.family.vae.dtype)
+            return latents
+        return self.family.encode(batch["pixels"].to(device))
+
+    def context(self, batch: Batch, device: torch.device) -> Tensor:
+        """The text encoder's states of the captions (B, L, D)."""
+        if "caption_states" in batch:
+            states: Tensor = batch["caption_states"].to(device, self.family.vae.dtype)
+            return states
+        return self.family.embed(batch["caption"])
+
+    def drop(self, context: Tensor, draw: Tensor) -> Tensor:
+        """The context with the empty prompt's in place of those whose uniform draw (B,) says so."""
+        dropped = (draw < self.settings.drop_caption)[:, None, None]  # (B, 1, 1)
+        return torch.where(dropped, self.nothing.to(context), context)  # (B, L, D)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss on fixed noise: its mean, per timestep, per size, and with temporal layers bypassed."""
+        with self._encoders():
+            losses = self.fixed_losses(self.held_out)  # (N, levels)
+            bypassed = self.fixed_losses(self.held_out, image_only=True)  # (N, levels)
+            known = self.fixed_losses(self.training)
+        named = [f"timestep {timestep}" for timestep in self.levels()]
+        return named_losses(losses, bypassed, known, named, [size_of(clip) for clip in self.held_out])
+
+    def levels(self) -> list[int]:
+        """The timesteps of the held-out loss: the middles of the bands."""
+        return [int((band + 0.5) * TRAIN_TIMESTEPS / self.settings.bands) for band in range(self.settings.bands)]
+
+    def fixed_losses(self, clips: list[Batch], image_only: bool = False) -> Tensor:
+        """The loss of each clip at each timestep (N, levels), float64, on noise fixed by the seed and its number."""
+
+        def measure(batch: Batch, noise: Noise) -> Tensor:
+            clean, context = self.clean(batch, noise.device), self.context(batch, noise.device)
+            predict = self.family.predict(context, self.players[0].network, image_only or self._single(batch))
+            fixed, objective = noise.normal("held-out", *clean.shape[1:]), self.family.objective
+            steps = torch.tensor(self.levels(), device=noise.device)[:, None].expand(-1, len(clean))  # (levels, B)
+            return torch.stack([objective.loss(predict, clean, one, fixed).mean(1) for one in steps], dim=1)
+
+        return fixed_losses(clips, self.settings.bands, self.seed, self._device(), measure)
+
+    def preview(self, folder: Path) -> None:
+        """Sample the first held-out clips' captions: an mp4 each, a contact sheet per size, and prompts.txt."""
+        lines = [f"{place:02d} {clip['caption'][0]}" for place, clip in enumerate(self.shown)]
+        (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+        for places in same_size(self.shown, len(self.shown)):
+            with self._encoders():
+                clips = [to_uint8(unit(clip)) for clip in self.draw(places)]
+            for place, clip in zip(places, clips, strict=True):
+                video.write(folder / f"{place:02d}.mp4", clip, float(self.shown[place]["fps"][0]))
+            alone = len(places) == len(self.shown)
+            size = "x".join(map(str, size_of(self.shown[places[0]])))
+            labels = [f"{place:02d}" for place in places]
+            video.contact_sheet(folder / ("sheet.png" if alone else f"sheet-{size}.png"), clips, labels)
+
+    def draw(self, places: list[int]) -> Tensor:
+        """Samples (N, F, 3, H, W), about in [-1, 1], of the captions at places of one size; the place is the seed."""
+        frames, height, width = size_of(self.shown[places[0]])
+        settings = Sampling(**asdict(self.sampling), frames=frames, height=height, width=width)
+        prompts = [self.shown[place]["caption"][0] for place in places]
+        return sample(self.family, prompts, [self.seed + place for place in places], settings).cpu()
+
+    def export(self, folder: Path) -> None:
+        """Write the whole model as a folder that `VideoLDM.load` reads."""
+        self.family.save_pretrained(folder)
+
+    def _bands(self) -> list[str]:
+        edges = [band * TRAIN_TIMESTEPS // self.settings.bands for band in range(self.settings.bands + 1)]
+        names = [f"loss at timestep {low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+        return names if len(names) > 1 else []
+
+    def _single(self, batch: Batch) -> bool:
+        """Whether frames stand alone: those of images, and all while only the image model's layers are trained."""
+        return self.stage == "spatial" or is_image(batch)
+
+    def _drawn_alone(self, clean: Tensor) -> tuple[int, ...]:
+        return (clean.shape[1],) if self.stage == "spatial" else ()
+
+    def _encoders(self) -> AbstractContextManager[None]:
+        return visiting(self._visiting, self._device())
+
+    def _device(self) -> torch.device:
+        return next(self.players[0].network.parameters()).device
+
+
+def choose_trainable(unet: VideoUNet, stage: Stage) -> None:
+    """Freeze what a stage does not train."""
+    created = unet.created_parameters()
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(stage == "joint" or (name in created) == (stage == "temporal"))

@@ -1,0 +1,116 @@
+"""Align an image model to text-to-video (Video LDM): its image layers on frames, then temporal layers between them.
+
+accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_temporal.yaml datasets/folder.yaml data.path=clips
+    temporal layers between those of Stable Diffusion, which stay as they are
+accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_spatial.yaml datasets/folder.yaml data.path=clips
+    before that: the image layers on single frames, where the clips look unlike what the image model draws
+accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_pocket.yaml
+    the pocket model on the demo clips, on a CPU
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from inflate import config as configuration
+from inflate.data.buckets import check_multiples
+from inflate.data.clips import ClipDataset, collate
+from inflate.data.settings import Data
+from inflate.errors import ConfigError, report_errors
+from inflate.families.video_ldm import Clips, Model, VideoLDM
+from inflate.training.card import TEXT_USE, write_card
+from inflate.training.encoding import TextClipEncoder
+from inflate.training.loop import Result, check_output, fit
+from inflate.training.noise import seed_of
+from inflate.training.outcome import say
+from inflate.training.previews import compare_previews
+from inflate.training.processes import join_processes, together
+from inflate.training.settings import Training
+from inflate.training.text_to_video import Preview, Stage, TextToVideo, TextToVideoTask
+
+
+@dataclass
+class Config:
+    """Settings of the recipe."""
+
+    stage: Stage = "temporal"
+    """spatial: the image model's layers, on single frames; temporal: the temporal layers, on clips; joint: all, on
+    clips and images"""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    text_to_video: TextToVideo = field(default_factory=TextToVideo)
+    sampling: Preview = field(default_factory=Preview)
+
+    def __post_init__(self) -> None:
+        """An image teaches temporal layers nothing: it bypasses them."""
+        single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
+        if single and self.stage == "temporal":
+            raise ConfigError(
+                f"data: bucket {single[0]} has one frame, and images bypass the temporal layers, which are all that "
+                "stage=temporal trains; leave it out, or set stage=joint"
+            )
+
+
+def main(config: Config) -> None:
+    if not join_processes().is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    say(train(config), config.stage, config.training.output)
+
+
+def train(config: Config) -> Result:
+    """Load, inflate where needed, fit, write the card."""
+    with together():
+        if join_processes().is_main_process:
+            check_output(config.training)
+    logging.info("checking the clips of %s", config.data.path)
+    dataset = ClipDataset(config.data, seed=config.training.seed)
+    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
+    family = config.model.load()
+    check_multiples(config.data.sizes, family.factor)
+    if dataset.cache:
+        dataset.read_encoded(TextClipEncoder(family, config.data.cache_dtype), "none")
+    task = make_task(config, family, dataset, held_out)
+    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
+    result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
+    if result.export and join_processes().is_main_process:
+        finish(config, result)
+    return result
+
+
+def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: ClipDataset) -> TextToVideoTask:
+    """The task; it says what the export has to remember of the clips: those of the main bucket."""
+    settings, main = config.text_to_video, config.data.main
+    batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
+    known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
+    family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
+    return TextToVideoTask(
+        family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
+        cached=dataset.cache is not None,
+    )  # fmt: skip
+
+
+def finish(config: Config, result: Result) -> None:
+    """The before/after video and the card."""
+    output = config.training.output
+    last = output / "samples" / f"step-{result.step:06}"
+    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
+    facts = {
+        "stage": config.stage,
+        "starts from": config.model.path,
+        "clips": config.data.path,
+        "steps": f"{result.step} ({result.stopped})",
+    }
+    write_card(
+        output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), TEXT_USE
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with report_errors():
+        main(configuration.from_command_line(Config))

@@ -1,0 +1,202 @@
+"""The text-to-video family: what it loads, what it refuses, and that an export holds all of it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PNDMScheduler
+from safetensors.torch import load_file, save_file
+from tiny_video_ldm import PROMPT, parents, write_text_model
+
+from helpers import randomise
+from inflate.errors import CheckpointError
+from inflate.families.video_ldm import Clips, Encoders, VideoLDM
+from inflate.models.vae import VideoVAE
+from inflate.objectives import DDPM
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> VideoLDM:
+    family = VideoLDM.load(folder)
+    randomise(family.unet)
+    family.clips = Clips(3, 7.0, 16, 24)
+    return family
+
+
+@pytest.fixture(scope="module")
+def export(trained: VideoLDM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("runs") / "export"
+    trained.save_pretrained(target)
+    return target
+
+
+def output(family: VideoLDM) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        return family.predict(family.embed([PROMPT, ""]))(latents, torch.tensor([10, 900]))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_newborn_predicts_what_the_image_model_does(tmp_path: Path, linear: bool) -> None:
+    family = VideoLDM.load(write_text_model(tmp_path, linear))
+    latents, context = torch.randn(2, 3, 4, 8, 8), family.embed([PROMPT, ""])
+    steps = torch.tensor([[0, 10, 999], [5, 500, 900]])
+    with torch.no_grad():
+        ours = family.predict(context)(latents, steps).flatten(0, 1)
+        flat = latents.flatten(0, 1), steps.flatten(), context.repeat_interleave(3, 0)
+        theirs = parents(tmp_path)[0](*flat).sample
+    assert float((ours - theirs).abs().max()) <= 1e-5
+
+
+def test_an_export_is_loaded_as_it_was(folder: Path, trained: VideoLDM, export: Path) -> None:
+    loaded = VideoLDM.load(export)
+    assert loaded.clips == Clips(3, 7.0, 16, 24)
+    assert loaded.size == (16, 24)
+    assert loaded.objective == trained.objective
+    assert torch.equal(output(loaded), output(trained))
+    assert not torch.allclose(output(loaded), output(VideoLDM.load(folder)))
+
+
+def test_an_export_may_have_a_temporal_decoder(export: Path, tmp_path: Path) -> None:
+    family = VideoLDM.load(export)
+    family.vae = VideoVAE.from_2d(family.vae)
+    randomise(family.vae)
+    family.save_pretrained(tmp_path / "export")
+    loaded, latents = VideoLDM.load(tmp_path / "export"), torch.randn(2, 3, 4, 8, 8)
+    assert torch.equal(loaded.decode(latents), family.decode(latents))
+    alone = torch.cat([loaded.decode(latents[:, frame, None]) for frame in range(3)], 1)
+    assert not torch.allclose(loaded.decode(latents), alone)
+
+
+def test_temporal_layers_are_kept_alone_over_their_image_model(folder: Path, tmp_path: Path) -> None:
+    family = VideoLDM.load(folder)
+    for parameter in family.unet.temporal_parameters().values():
+        parameter.data.copy_((parameter + 0.05 * torch.randn(parameter.shape)).half())
+    family.clips = Clips(3, 7.0, 16, 24)
+    family.save_temporal(tmp_path / "alone", str(folder))
+    loaded = VideoLDM.load(tmp_path / "alone")
+    assert loaded.clips == family.clips
+    assert torch.equal(output(loaded), output(family))
+    assert torch.equal(Encoders.load(tmp_path / "alone").embed([PROMPT]), family.embed([PROMPT]))
+    tensors = load_file(tmp_path / "alone" / "temporal.safetensors")
+    assert all(".temporal." in name for name in tensors)
+    name, _ = tensors.popitem()
+    save_file(tensors, tmp_path / "alone" / "temporal.safetensors")
+    with pytest.raises(CheckpointError, match=f"temporal layers: {name}"):
+        VideoLDM.load(tmp_path / "alone")
+
+
+def test_temporal_layers_are_not_kept_over_another_image_model(trained: VideoLDM, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has other image layers"):
+        trained.save_temporal(tmp_path / "alone", str(folder))
+    assert not (tmp_path / "alone").exists()
+
+
+def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:
+    family, latents = VideoLDM.load(folder), torch.randn(2, 3, 4, 8, 8)
+    theirs = parents(folder)[1].decode(latents[1, 2, None] / family.vae.config.scaling_factor).sample
+    torch.testing.assert_close(family.decode(latents)[1, 2, None], theirs.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus"])
+def test_tensors_that_do_not_match_are_named(export: Path, tmp_path: Path, change: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(export, copy)
+    tensors = load_file(copy / "unet" / WEIGHTS)
+    name = next(name for name in tensors if ".temporal." in name)
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name := "another.weight"] = torch.zeros(1)
+    save_file(tensors, copy / "unet" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{change}: {name}"):
+        VideoLDM.load(copy)
+
+
+def test_prompts_are_padded_and_the_empty_one_has_its_own_states(folder: Path) -> None:
+    encoders = Encoders.load(folder)
+    states = encoders.embed([PROMPT, "", "over " * 100])
+    assert states.shape == (3, encoders.tokenizer.model_max_length, 64)
+    assert not torch.allclose(states[0], states[1])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "only Stable Diffusion's schedule"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts sample"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "is of class UNet3DConditionModel"),
+    ],
+)
+def test_other_models_are_refused(tmp_path: Path, file: str, change: dict[str, Any], message: str) -> None:
+    folder = write_text_model(tmp_path)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        VideoLDM.load(folder)
+
+
+def test_stable_diffusion_xl_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = write_text_model(tmp_path)
+    (folder / "text_encoder_2").mkdir()
+    with pytest.raises(CheckpointError, match="two text encoders"):
+        VideoLDM.load(folder)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = write_text_model(tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer is missing"):
+        VideoLDM.load(folder)
+
+
+def test_a_text_encoder_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    file = write_text_model(tmp_path) / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="text_encoder cannot be read"):
+        VideoLDM.load(tmp_path)
+
+
+def test_another_familys_export_is_refused(export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "copy")
+    (tmp_path / "copy" / "inflate.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"inflate\.json is of family None"):
+        VideoLDM.load(tmp_path / "copy")
+
+
+def test_an_export_replaces_only_an_export(folder: Path, export: Path, tmp_path: Path) -> None:
+    family = VideoLDM.load(folder)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="holds other files"):
+        family.save_pretrained(tmp_path)
+    again = tmp_path / "again"
+    for _ in range(2):
+        family.save_pretrained(again)
+    assert (again / "inflate.json").is_file()
+
+
+def test_the_schedule_is_the_image_models_whatever_its_scheduler(tmp_path: Path) -> None:
+    settings = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+    family = VideoLDM.load(write_text_model(tmp_path, scheduler=PNDMScheduler, **settings))
+    assert family.objective == DDPM("epsilon", False)
+    assert family.noise.config.steps_offset == 1
+    assert not family.noise.config.clip_sample
+    assert family.noise.config.timestep_spacing == "leading"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_zero_terminal_snr_begins_at_pure_noise(tmp_path: Path, sampler: Any) -> None:
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler = VideoLDM.load(write_text_model(tmp_path, **settings)).scheduler(sampler)
+    scheduler.set_timesteps(7)
+    assert int(scheduler.timesteps[0]) == 999

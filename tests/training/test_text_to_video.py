@@ -1,0 +1,165 @@
+"""Text-to-video training on a tiny model: what a step computes, what a stage trains, what is measured and shown."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_video_ldm import PROMPT, SIDE, write_text_model
+
+from helpers import randomise
+from inflate.data import video
+from inflate.errors import ConfigError, DataError
+from inflate.families.video_ldm import VideoLDM
+from inflate.training.encoding import TextClipEncoder
+from inflate.training.held_out import join
+from inflate.training.loop import fit
+from inflate.training.noise import Noise
+from inflate.training.settings import Training
+from inflate.training.text_to_video import Preview, Stage, TextToVideo, TextToVideoTask
+
+FRAMES = 3
+STAGES: tuple[Stage, ...] = ("spatial", "temporal", "joint")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_model(tmp_path_factory.mktemp("image"), prediction_type="v_prediction")
+
+
+@pytest.fixture
+def family(folder: Path) -> VideoLDM:
+    made = VideoLDM.load(folder)
+    randomise(made.unet)
+    return made
+
+
+def clip(number: int, frames: int = FRAMES) -> dict[str, Any]:
+    """A batch of one clip."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "pixels": torch.rand(1, frames, 3, SIDE, SIDE, generator=generator) * 2 - 1, "caption": [PROMPT],
+        "fps": torch.tensor([8.0]), "number": torch.tensor([number]),
+    }  # fmt: skip
+
+
+class CachedClips:
+    """Four clips as a cache gives them."""
+
+    def __init__(self, family: VideoLDM) -> None:
+        encoder = TextClipEncoder(family, "float32")
+        states = encoder.captions([PROMPT])["caption_states"][0]
+        self.items = [
+            {"latents": encoder.latents(clip(n)["pixels"][0]), "caption_states": states, "number": torch.tensor(n)}
+            for n in range(4)
+        ]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.items[number % 4], "number": torch.tensor(number)}
+
+
+def make(family: VideoLDM, stage: Stage = "temporal", cached: bool = False, **settings: Any) -> TextToVideoTask:
+    small = TextToVideo(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, "drop_caption": 0.0, **settings})
+    held_out = [clip(100), clip(101)]
+    return TextToVideoTask(family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached)
+
+
+def test_the_loss_is_the_objective_at_one_timestep_per_clip(family: VideoLDM) -> None:
+    task, data = make(family), join([clip(0), clip(1)])
+    noise = Noise(3, data["number"])
+    loss, logs = task.loss(data, noise, 0)
+    timestep, clean = (1000 * noise.uniform("timestep")).long(), family.encode(data["pixels"])
+    predict = family.predict(family.embed([PROMPT] * 2))
+    frames = family.objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))
+    torch.testing.assert_close(loss, frames.mean(1))
+    assert list(logs) == ["loss at timestep 0-499", "loss at timestep 500-999"]
+    low, high = logs.values()
+    assert low.chosen.tolist() == (timestep < 500).repeat_interleave(FRAMES).tolist()
+    assert torch.equal(high.chosen, ~low.chosen)
+
+
+def test_the_spatial_stage_draws_a_timestep_per_frame_and_bypasses_temporal_layers(family: VideoLDM) -> None:
+    task, data = make(family, "spatial"), clip(0)
+    noise = Noise(3, data["number"])
+    loss, _ = task.loss(data, noise, 0)
+    timestep = (1000 * noise.uniform("timestep", FRAMES)).long()
+    assert len(set(timestep[0].tolist())) == FRAMES
+    clean, drawn = family.encode(data["pixels"]), noise.normal("noise", FRAMES, 4, 8, 8)
+    predict = family.predict(family.embed([PROMPT]), image_only=True)
+    torch.testing.assert_close(loss, family.objective.loss(predict, clean, timestep, drawn).mean(1))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_trains_its_own_layers(family: VideoLDM, stage: Stage, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in family.unet.state_dict().items()}
+    task = make(family, stage, cached=True)
+    settings = Training(tmp_path / "run", steps=2, batch=2, workers=0, lr=1e-2, tracker="none", progress=False)
+    fit(task, CachedClips(family), settings)
+    changed = {name for name, value in family.unet.state_dict().items() if not torch.equal(value.cpu(), before[name])}
+    temporal = family.unet.temporal_parameters().keys()
+    assert bool(changed & temporal) == (stage != "spatial")
+    assert bool(changed - temporal) == (stage != "temporal")
+
+
+def test_a_run_shows_and_exports_what_it_trained(family: VideoLDM, tmp_path: Path) -> None:
+    task = make(family, cached=True, train_clips=0)
+    settings = Training(tmp_path / "run", steps=2, batch=2, workers=0, lr=1e-2, tracker="none", progress=False)
+    result = fit(task, CachedClips(family), settings)
+    names = ["held-out loss", "held-out loss at timestep 250", "held-out loss at timestep 750"]
+    assert [name for name in result.held_out[-1] if "bypassed" not in name and name != "step"] == names
+    shown = tmp_path / "run" / "samples" / "step-000002"
+    assert (shown / "prompts.txt").read_text() == f"00 {PROMPT}\n01 {PROMPT}\n"
+    assert video.probe(shown / "01.mp4").frames == FRAMES
+    assert (shown / "sheet.png").stat().st_size > 0
+    assert result.export is not None
+    loaded = VideoLDM.load(result.export)
+    mixes = [(n, p) for n, p in task.family.unet.temporal_parameters().items() if n.endswith("mix")]
+    assert mixes
+    for name, value in mixes:
+        assert torch.equal(loaded.unet.temporal_parameters()[name], value)
+
+
+def test_what_is_cached_gives_the_loss_of_what_is_encoded(family: VideoLDM) -> None:
+    task, cached = make(family, drop_caption=0.5), CachedClips(family)
+    whole = join([clip(0), clip(1)])
+    stacked = {name: torch.stack([cached[n][name] for n in (0, 1)]) for name in cached[0]}
+    noise = Noise(3, whole["number"])
+    torch.testing.assert_close(task.loss(stacked, noise, 0)[0], task.loss(whole, noise, 0)[0])
+
+
+def test_dropped_captions_are_the_empty_prompt(family: VideoLDM) -> None:
+    task, context = make(family, drop_caption=0.3), family.embed([PROMPT] * 3)
+    dropped = task.drop(context, torch.tensor([0.1, 0.3, 0.9]))
+    torch.testing.assert_close(dropped[0], family.embed([""])[0])
+    assert torch.equal(dropped[1:], context[1:])
+
+
+def test_images_bypass_the_temporal_layers(family: VideoLDM) -> None:
+    task, image = make(family, "joint"), clip(0, frames=1)
+    loss = task.loss(image, Noise(3, image["number"]), 0)[0]
+    for value in family.unet.temporal_parameters().values():
+        value.data.add_(1.0)
+    assert torch.equal(task.loss(image, Noise(3, image["number"]), 0)[0], loss)
+
+
+def test_held_out_losses_are_told_with_the_temporal_layers_bypassed(family: VideoLDM) -> None:
+    told = make(family).evaluate()
+    assert told["held-out loss"] != told["held-out loss, temporal layers bypassed"]
+    levels = [told[f"held-out loss at timestep {level}"] for level in (250, 750)]
+    assert told["held-out loss"] == pytest.approx(sum(levels) / 2)
+    assert make(family).evaluate() == told
+
+
+@pytest.mark.parametrize("changes", [{"drop_caption": 1.5}, {"bands": 0}, {"train_clips": -1}])
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="text_to_video"):
+        TextToVideo(**{**asdict(TextToVideo()), **changes})
+
+
+def test_a_run_needs_held_out_clips(family: VideoLDM) -> None:
+    with pytest.raises(DataError, match="held-out"):
+        TextToVideoTask(family, "temporal", TextToVideo(), [], Preview(), lr=1e-3, seed=3)
