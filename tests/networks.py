@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from inflate.families.svd_files import POCKET
 from inflate.metrics.perceptual import VGG16
+from inflate.models.folders import SHIPPED
 
 CLIP_SIDE = 32
 """Pixels of the tiny CLIP's images."""
@@ -54,7 +54,7 @@ def write_clip(folder: Path, seed: int = 0) -> CLIPModel:
     config = CLIPConfig(text_config=_TOWER | words, vision_config=_TOWER | sight, projection_dim=8)
     model = CLIPModel(config).eval()
     model.save_pretrained(folder)
-    CLIPTokenizer.from_pretrained(POCKET / "tokenizer").save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(SHIPPED["pocket"] / "tokenizer").save_pretrained(folder)
     return model
 
 

@@ -130,7 +130,7 @@ def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:
     said: list[str] = []
     show_cached(wanted, tmp_path / "shown", 1, said.append)
     assert said[1].split()[-3:-2] == ["none"]
-    with pytest.raises(DataError, match="encoded for other windows, sizes, weights or precision"):
+    with pytest.raises(DataError, match="encoded for other windows, sizes, draws, weights or precision"):
         dataset.read_encoded(replace(wanted, stage="image_to_video").encoder(torch.device("cpu")), "none")
 
 
