@@ -8,24 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from inflate.errors import CheckpointError
 from inflate.files import sha256
-from inflate.training import checkpoint, log
+from inflate.training import checkpoint
 from inflate.training.checkpoint import MANIFEST, Contents, State, contents, latest, load, numbered, save, verify
 from inflate.training.loop import fit
 from inflate.training.player import Trainee
 from inflate.training.settings import Training
 from toy import Adversarial, Points, Regression, settings, weights
 
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def trainees(task: Regression) -> list[Trainee]:

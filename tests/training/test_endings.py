@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from inflate.errors import DataError, DiskError, InflateError, Interrupted, NotFiniteError, text_of
@@ -26,17 +25,11 @@ from inflate.training.loop import fit
 from inflate.training.player import Trainee
 from toy import Adversarial, Points, Regression, settings
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("on_cpu"),
+]
 SHAPE: dict[str, Any] = {"steps": 6, "batch": 2, "ema": 0.5, "schedule": "cosine", "checkpoint_every": 2, "keep": 0}
-
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def names(output: Path) -> list[str]:

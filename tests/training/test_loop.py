@@ -8,33 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from torch import nn
 
 from inflate.errors import CheckpointError, ConfigError, DataError, DiskError, TrainingError
 from inflate.measures import SHARES
-from inflate.training import log, loop
+from inflate.training import loop
 from inflate.training.checkpoint import numbered
 from inflate.training.loop import Numbers, Result, fit
 from inflate.training.player import Player
 from inflate.training.settings import Training, rate
 from toy import CLIPS, Adversarial, Points, Regression, send, settings, weights
 
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def exported(result: Result) -> dict[str, torch.Tensor]:

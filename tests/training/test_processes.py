@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from inflate.errors import DataError, InflateError, TrainingError, text_of
-from inflate.training import checkpoint, log
+from inflate.training import checkpoint
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.image_to_video import choose_trainable
 from inflate.training.loop import fit
@@ -28,16 +27,10 @@ from tiny_svd import FRAMES, Clips, family, image_to_video, largest_difference
 from toy import Points, Regression, send, settings, weights
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("on_cpu"),
+]
 
 
 def error_of(function: Callable[..., Any], *arguments: Any) -> str:

@@ -3,26 +3,18 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from inflate import __version__
 from inflate.errors import TrainingError
-from inflate.training import log, record
+from inflate.training import record
 from inflate.training.loop import fit
 from toy import CLIPS, Points, Regression, send, settings
 
-
-@pytest.fixture(autouse=True)
-def _cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(log, "plot", lambda *_: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def read(output: Path) -> dict[str, Any]:
