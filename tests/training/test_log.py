@@ -41,15 +41,15 @@ class Slow(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.players = [Player("map", self.network, self.loss, remedy="cache the latents")]
-        self.hook = lambda step: sleep(0.004)
-        self.network[1].register_forward_pre_hook(lambda *_: sleep(0.002))
+        self.hook = lambda step: sleep(0.020)
+        self.network[1].register_forward_pre_hook(lambda *_: sleep(0.008))
 
 
 class SlowPoints(Points):
-    """Each sample takes 4 ms."""
+    """Each sample takes 20 ms."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        sleep(0.004)
+        sleep(0.020)
         return super().__getitem__(number)
 
 
