@@ -20,7 +20,7 @@ from inflate.data.cache import ClipCache, Filled, fill
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.settings import Data
 from inflate.data.sources import find_clips
-from inflate.errors import DataError
+from inflate.errors import ConfigError, DataError
 
 
 class Means:
@@ -249,3 +249,11 @@ def test_a_cache_that_holds_nothing_is_told_before_any_clip_is_decoded(
 def test_reading_a_cache_needs_its_setting(folder: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache names no folder"):
         ClipDataset(small(folder, cache=None)).read_encoded(Means(), "none")
+
+
+@pytest.mark.parametrize("wrong", [{"cache_draws": 2}, {"cache_dtype": "float16"}])
+def test_settings_of_a_cache_need_one(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"are for data\.cache, which is null"):
+        Data(**wrong)
+    settings = Data(**wrong, cache="cache", held_out="held_out").evaluation()
+    assert (settings.cache, settings.cache_draws, settings.cache_dtype) == (None, 0, "float32")

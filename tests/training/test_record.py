@@ -103,3 +103,12 @@ def test_without_git_there_is_no_revision(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "train.py").write_text("")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert record.git_state(tmp_path / "train.py") is None
+
+
+def test_what_changes_between_starts_is_kept(tmp_path: Path) -> None:
+    config = "training: {lr: 0.01}\n"
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=2), config=config)
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=4, lr=2e-2, resume="latest"), config=config)
+    found = read(tmp_path / "run")
+    assert "training.lr was 0.01, is 0.02 from step 2 on" in found["changed"]
+    assert found["earlier"][0]["changed"] == []
