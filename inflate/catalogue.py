@@ -53,6 +53,8 @@ _PLACES = (
 """The slots of a temporal specification that may stand in a place of our names."""
 
 Tensors = Mapping[str, Tensor]
+Found = tuple[dict[str, str], dict[str, list[Tensor]]]
+"""Facts and groups of tensors, as a description has them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Description:
 
     def table(self) -> str:
         """The facts, then a line for each group and one for all."""
-        told = {"format": f"{self.format} ({FORMATS[self.format]})", **self.facts}
+        told = {"format": f"{self.format}: {FORMATS[self.format]}", **self.facts}
         facts = aligned([(f"{name}:", value) for name, value in told.items()])
         everything = [tensor for group in self.groups.values() for tensor in group]
         named = {**{name: group for name, group in self.groups.items() if group}, "all": everything}
@@ -119,7 +121,7 @@ def _folder_format(folder: Path) -> str:
         return "checkpoint"
     file = unet_folder(folder) / "config.json"
     if not file.is_file():
-        there = exchange.listing(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        there = exchange.listing(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise CheckpointError(
             f"{folder} is of no known format: it has no unet/config.json, config.json, {TEMPORAL_FILE} or state.json; "
             f"it holds {there}"
@@ -128,9 +130,6 @@ def _folder_format(folder: Path) -> str:
     if name not in CLASSES:
         raise CheckpointError(f"{file} is of class {name}, which is not known; known are {', '.join(CLASSES)}")
     return CLASSES[name]
-
-
-Found = tuple[dict[str, str], dict[str, list[Tensor]]]
 
 
 def _stable_diffusion_file(file: Path) -> Found:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from original_files import write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
+from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
 
 from helpers import tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl
@@ -141,6 +142,16 @@ def test_a_format_is_told_and_every_tensor_counted(name: str, tmp_path: Path) ->
     assert (len(told), sum(map(torch.numel, told))) == (len(held), sum(map(torch.numel, held)))
     last = found.table().splitlines()[-1].split()
     assert last[:3] == ["all", str(len(held)), f"{sum(map(torch.numel, held)):,}"]
+
+
+def test_the_command_prints_the_table_and_refuses_in_a_line(tmp_path: Path) -> None:
+    result = inflate("show", "pocket")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == catalogue.describe("pocket").table() + "\n"
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[:2] == ["format: stable-diffusion: Stable Diffusion, diffusers' folder", "model: Stable Diffusion 2"]
+    assert "2D 246 3,433,988 6.55 float16" in lines
+    assert "is of no known format" in refused("show", tmp_path)
 
 
 def test_half_precision_is_counted_as_saved(tmp_path: Path) -> None:

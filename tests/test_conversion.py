@@ -11,12 +11,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from original_files import equal, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
+from tiny_video_ldm import write_text_model
 
 from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2
 from inflate.conversion import READERS, WRITERS
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
+from inflate.families.video_ldm import VideoLDM
 from inflate.formats import FILES, FORMATS, UNETS, WRITTEN
 from inflate.layers.conditioning import ImageTokens
 from inflate.models.folders import read_json
@@ -109,6 +111,25 @@ def test_motion_modules_go_out_of_a_unet_and_onto_it_again(motion: VideoUNet, pa
     converted(original, tmp_path / "ours", "--to", "video-unet", "--image-model", parent)
     converted(tmp_path / "ours", tmp_path / "second.safetensors", "--to", "motion-module")
     assert equal(load_file(tmp_path / "second.safetensors"), load_file(original))
+
+
+def test_motion_modules_go_over_a_single_file(tmp_path: Path) -> None:
+    parent, _ = write_single_file(tmp_path / "sd.safetensors")
+    animatediff.save_adapter(VideoUNet.from_2d(parent, CLIP), tmp_path / "adapter")
+    converted(
+        tmp_path / "adapter", tmp_path / "ours", "--to", "video-unet", "--image-model", tmp_path / "sd.safetensors"
+    )
+    found = VideoUNet.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in parent.state_dict().items())
+
+
+def test_temporal_layers_alone_become_a_whole_unet(tmp_path: Path) -> None:
+    image = write_text_model(tmp_path / "image")
+    family = VideoLDM.load(image)
+    family.save_temporal(tmp_path / "alone", str(image))
+    converted(tmp_path / "alone", tmp_path / "ours", "--to", "video-unet")
+    expected = VideoLDM.load(tmp_path / "alone").unet.state_dict()
+    assert equal(VideoUNet.from_pretrained(tmp_path / "ours").state_dict(), expected)
 
 
 def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:

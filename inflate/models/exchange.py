@@ -80,14 +80,6 @@ def _fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
     return tensor.reshape(shape) if pointwise else None
 
 
-def read_weights(folder: Path, read: Read | None = None) -> dict[str, Tensor]:
-    """Every tensor of a diffusers model folder; CheckpointError where a file is missing or cut short."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME):
-        tensors.update((read or read_tensors)(file))
-    return tensors
-
-
 def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
     """The files of a model's weights: those that the index lists, or the first there is; CheckpointError for none."""
     index = folder / index_name
@@ -114,6 +106,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     CheckpointError where it is missing, cut short, or pickles anything but tensors.
     """
     return {key: tensor.float() for key, tensor in _read(file).items()}
+
+
+def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
+    """Every tensor of a diffusers model folder; CheckpointError where a file is missing or cut short."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME):
+        tensors.update(read(file))
+    return tensors
 
 
 def _read(file: Path) -> dict[str, Tensor]:
