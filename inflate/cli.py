@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from inflate import __version__, shelves
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
+from inflate.formats import WRITTEN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,6 +198,47 @@ def verify(path: ModelPath) -> None:
         typer.echo(f"{name}: largest difference from the image model {difference:.1e}")
     if not max(differences.values()) <= IDENTITY:  # also where it is not a number
         raise SurgeryError(f"{path}: the inflated model differs from its parent by more than {IDENTITY:g}")
+
+
+@app.command()
+@report_errors()
+def show(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, owner/name on the Hub, or `pocket`.")],
+) -> None:
+    """Say what a file or folder is: format, temporal layers, and the size of each group of parameters."""
+    from inflate import catalogue
+
+    typer.echo(catalogue.describe(path).table())
+
+
+@app.command("convert", epilog=f"Formats to convert to: {', '.join(WRITTEN)}.")
+@report_errors()
+def convert_model(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="A file or folder that `inflate show` knows.")],
+    target: Annotated[Path, typer.Argument(metavar="TO", help="A new folder, or a .safetensors file.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="What to write, where FROM has no one usual other.")
+    ] = None,
+    image_model: Annotated[
+        str | None, typer.Option(help="The Stable Diffusion that motion modules alone belong over.")
+    ] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option(help="Folder of the image encoder of the original's Stable Video Diffusion.")
+    ] = None,
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
+    ] = None,
+    norm_per_frame: Annotated[
+        bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,
+) -> None:
+    """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused."""
+    from inflate.conversion import Extra, convert
+
+    extra = Extra(image_model, image_encoder, prediction, norm_per_frame)
+    typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
+    typer.echo(f"wrote {target}")
 
 
 @app.command()

@@ -54,8 +54,14 @@ ARROWS = {
     "findings": {"errors"},
     "installation": MIDDLE | {"families", "training", "findings"},
     "doctor": {"models", "training", "installation", "findings"} | BASE,
+    "formats": set(),
+    "catalogue": MIDDLE | {"families", "formats"},
+    "conversion": MIDDLE | {"families", "catalogue", "formats"},
     "cli": MIDDLE
     | {
+        "catalogue",
+        "conversion",
+        "formats",
         "families",
         "sampling",
         "training",

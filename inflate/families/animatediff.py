@@ -53,13 +53,15 @@ ORIGINAL_PREFIX = "module."
 """What some original files put before every key."""
 
 
-def load_diffusers(folder: Path, norm_over: NormOver = "clip") -> VideoUNet:
+def load_diffusers(
+    folder: Path, norm_over: NormOver = "clip", read: exchange.Read = exchange.read_tensors
+) -> VideoUNet:
     """A VideoUNet from UNetMotionModel's folder; CheckpointError, listing the tensors, where they do not fit."""
     kind = folders.unet_kind(folder, UNetMotionModel)
     unet = exchange.build_unet(*_image_config(exchange.with_defaults(kind, folder), norm_over))
     wanted = exchange.shapes(unet)
     names = exchange.inverse(animatediff_keys.to_diffusers(wanted))
-    exchange.adopt(unet, exchange.convert(exchange.read_weights(folder), names, wanted, str(folder)))
+    exchange.adopt(unet, exchange.convert(exchange.read_weights(folder, read), names, wanted, str(folder)))
     return unet
 
 
@@ -103,7 +105,9 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path, norm_over: NormOver =
     CheckpointError, listing the tensors, where they do not fit the UNet.
     """
     kind = folders.unet_kind(folder, MotionAdapter)
-    spec = _adapter_spec(exchange.with_defaults(kind, folder), unet, norm_over)
+    config = exchange.with_defaults(kind, folder)
+    _refuse_another_parent(config, unet)
+    spec = adapter_spec(config, unet.config.norm_eps, norm_over)
     return _with_modules(unet, spec, exchange.read_weights(folder), animatediff_keys.to_diffusers, str(folder))
 
 
@@ -139,13 +143,18 @@ def load_original(unet: UNet2DConditionModel, file: Path) -> VideoUNet:
     """
     read = exchange.read_tensors(file)
     tensors = {key.removeprefix(ORIGINAL_PREFIX): tensor for key, tensor in read.items()}
+    spec = original_spec(tensors, file)
+    single = animatediff_keys.without_second_tables(tensors, str(file))
+    return _with_modules(unet, spec, single, animatediff_keys.to_original, str(file))
+
+
+def original_spec(tensors: Mapping[str, Tensor], file: Path) -> TemporalSpec:
+    """The temporal specification of the tensors of one of AnimateDiff's own files; CheckpointError for another file."""
     tables = [tensor for key, tensor in tensors.items() if key.endswith(".pos_encoder.pe")]
     if not tables:
         raise CheckpointError(f"{file} holds no motion modules of AnimateDiff: no key ends in .pos_encoder.pe")
-    middle = any(key.startswith("mid_block.") for key in tensors)
-    spec = replace(ANIMATEDIFF_V2, motion_middle=middle, motion_frames=tables[0].shape[1])
-    single = animatediff_keys.without_second_tables(tensors, str(file))
-    return _with_modules(unet, spec, single, animatediff_keys.to_original, str(file))
+    middle = any(key.removeprefix(ORIGINAL_PREFIX).startswith("mid_block.") for key in tensors)
+    return replace(ANIMATEDIFF_V2, motion_middle=middle, motion_frames=tables[0].shape[1])
 
 
 def save_original(unet: VideoUNet, file: Path) -> None:
@@ -211,12 +220,27 @@ def _image_config(config: Mapping[str, Any], norm_over: NormOver) -> tuple[dict[
     return {**flat, "attention_head_dim": config["num_attention_heads"]}, spec
 
 
-def _adapter_spec(config: Mapping[str, Any], unet: UNet2DConditionModel, norm_over: NormOver) -> TemporalSpec:
-    """The temporal specification of a MotionAdapter's configuration; CheckpointError where it is for another UNet."""
+def adapter_spec(config: Mapping[str, Any], eps: float = 1e-5, norm_over: NormOver = "clip") -> TemporalSpec:
+    """The temporal specification of a MotionAdapter's configuration over a UNet of that group-norm epsilon.
+
+    CheckpointError where motion modules have no such layers.
+    """
     depth = (config["motion_transformer_layers_per_block"], config["motion_transformer_layers_per_mid_block"])
     _refuse_depths(*depth, config["motion_mid_block_layers_per_block"])
     if config["conv_in_channels"] is not None:
         raise CheckpointError("this adapter brings an input convolution of its own (PIA), which has no place here")
+    return replace(
+        ANIMATEDIFF_V2,
+        motion_norm=norm_over,
+        motion_middle=config["use_motion_mid_block"],
+        motion_heads=_one(config["motion_num_attention_heads"], "motion_num_attention_heads"),
+        motion_frames=config["motion_max_seq_length"],
+        cross_attention_resnet_eps=eps,
+    )
+
+
+def _refuse_another_parent(config: Mapping[str, Any], unet: UNet2DConditionModel) -> None:
+    """CheckpointError where a MotionAdapter's configuration is for another UNet."""
     pairs = {"block_out_channels": "block_out_channels", "motion_norm_num_groups": "norm_num_groups"}
     wrong = [
         f"{theirs} {config[theirs]} instead of {unet.config[ours]}"
@@ -225,14 +249,6 @@ def _adapter_spec(config: Mapping[str, Any], unet: UNet2DConditionModel, norm_ov
     ]
     if wrong:
         raise CheckpointError(f"this adapter is for another UNet: {'; '.join(wrong)}")
-    return replace(
-        ANIMATEDIFF_V2,
-        motion_norm=norm_over,
-        motion_middle=config["use_motion_mid_block"],
-        motion_heads=_one(config["motion_num_attention_heads"], "motion_num_attention_heads"),
-        motion_frames=config["motion_max_seq_length"],
-        cross_attention_resnet_eps=unet.config.norm_eps,
-    )
 
 
 def _refuse_depths(*depths: Any) -> None:

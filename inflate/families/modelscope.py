@@ -50,12 +50,12 @@ class ImageToVideo(NamedTuple):
     tokens: ImageTokens | None
 
 
-def load_diffusers(folder: Path) -> VideoUNet:
+def load_diffusers(folder: Path, read: exchange.Read = exchange.read_tensors) -> VideoUNet:
     """A VideoUNet from UNet3DConditionModel's folder; CheckpointError, listing the tensors, where they do not fit."""
     kind = folders.unet_kind(folder, UNet3DConditionModel)
     unet = exchange.build_unet(*_image_config(exchange.with_defaults(kind, folder)))
     names = exchange.inverse(modelscope_keys.unet_to_diffusers(exchange.shapes(unet)))
-    tensors = exchange.read_weights(folder)
+    tensors = exchange.read_weights(folder, read)
     exchange.adopt(unet, exchange.convert(tensors, names, exchange.shapes(unet), str(folder)))
     return unet
 
@@ -100,9 +100,9 @@ def _refuse(unet: VideoUNet, slots: TemporalSpec, target: str, built_in: Mapping
         raise CheckpointError(f"{target} has no place for: {'; '.join(wrong)}")
 
 
-def load_vgen(file: Path) -> ImageToVideo:
+def load_vgen(file: Path, read: exchange.Read = exchange.read_tensors) -> ImageToVideo:
     """The UNet in a file under VGen's names, as `from_vgen` gives it."""
-    return from_vgen(exchange.read_tensors(file), str(file))
+    return from_vgen(read(file), str(file))
 
 
 def save_vgen(model: ImageToVideo, file: Path) -> None:

@@ -267,7 +267,9 @@ class SVD(Encoding):
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @classmethod
-    def from_sgm(cls, file: str | Path, image_encoder: str | Path, frames: int = 14, head_channels: int = 64) -> Self:
+    def from_sgm(
+        cls, file: str | Path, image_encoder: str | Path, frames: int = 14, head_channels: int = svd_files.HEAD_CHANNELS
+    ) -> Self:
         """Loads a single .safetensors file in the original's names; the image encoder comes from its own folder.
 
         CheckpointError, listing the tensors, where one is missing, left over or of another shape.

@@ -25,6 +25,8 @@ from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 
 DIFFUSERS_EPS = 1e-6
+HEAD_CHANNELS = 64
+"""Width of a head of the published models, which their single files do not tell."""
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
 ENCODERS = {
@@ -201,7 +203,9 @@ def exact_vae_tensors(vae: VideoVAE) -> dict[str, Tensor]:
     return {key: tensors[key].clone() for key in keys} if keys[0] in tensors else {}
 
 
-def load_diffusers_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoUNet:
+def load_diffusers_unet(
+    folder: Path, exact: Mapping[str, Any] | None, read: exchange.Read = exchange.read_tensors
+) -> VideoUNet:
     """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
     if exact is None:
         kind = folders.unet_kind(folder, UNetSpatioTemporalConditionModel)
@@ -213,7 +217,7 @@ def load_diffusers_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoU
     unet = exchange.build_unet(config, spec)
     wanted = exchange.shapes(unet)
     names = exchange.inverse(svd_keys.unet_to_diffusers(wanted))
-    exchange.adopt(unet, exchange.convert(exchange.read_weights(folder), names, wanted, str(folder)))
+    exchange.adopt(unet, exchange.convert(exchange.read_weights(folder, read), names, wanted, str(folder)))
     return unet
 
 
@@ -233,9 +237,9 @@ def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides:
     return vae
 
 
-def load_sgm(file: Path, head_channels: int) -> tuple[VideoUNet, VideoVAE]:
+def load_sgm(file: Path, head_channels: int, read: exchange.Read = exchange.read_tensors) -> tuple[VideoUNet, VideoVAE]:
     """Both models of a single file in sgm's names; its `conditioner.*` repeats the encoder and holds OpenCLIP."""
-    tensors = exchange.read_tensors(file)
+    tensors = read(file)
     parts = {prefix: _strip(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX)}
     known = (UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX)
     surplus = [key for key in tensors if not key.startswith(known)]

@@ -128,9 +128,9 @@ class ContextAttention(Attention):
 
     query_norm: nn.Module
 
-    def constant(self, context: Tensor | None, **extra: Any) -> Tensor | None:
-        """The output (B,1,C) for every query, or None if it depends on the query."""
-        if context is None or context.shape[1] != 1 or not self._plain() or self._learns(extra):
+    def constant(self, context: Any, **extra: Any) -> Tensor | None:
+        """The output (B,1,C) for every query, or None if it depends on the query or, by an image adapter, on more."""
+        if not isinstance(context, Tensor) or context.shape[1] != 1 or not self._plain() or self._learns(extra):
             return None
         output = self.to_out[0](self.to_v(context))  # (B, 1, C)
         return output / self.rescale_output_factor

@@ -7,7 +7,7 @@ nothing has been changed. Models are built without memory and take the tensors o
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from inflate.models.folders import HALF_WEIGHTS_NAME, plain, read_json
 from inflate.models.unet import TemporalSpec, VideoUNet
 
 Names = dict[str, str]
+Read = Callable[[Path], dict[str, Tensor]]
+"""How the tensors of a file are read: `read_tensors`, or `read_headers` where their values do not matter."""
 
 
 def inverse(names: Names) -> Names:
@@ -78,21 +80,24 @@ def _fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
     return tensor.reshape(shape) if pointwise else None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a diffusers model folder, in float32; CheckpointError where a file is missing or cut short."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
+    """The files of a model's weights: those that the index lists, or the first there is; CheckpointError for none."""
+    index = folder / index_name
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME) if (folder / name).is_file()][
-            :1
-        ]
+        return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
-        raise CheckpointError(f"{folder} holds no weights: {SAFETENSORS_WEIGHTS_NAME} is missing")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_tensors(file))
-    return tensors
+        raise CheckpointError(f"{folder} holds no weights: {names[0]} is missing")
+    return files[:1]
+
+
+def read_headers(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as `read_tensors` takes it, without memory (on the meta device) and as precise as saved.
+
+    Raises CheckpointError as there.
+    """
+    # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
+    return {key: tensor.to("meta") for key, tensor in _read(file).items()}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -100,11 +105,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     CheckpointError where it is missing, cut short, or pickles anything but tensors.
     """
+    return {key: tensor.float() for key, tensor in _read(file).items()}
+
+
+def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
+    """Every tensor of a diffusers model folder; CheckpointError where a file is missing or cut short."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME):
+        tensors.update(read(file))
+    return tensors
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     try:
-        read = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+        return load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
-    return {key: tensor.float() for key, tensor in read.items()}
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -171,11 +187,11 @@ def differing(unet: VideoUNet, built_in: Mapping[str, Any]) -> list[str]:
 def differing_spec(spec: TemporalSpec, built_in: TemporalSpec) -> list[str]:
     """The settings of a temporal specification that are not as a format has them built in, with their values."""
     own, theirs = spec.to_dict(), built_in.to_dict()
-    different = [name for name in own if own[name] != theirs[name] and _matters(name, spec, built_in)]
+    different = [name for name in own if own[name] != theirs[name] and matters(name, spec, built_in)]
     return [f"temporal {name} {own[name]}" for name in different]
 
 
-def _matters(name: str, *specs: TemporalSpec) -> bool:
+def matters(name: str, *specs: TemporalSpec) -> bool:
     """Whether the specs have the layers that a setting is about."""
     about = {"each_up_to": "block", "dropout": "conv", "added_id_dim": "added_ids"}
     layers = "motion" if name.startswith("motion_") else about.get(name)

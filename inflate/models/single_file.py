@@ -6,7 +6,7 @@ scale) follows from the generation, which they do tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.models import original_names
-from inflate.models.exchange import adopt, convert, inverse, listing, read_tensors, shapes
+from inflate.models.exchange import Read, adopt, convert, inverse, listing, read_tensors, shapes
 
 Generation = Literal["Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -57,13 +57,13 @@ def is_single_image_model(file: Path) -> bool:
     return any(key.startswith(UNET) for key in keys) and not any(".time_stack." in key for key in keys)
 
 
-def load_image_model(file: Path, prediction: Prediction | None = None) -> ImageModel:
+def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_tensors) -> ImageModel:
     """The networks of a single file. CheckpointError, listing tensors, where it is not whole or holds something else.
 
     `prediction` says what the UNet predicts; without it a file's own mark counts, else noise is assumed, but of
     Stable Diffusion 2, whose two kinds look alike, it must be given.
     """
-    tensors = read_tensors(file)
+    tensors = read(file)
     _refuse_surplus(tensors, file)
     parts = {prefix: _strip(tensors, prefix) for prefix in (UNET, VAE)}
     generation = _generation(parts[UNET], file)
@@ -109,19 +109,23 @@ def _generation(unet: Mapping[str, Tensor], file: Path) -> Generation:
     return "Stable Diffusion 2" if linear else "Stable Diffusion 1"
 
 
+def told_prediction(tensors: Collection[str], generation: Generation) -> Prediction | None:
+    """What a file's tensors say that its UNet predicts; None where two kinds of models look alike."""
+    if "v_pred" in tensors:
+        return "v_prediction"
+    return None if generation == "Stable Diffusion 2" else "epsilon"
+
+
 def _prediction(
     tensors: Mapping[str, Tensor], generation: Generation, wanted: Prediction | None, file: Path
 ) -> Prediction:
-    if wanted is not None:
-        return wanted
-    if "v_pred" in tensors:
-        return "v_prediction"
-    if generation == "Stable Diffusion 2":
+    predicted = wanted or told_prediction(tensors, generation)
+    if predicted is None:
         raise CheckpointError(
             f"{file} is a Stable Diffusion 2, whose tensors do not tell what it predicts: say so, v_prediction (768 "
-            "pixels: 2.0, 2.1) or epsilon (512 pixels: the -base models), in model.prediction"
+            "pixels: 2.0, 2.1) or epsilon (512 pixels: the -base models), in model.prediction or by --prediction"
         )
-    return "epsilon"
+    return predicted
 
 
 def _unet(tensors: Mapping[str, Tensor], generation: Generation, origin: str) -> UNet2DConditionModel:

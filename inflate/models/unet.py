@@ -264,6 +264,26 @@ class VideoUNet(UNet2DConditionModel):
         return load_strictly(super().from_pretrained, path, kwargs)
 
     @property
+    def attn_processors(self) -> dict[str, Any]:
+        """What computes each attention of the 2D model, by name.
+
+        Loaders of image adapters take every one that is not called attn1 for cross-attention, and count them: temporal
+        layers, which have a second self-attention of that name, are not listed.
+        """
+        return {name: each for name, each in super().attn_processors.items() if ".temporal." not in name}
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Set what computes every attention, or by a dict, those of the 2D model; `InflateError` for other names."""
+        if not isinstance(processor, dict):
+            super().set_attn_processor(processor)
+            return
+        wrong = processor.keys() ^ self.attn_processors.keys()
+        if wrong:
+            raise InflateError(f"processors must be given for each attention of the 2D model: see {min(wrong)}")
+        for name, each in processor.items():
+            self.get_submodule(name.removesuffix(".processor")).set_processor(each)
+
+    @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
         return recomputes(self)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from original_files import write_sgm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from helpers import CROSS, randomise, tiny_unet, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
-from inflate.families import svd_files, svd_keys
+from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
-from inflate.models import original_names
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
@@ -438,13 +438,7 @@ def test_models_that_diffusers_cannot_hold_are_refused(family: SVD, tmp_path: Pa
 
 @pytest.fixture
 def sgm_file(family: SVD, tmp_path: Path) -> Path:
-    unet, vae = family.unet.state_dict(), family.vae.state_dict()
-    layout = original_names.UNetLayout.of(family.unet.config)
-    names = {f"unet.{key}": f"model.diffusion_model.{name}" for key, name in svd_keys.unet_to_sgm(unet, layout).items()}
-    names |= {f"vae.{key}": f"first_stage_model.{name}" for key, name in svd_keys.vae_to_sgm(vae, 2).items()}
-    tensors = {**{f"unet.{key}": t for key, t in unet.items()}, **{f"vae.{key}": t for key, t in vae.items()}}
-    renamed = {names[key]: tensor.clone() for key, tensor in tensors.items()}
-    save_file({**renamed, "conditioner.embedders.0.x": torch.zeros(1)}, tmp_path / "svd.safetensors")
+    write_sgm(family.unet, family.vae, tmp_path / "svd.safetensors")
     return tmp_path / "svd.safetensors"
 
 

@@ -10,19 +10,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from original_files import LEVELS, VAE, original_names
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import CROSS, tiny_unet, tiny_vae
 from inflate.errors import CheckpointError
-from inflate.models.original_names import UNetLayout, unet_names, vae_names
+from inflate.models.original_names import UNetLayout, unet_names
 from inflate.models.single_file import ImageModel, is_single_image_model, load_image_model, load_vae
 
-LEVELS: dict[str, Any] = {
-    "block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 2, "norm_num_groups": 32,
-}  # fmt: skip
-VAE: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 32}
 TEXT_TIME = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1600,
     "transformer_layers_per_block": (2, 2),
@@ -32,16 +28,6 @@ KINDS: dict[str, tuple[Callable[[], UNet2DConditionModel], float]] = {
     "Stable Diffusion 2": (lambda: tiny_unet(True, **LEVELS, attention_head_dim=(1, 2)), 0.18215),
     "Stable Diffusion XL": (lambda: tiny_unet(True, **LEVELS, attention_head_dim=(1, 2), **TEXT_TIME), 0.13025),
 }
-
-
-def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
-    names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
-    tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.state_dict().items()}
-    names = vae_names(vae.state_dict(), 2)
-    for key, tensor in vae.state_dict().items():
-        pointwise = ".attn_1." in names[key] and tensor.ndim == 2
-        tensors[f"first_stage_model.{names[key]}"] = tensor[:, :, None, None] if pointwise else tensor
-    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def write(folder: Path, generation: str, **more: Tensor) -> tuple[Path, UNet2DConditionModel, AutoencoderKL]:

@@ -1,0 +1,300 @@
+"""What a file or folder is: its format, its temporal layers, and how much of it is what.
+
+Weights are accounted for tensor by tensor, as loading does, but their values are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import MotionAdapter
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as ENCODER_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
+
+from inflate.errors import CheckpointError
+from inflate.families import animatediff, modelscope, svd_files
+from inflate.families.svd_encoders import TENSORS_FILE
+from inflate.families.video_ldm import TEMPORAL_FILE, entry
+from inflate.formats import FORMATS
+from inflate.models import exchange, folders, single_file
+from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.tables import aligned
+
+CLASSES = {
+    "UNet2DConditionModel": "stable-diffusion",
+    "UNetSpatioTemporalConditionModel": "svd",
+    "VideoUNet": "video-unet",
+    "UNet3DConditionModel": "unet3d",
+    "UNetMotionModel": "unet-motion",
+    "MotionAdapter": "motion-adapter",
+}
+"""Formats of folders by the class that config.json names."""
+
+MARKS = {
+    ".pos_encoder.pe": "motion-module",
+    ".temopral_conv.": "vgen",
+    ".time_stack.": "svd-file",
+    single_file.UNET: "stable-diffusion-file",
+}
+"""Formats of files by what is in their tensors' names; the first that is found counts."""
+
+PARTS = ("vae", "image_encoder", "text_encoder", "text_encoder_2")
+_PLACES = (
+    (re.compile(r"^conv_in\.temporal\."), ("input",)),
+    (re.compile(r"\.resnets\.\d+\.temporal\."), ("resnet", "conv", "motion")),
+    (re.compile(r"\.temporal\."), ("block", "transformer", "motion")),
+)
+"""The slots of a temporal specification that may stand in a place of our names."""
+
+Tensors = Mapping[str, Tensor]
+Found = tuple[dict[str, str], dict[str, list[Tensor]]]
+"""Facts and groups of tensors, as a description has them."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file or folder is."""
+
+    format: str
+    facts: dict[str, str]
+    """what is known of it beside its tensors"""
+    groups: dict[str, list[Tensor]]
+    """its tensors, without memory, by what they are for"""
+
+    def table(self) -> str:
+        """The facts, then a line for each group and one for all."""
+        told = {"format": f"{self.format}: {FORMATS[self.format]}", **self.facts}
+        facts = aligned([(f"{name}:", value) for name, value in told.items()])
+        everything = [tensor for group in self.groups.values() for tensor in group]
+        named = {**{name: group for name, group in self.groups.items() if group}, "all": everything}
+        lines = aligned(
+            [("group", "tensors", "parameters", "MiB", "precision"), *(_line(*each) for each in named.items())]
+        )
+        return "\n".join([*facts, "", *lines])
+
+
+def recognise(path: str | Path) -> tuple[str, Path]:
+    """The format of a file, a folder or a model on the Hub, and where it lies.
+
+    CheckpointError, saying what was looked for and what is there, where it is none of the formats.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _file_format(place), place
+    folder = folders.resolve(path)
+    return _folder_format(folder), folder
+
+
+def describe(path: str | Path) -> Description:
+    """What a file, a folder or a model on the Hub is; CheckpointError, listing tensors, where it is not whole."""
+    found, place = recognise(path)
+    facts, groups = _READERS[found](place)
+    return Description(found, facts, groups)
+
+
+def unet_folder(folder: Path) -> Path:
+    """The folder of a pipeline's UNet, or the folder itself where it is a model's."""
+    inside = folder / "unet"
+    return inside if (inside / "config.json").is_file() else folder
+
+
+def _file_format(file: Path) -> str:
+    keys = list(exchange.read_headers(file))
+    for mark, found in MARKS.items():
+        if any(mark in key for key in keys):
+            return found
+    raise CheckpointError(
+        f"{file} is of no known format: no tensor's name has {', '.join(MARKS)}; it holds {exchange.listing(keys)}"
+    )
+
+
+def _folder_format(folder: Path) -> str:
+    if (folder / TEMPORAL_FILE).is_file():
+        return "temporal-layers"
+    if (folder / "state.json").is_file():
+        return "checkpoint"
+    file = unet_folder(folder) / "config.json"
+    if not file.is_file():
+        there = exchange.listing(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise CheckpointError(
+            f"{folder} is of no known format: it has no unet/config.json, config.json, {TEMPORAL_FILE} or state.json; "
+            f"it holds {there}"
+        )
+    name = folders.read_json(file).get("_class_name")
+    if name not in CLASSES:
+        raise CheckpointError(f"{file} is of class {name}, which is not known; known are {', '.join(CLASSES)}")
+    return CLASSES[name]
+
+
+def _stable_diffusion_file(file: Path) -> Found:
+    image, tensors = single_file.load_image_model(file, "epsilon", exchange.read_headers), exchange.read_headers(file)
+    told = single_file.told_prediction(tensors, image.generation)
+    facts = {"model": image.generation, "prediction": told or "v_prediction or epsilon, which the file does not tell"}
+    own = {**_by_kind(image.unet.state_dict()), "VAE": list(image.vae.state_dict().values())}
+    return {**facts, **_context(image.unet.config)}, {**own, **_others(tensors)}
+
+
+def _stable_diffusion(folder: Path) -> Found:
+    inside = unet_folder(folder)
+    config = folders.read_json(inside / "config.json")
+    facts = {"model": _generation(config), **_prediction(folder), **_context(config)}
+    return facts, {**_by_kind(exchange.read_weights(inside, exchange.read_headers)), **_parts(folder)}
+
+
+def _svd_file(file: Path) -> Found:
+    unet, vae = svd_files.load_sgm(file, svd_files.HEAD_CHANNELS, exchange.read_headers)
+    facts, groups = _video_unet(unet)
+    return facts, {**groups, "VAE": list(vae.state_dict().values()), **_others(exchange.read_headers(file))}
+
+
+def _svd(folder: Path) -> Found:
+    own = folder / folders.SETTINGS_FILE
+    settings = folders.read_json(own) if own.is_file() else {}
+    unet = svd_files.load_diffusers_unet(unet_folder(folder), settings.get("unet"), exchange.read_headers)
+    facts, groups = _video_unet(unet)
+    origin = f"an export of ours ({own.name})" if settings else "diffusers' own"
+    return {"written as": origin, **_prediction(folder), **facts}, {**groups, **_parts(folder)}
+
+
+def _our_unet(folder: Path) -> Found:
+    inside = unet_folder(folder)
+    config = folders.read_json(inside / "config.json")
+    spec = TemporalSpec.from_dict(config.get("temporal") or {})
+    groups = _by_kind(exchange.read_weights(inside, exchange.read_headers), spec)
+    return {**_prediction(folder), **_context(config), **_temporal(spec)}, {**groups, **_parts(folder)}
+
+
+def _temporal_layers(folder: Path) -> Found:
+    file = folder / folders.SETTINGS_FILE
+    spec = TemporalSpec.from_dict(entry(file, "spec"))
+    tensors = exchange.read_headers(folder / TEMPORAL_FILE)
+    return {"over": str(entry(file, "image_model")), **_temporal(spec)}, _by_kind(tensors, spec)
+
+
+def _unet3d(folder: Path) -> Found:
+    facts, groups = _video_unet(modelscope.load_diffusers(unet_folder(folder), exchange.read_headers))
+    return {**_prediction(folder), **facts}, {**groups, **_parts(folder)}
+
+
+def _vgen(file: Path) -> Found:
+    model = modelscope.load_vgen(file, exchange.read_headers)
+    facts, groups = _video_unet(model.unet)
+    beside = [] if model.tokens is None else list(model.tokens.state_dict().values())
+    return facts, {**groups, "conditioning": groups.get("conditioning", []) + beside}
+
+
+def _unet_motion(folder: Path) -> Found:
+    unet = animatediff.load_diffusers(unet_folder(folder), read=exchange.read_headers)
+    facts, groups = _video_unet(unet)
+    return {**_prediction(folder), **facts}, {**groups, **_parts(folder)}
+
+
+def _motion_adapter(folder: Path) -> Found:
+    spec = animatediff.adapter_spec(exchange.with_defaults(MotionAdapter, folder))
+    return _temporal(spec), {"temporal: motion": list(exchange.read_weights(folder, exchange.read_headers).values())}
+
+
+def _motion_module(file: Path) -> Found:
+    tensors = exchange.read_headers(file)
+    return _temporal(animatediff.original_spec(tensors, file)), {"temporal: motion": list(tensors.values())}
+
+
+def _checkpoint(folder: Path) -> Found:
+    step = folders.read_json(folder / "state.json").get("step")
+    files = sorted(folder.glob(f"*{folders.SAFETENSORS}"))
+    return {"step": str(step)}, {file.stem: list(exchange.read_headers(file).values()) for file in files}
+
+
+_READERS: dict[str, Callable[[Path], Found]] = {
+    "stable-diffusion-file": _stable_diffusion_file,
+    "stable-diffusion": _stable_diffusion,
+    "svd-file": _svd_file,
+    "svd": _svd,
+    "video-unet": _our_unet,
+    "temporal-layers": _temporal_layers,
+    "unet3d": _unet3d,
+    "vgen": _vgen,
+    "unet-motion": _unet_motion,
+    "motion-adapter": _motion_adapter,
+    "motion-module": _motion_module,
+    "checkpoint": _checkpoint,
+}
+
+
+def _video_unet(unet: VideoUNet) -> Found:
+    return {**_context(unet.config), **_temporal(unet.spec)}, _by_kind(unet.state_dict(), unet.spec)
+
+
+def _by_kind(tensors: Tensors, spec: TemporalSpec | None = None) -> dict[str, list[Tensor]]:
+    """A UNet's tensors, under our names, by what they are for."""
+    groups: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        groups.setdefault("2D" if spec is None else _kind(key, spec), []).append(tensor)
+    return groups
+
+
+def _kind(key: str, spec: TemporalSpec) -> str:
+    for pattern, slots in _PLACES:
+        if pattern.search(key):
+            return f"temporal: {next((slot for slot in slots if getattr(spec, slot)), 'unknown')}"
+    return "conditioning" if spec.added_ids and key.startswith("class_embedding.") else "2D"
+
+
+def _parts(folder: Path) -> dict[str, list[Tensor]]:
+    """The tensors of the networks beside a pipeline's UNet."""
+    groups = {part: _part(folder / part) for part in PARTS if (folder / part).is_dir()}
+    exact = folder / TENSORS_FILE
+    return {**groups, "vae, exactly": list(exchange.read_headers(exact).values())} if exact.is_file() else groups
+
+
+def _part(folder: Path) -> list[Tensor]:
+    if (folder / ENCODER_WEIGHTS_NAME).is_file() or (folder / ENCODER_INDEX_NAME).is_file():
+        files = exchange.weight_files(folder, ENCODER_INDEX_NAME, ENCODER_WEIGHTS_NAME)
+    else:
+        names = (SAFETENSORS_WEIGHTS_NAME, folders.HALF_WEIGHTS_NAME, "model.fp16.safetensors")
+        files = exchange.weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, *names)
+    return [tensor for file in files for tensor in exchange.read_headers(file).values()]
+
+
+def _others(tensors: Tensors) -> dict[str, list[Tensor]]:
+    """What a single file holds beside the UNet and the autoencoder, by the first word of the names."""
+    groups: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith((single_file.UNET, single_file.VAE)):
+            groups.setdefault(key.split(".")[0], []).append(tensor)
+    return groups
+
+
+def _generation(config: Mapping[str, Any]) -> str:
+    if config.get("addition_embed_type") == "text_time":
+        return "Stable Diffusion XL"
+    return f"Stable Diffusion {2 if config.get('use_linear_projection') else 1}"
+
+
+def _prediction(folder: Path) -> dict[str, str]:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return {}
+    return {"prediction": folders.read_json(file).get("prediction_type", "epsilon")}
+
+
+def _context(config: Mapping[str, Any]) -> dict[str, str]:
+    return {"context width": str(config["cross_attention_dim"])}
+
+
+def _temporal(spec: TemporalSpec) -> dict[str, str]:
+    told = {name: value for name, value in spec.to_dict().items() if exchange.matters(name, spec)}
+    return {"temporal layers": ", ".join(f"{name}={value}" for name, value in told.items() if value is not False)}
+
+
+def _line(name: str, tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    group = list(tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in group) / 2**20
+    precision = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in group})
+    return name, str(len(group)), f"{sum(tensor.numel() for tensor in group):,}", f"{size:.2f}", ", ".join(precision)

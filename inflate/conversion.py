@@ -1,0 +1,194 @@
+"""From one format of a model to another, through our own: bit for bit, in float32, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+
+from inflate.catalogue import recognise, unet_folder
+from inflate.errors import CheckpointError, ConfigError
+from inflate.families import animatediff, modelscope
+from inflate.families.modelscope import ImageToVideo
+from inflate.families.svd import SVD
+from inflate.families.video_ldm import VideoLDM
+from inflate.files import new_folder
+from inflate.formats import FILES, WRITTEN
+from inflate.layers.branches import NormOver
+from inflate.models import folders
+from inflate.models.single_file import Prediction, load_image_model
+from inflate.models.unet import VideoUNet
+
+USUAL = {
+    "stable-diffusion-file": "stable-diffusion",
+    "svd-file": "svd",
+    "unet3d": "vgen",
+    "vgen": "unet3d",
+    "unet-motion": "motion-adapter",
+    "motion-adapter": "unet-motion",
+}
+"""What a format becomes where no other is asked for."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What some formats do not hold, and others of them cannot be made without."""
+
+    image_model: str | None = None
+    """folder or single file of the Stable Diffusion that motion modules alone belong over"""
+    image_encoder: str | None = None
+    """folder of the CLIP image encoder of Stable Video Diffusion"""
+    prediction: Prediction | None = None
+    """what a Stable Diffusion 2 in a single file predicts"""
+    norm_per_frame: bool = False
+    """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
+    were, although diffusers runs them with norms over the clip"""
+
+    @property
+    def norm_over(self) -> NormOver:
+        """What the group norms of diffusers' motion modules averaged over in training."""
+        return "frame" if self.norm_per_frame else "clip"
+
+
+_OF_USE = {
+    "image_model": ("motion-adapter", "motion-module"),
+    "image_encoder": ("svd-file",),
+    "prediction": ("stable-diffusion-file",),
+    "norm_per_frame": ("motion-adapter", "unet-motion"),
+}
+
+
+def convert(path: str, target: Path, to: str | None = None, extra: Extra | None = None, overwrite: bool = False) -> str:
+    """Writes the model in `path` to `target` in the format `to`, whole or not at all; returns what to know of it.
+
+    CheckpointError, with nothing written, where that format cannot represent the model, the model is not whole, or
+    `target` exists and is not to be replaced, or is no model. ConfigError for an unknown format and for an extra that
+    the source has no use for.
+    """
+    source, place = recognise(path)
+    wanted, given = _wanted(source, to, path), extra or Extra()
+    _refuse_useless(source, given)
+    _check_target(place, target, wanted, overwrite)
+    with _writing(target):
+        if source == "stable-diffusion-file":
+            return _image_model(place, target, given)
+        if source == "svd-file":
+            return _svd(place, target, given)
+        WRITERS[wanted](READERS[source](place, given), target)
+    return f"{target} is {wanted}"
+
+
+def _wanted(source: str, to: str | None, path: str) -> str:
+    """The format to write; ConfigError where it is unknown or not told, CheckpointError where it cannot be made."""
+    wanted = to or USUAL.get(source)
+    if wanted is None:
+        raise ConfigError(f"{path} is {source}: say with --to which format it is to be")
+    if wanted not in WRITTEN:
+        raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
+    possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"]}
+    targets = possible.get(source, list(WRITERS) if source in READERS else [])
+    if wanted == source or wanted not in targets:
+        others = ", ".join(name for name in targets if name != source) or "none"
+        raise CheckpointError(f"{path} is {source}, of which no {wanted} is made; what it can become: {others}")
+    return wanted
+
+
+def _refuse_useless(source: str, extra: Extra) -> None:
+    for name, sources in _OF_USE.items():
+        if getattr(extra, name) and source not in sources:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}: leave it out"
+            )
+
+
+def _check_target(place: Path, target: Path, wanted: str, overwrite: bool) -> None:
+    if wanted in FILES and target.suffix != folders.SAFETENSORS:
+        raise CheckpointError(f"{target}: {wanted} is a file; give it a name that ends in {folders.SAFETENSORS}")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists already; choose another name or add --overwrite")
+    if target.resolve() in (place.resolve(), *place.resolve().parents):
+        raise CheckpointError(f"{target} is or holds the model that is to be converted; choose another name")
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.is_dir() == (wanted in FILES) or (target.is_dir() and not empty and recognise(target)[0] != wanted):
+        raise CheckpointError(f"{target} is no {wanted} that could be replaced; choose another name")
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def _image_model(file: Path, target: Path, extra: Extra) -> str:
+    image = load_image_model(file, extra.prediction)
+    scheduler = DDIMScheduler(**image.scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    with new_folder(target) as aside:
+        for name, part in {"unet": image.unet, "vae": image.vae, "scheduler": scheduler}.items():
+            part.save_pretrained(aside / name)
+    return f"{target} is a {image.generation} that predicts {image.scheduler['prediction_type']}, without text encoders"
+
+
+def _svd(file: Path, target: Path, extra: Extra) -> str:
+    gap = SVD.load(file, extra.image_encoder).save_pretrained(target)
+    return f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
+
+
+def _from_vgen(file: Path, _: Extra) -> VideoUNet:
+    model = modelscope.load_vgen(file)
+    if model.tokens is not None:
+        raise CheckpointError(f"{file} makes context tokens of an image, which no other format has a place for")
+    return model.unet
+
+
+def _parent(path: str | None) -> UNet2DConditionModel:
+    """The UNet that motion modules alone belong over."""
+    if path is None:
+        raise ConfigError("motion modules alone are read over an image model: name its folder or file as --image-model")
+    if path.endswith(folders.SAFETENSORS):
+        return load_image_model(Path(path).expanduser(), "epsilon").unet
+    unet: UNet2DConditionModel = folders.load_parent(UNet2DConditionModel, unet_folder(folders.resolve(path)))
+    return unet
+
+
+def _our_unet(folder: Path, _: Extra) -> VideoUNet:
+    unet: VideoUNet = VideoUNet.from_pretrained(unet_folder(folder), torch_dtype=torch.float32)
+    return unet
+
+
+READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
+    "video-unet": _our_unet,
+    "temporal-layers": lambda folder, _: VideoLDM.load(folder).unet,
+    "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
+    "vgen": _from_vgen,
+    "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),
+    "motion-adapter": lambda folder, extra: animatediff.load_adapter(
+        _parent(extra.image_model), folder, extra.norm_over
+    ),
+    "motion-module": lambda file, extra: animatediff.load_original(_parent(extra.image_model), file),
+}
+"""How the video UNet of a format is read; Stable Video Diffusion's has parts of its own."""
+
+
+def _write_folder(model: VideoUNet, target: Path, as_written: Callable[[VideoUNet], ModelMixin]) -> None:
+    written = as_written(model)
+    with new_folder(target) as aside:
+        written.save_pretrained(aside)
+
+
+WRITERS: dict[str, Callable[[VideoUNet, Path], None]] = {
+    "video-unet": lambda unet, target: _write_folder(unet, target, lambda same: same),
+    "unet3d": lambda unet, target: _write_folder(unet, target, modelscope.to_diffusers),
+    "vgen": lambda unet, target: modelscope.save_vgen(ImageToVideo(unet, None), target),
+    "unet-motion": lambda unet, target: _write_folder(unet, target, animatediff.to_diffusers),
+    "motion-adapter": animatediff.save_adapter,
+    "motion-module": animatediff.save_original,
+}
+"""How a video UNet is written in a format; each refuses what it has no place for."""

@@ -1,0 +1,24 @@
+"""The names of formats, without which `--help` could not list them."""
+
+FORMATS = {
+    "stable-diffusion-file": "Stable Diffusion, a single file",
+    "stable-diffusion": "Stable Diffusion, diffusers' folder",
+    "svd-file": "Stable Video Diffusion, the original's single file",
+    "svd": "Stable Video Diffusion, diffusers' folder; an export of image-to-video is one",
+    "video-unet": "a UNet of ours with its temporal layers; an export of text-to-video has one",
+    "temporal-layers": "temporal layers alone, of an export of text-to-video",
+    "unet3d": "ModelScope or ZeroScope, diffusers' UNet3DConditionModel",
+    "vgen": "ModelScope or VGen, a UNet's file in the original names",
+    "unet-motion": "AnimateDiff, diffusers' UNetMotionModel",
+    "motion-adapter": "AnimateDiff, diffusers' MotionAdapter",
+    "motion-module": "AnimateDiff, a file of motion modules in the original names",
+    "checkpoint": "a checkpoint of a run, whose model is in the run's export",
+}
+"""Every format that is known, and what it is."""
+
+UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
+"""The formats in which the UNet of a video model is written."""
+WRITTEN = ("stable-diffusion", "svd", *UNETS)
+"""The formats that are written."""
+FILES = ("vgen", "motion-module")
+"""Those of them that are one file."""

@@ -1,0 +1,73 @@
+"""Tiny models in the files of the original implementations; heads are 64 channels wide, as in the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helpers import randomise, tiny_unet, tiny_vae, write_image_model
+from inflate.families import svd_keys
+from inflate.models.original_names import UNetLayout, unet_names, vae_names
+from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.vae import VideoVAE
+from inflate.surgery import inflate_unet, inflate_vae
+
+LEVELS: dict[str, Any] = {
+    "block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 2, "norm_num_groups": 32,
+}  # fmt: skip
+VAE: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 32}
+
+
+def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The tensors of an image model under latent diffusion's names."""
+    names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
+    tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.state_dict().items()}
+    names = vae_names(vae.state_dict(), 2)
+    for key, tensor in vae.state_dict().items():
+        pointwise = ".attn_1." in names[key] and tensor.ndim == 2
+        tensors[f"first_stage_model.{names[key]}"] = tensor[:, :, None, None] if pointwise else tensor
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """Write a tiny Stable Diffusion 1 as communities share it; returns its networks."""
+    unet, vae = tiny_unet(False, **LEVELS, attention_head_dim=8), tiny_vae(**VAE)
+    save_file({**original_names(unet, vae), "cond_stage_model.transformer.x": torch.zeros(1)}, file)
+    return unet, vae
+
+
+def write_sgm(unet: VideoUNet, vae: VideoVAE, file: Path) -> None:
+    """Write a Stable Video Diffusion under the original's names."""
+    ours = {"unet": unet.state_dict(), "vae": vae.state_dict()}
+    layout = UNetLayout.of(unet.config)
+    names = {
+        "unet": {
+            key: f"model.diffusion_model.{name}" for key, name in svd_keys.unet_to_sgm(ours["unet"], layout).items()
+        },
+        "vae": {key: f"first_stage_model.{name}" for key, name in svd_keys.vae_to_sgm(ours["vae"], 2).items()},
+    }
+    renamed = {names[part][key]: tensor.clone() for part in ours for key, tensor in ours[part].items()}
+    save_file({**renamed, "conditioner.embedders.0.x": torch.zeros(1)}, file)
+
+
+def write_svd_file(folder: Path) -> tuple[Path, Path, VideoUNet, VideoVAE]:
+    """Write a tiny Stable Video Diffusion in the original's file and an image encoder; returns its networks, too."""
+    parent = tiny_unet(True, **LEVELS, attention_head_dim=(1, 2))
+    unet, _ = inflate_unet(parent, TemporalSpec(added_id_dim=8), in_channels=8)
+    vae, _ = inflate_vae(tiny_vae(**VAE, layers_per_block=2, use_post_quant_conv=False))
+    for network in (unet, vae):
+        randomise(network)
+    write_sgm(unet, vae, folder / "svd.safetensors")
+    write_image_model(folder / "image")
+    return folder / "svd.safetensors", folder / "image" / "image_encoder", unet, vae
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether tensors have the same names and, to the bit, the same values."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,0 +1,205 @@
+"""From format to format by the command: bit for bit there and back, or refused with nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from original_files import equal, write_single_file, write_svd_file
+from safetensors.torch import load_file, save_file
+from test_cli import inflate, refused
+from tiny_video_ldm import write_text_model
+
+from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2
+from inflate.conversion import READERS, WRITERS
+from inflate.families import animatediff, modelscope
+from inflate.families.modelscope import ImageToVideo
+from inflate.families.svd import SVD
+from inflate.families.video_ldm import VideoLDM
+from inflate.formats import FILES, FORMATS, UNETS, WRITTEN
+from inflate.layers.conditioning import ImageTokens
+from inflate.models.folders import read_json
+from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VideoUNet
+from inflate.objectives import EDM
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLIP = replace(ANIMATEDIFF_V2, motion_norm="clip")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def converted(*arguments: object) -> str:
+    result = inflate("convert", *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def modelscope_unet() -> VideoUNet:
+    unet = VideoUNet.from_2d(tiny_unet_sd2(attention_head_dim=(2, 4), norm_num_groups=32), MODELSCOPE)
+    randomise(unet)
+    return unet
+
+
+@pytest.fixture
+def unet3d(tmp_path: Path) -> Path:
+    modelscope.to_diffusers(modelscope_unet()).save_pretrained(tmp_path / "unet3d")
+    return tmp_path / "unet3d"
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """The image model that motion modules belong over."""
+    tiny_unet_sd1(norm_num_groups=32).save_pretrained(tmp_path / "parent")
+    return tmp_path / "parent"
+
+
+@pytest.fixture
+def motion(parent: Path) -> VideoUNet:
+    unet = VideoUNet.from_2d(UNet2DConditionModel.from_pretrained(parent), CLIP)
+    for parameter in unet.temporal_parameters().values():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    return unet
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    private = ("_diffusers_version", "_name_or_path")
+    configs = [{k: v for k, v in read_json(f / "config.json").items() if k not in private} for f in (one, other)]
+    return configs[0] == configs[1] and equal(load_file(one / WEIGHTS), load_file(other / WEIGHTS))
+
+
+def test_the_names_of_formats_are_those_of_the_code() -> None:
+    assert set(UNETS) == set(WRITERS)
+    assert READERS.keys() - WRITERS.keys() == {"temporal-layers"}
+    assert set(WRITTEN) < set(FORMATS)
+    assert set(FILES) < set(WRITTEN)
+    text = inflate("convert", "--help").output
+    assert all(name in text for name in WRITTEN)
+
+
+def test_unet3d_goes_to_vgen_and_to_ours_and_back(unet3d: Path, tmp_path: Path) -> None:
+    converted(unet3d, tmp_path / "unet.safetensors")
+    assert "output_blocks.0.0.temopral_conv.conv1.2.weight" in load_file(tmp_path / "unet.safetensors")
+    converted(tmp_path / "unet.safetensors", tmp_path / "again")
+    converted(unet3d, tmp_path / "ours", "--to", "video-unet")
+    converted(tmp_path / "ours", tmp_path / "from_ours", "--to", "unet3d")
+    assert same_folder(tmp_path / "from_ours", unet3d)
+    assert equal(load_file(tmp_path / "again" / WEIGHTS), load_file(unet3d / WEIGHTS))
+
+
+def test_motion_modules_go_out_of_a_unet_and_onto_it_again(motion: VideoUNet, parent: Path, tmp_path: Path) -> None:
+    whole, adapter = tmp_path / "whole", tmp_path / "adapter"
+    animatediff.to_diffusers(motion).save_pretrained(whole)
+    converted(whole, adapter)
+    converted(adapter, tmp_path / "again", "--image-model", parent)
+    assert equal(load_file(tmp_path / "again" / WEIGHTS), load_file(whole / WEIGHTS))
+    original = tmp_path / "motion.safetensors"
+    assert "AnimateDiff's files have no place for: temporal motion_norm clip" in refused(
+        "convert", adapter, original, "--to", "motion-module", "--image-model", parent
+    )
+    assert not original.exists()
+    converted(adapter, original, "--to", "motion-module", "--image-model", parent, "--norm-per-frame")
+    found = animatediff.load_original(UNet2DConditionModel.from_pretrained(parent), original)
+    assert equal(animatediff.motion_modules(found), animatediff.motion_modules(motion))
+    again = ("convert", original, tmp_path / "back", "--to", "motion-adapter", "--image-model", parent)
+    assert "MotionAdapter has no place for: temporal motion_norm frame" in refused(*again)
+    converted(original, tmp_path / "ours", "--to", "video-unet", "--image-model", parent)
+    converted(tmp_path / "ours", tmp_path / "second.safetensors", "--to", "motion-module")
+    assert equal(load_file(tmp_path / "second.safetensors"), load_file(original))
+
+
+def test_motion_modules_go_over_a_single_file(tmp_path: Path) -> None:
+    parent, _ = write_single_file(tmp_path / "sd.safetensors")
+    animatediff.save_adapter(VideoUNet.from_2d(parent, CLIP), tmp_path / "adapter")
+    converted(
+        tmp_path / "adapter", tmp_path / "ours", "--to", "video-unet", "--image-model", tmp_path / "sd.safetensors"
+    )
+    found = VideoUNet.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in parent.state_dict().items())
+
+
+def test_temporal_layers_alone_become_a_whole_unet(tmp_path: Path) -> None:
+    image = write_text_model(tmp_path / "image")
+    family = VideoLDM.load(image)
+    family.save_temporal(tmp_path / "alone", str(image))
+    converted(tmp_path / "alone", tmp_path / "ours", "--to", "video-unet")
+    expected = VideoLDM.load(tmp_path / "alone").unet.state_dict()
+    assert equal(VideoUNet.from_pretrained(tmp_path / "ours").state_dict(), expected)
+
+
+def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:
+    unet, vae = write_single_file(tmp_path / "sd.safetensors")
+    said = converted(tmp_path / "sd.safetensors", tmp_path / "sd")
+    assert "Stable Diffusion 1 that predicts epsilon, without text encoders" in said
+    for name, kind, expected in (("unet", UNet2DConditionModel, unet), ("vae", AutoencoderKL, vae)):
+        assert equal(kind.from_pretrained(tmp_path / "sd" / name).state_dict(), expected.state_dict())
+    assert read_json(tmp_path / "sd" / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
+
+
+def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
+    file, encoder, unet, vae = write_svd_file(tmp_path)
+    assert "image_encoder" in refused("convert", file, tmp_path / "svd")
+    assert not (tmp_path / "svd").exists()
+    assert "UNet " in converted(file, tmp_path / "svd", "--image-encoder", encoder)
+    found = SVD.from_pretrained(tmp_path / "svd")
+    assert equal(found.unet.state_dict(), unet.state_dict())
+    assert equal(found.vae.state_dict(), vae.state_dict())
+    assert found.objective == EDM()
+
+
+def test_what_exists_is_kept_unless_asked_and_unless_it_is_no_model(unet3d: Path, tmp_path: Path) -> None:
+    file, ours, mine = tmp_path / "unet.safetensors", tmp_path / "ours", tmp_path / "mine"
+    file.write_bytes(b"old")
+    assert "exists already; choose another name or add --overwrite" in refused("convert", unet3d, file)
+    assert file.read_bytes() == b"old"
+    converted(unet3d, file, "--overwrite")
+    assert "input_blocks.0.1.proj_in.weight" in load_file(file)
+    converted(unet3d, ours, "--to", "video-unet")
+    converted(unet3d, ours, "--to", "video-unet", "--overwrite")
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("dear")
+    into = ("--to", "video-unet", "--overwrite")
+    assert "it holds thesis.txt" in refused("convert", unet3d, mine, *into)
+    assert [entry.name for entry in mine.iterdir()] == ["thesis.txt"]
+    assert "is or holds the model that is to be converted" in refused("convert", unet3d, unet3d, *into)
+    assert "is no video-unet that could be replaced" in refused("convert", unet3d, file, *into)
+    converted(ours, tmp_path / "other", "--to", "unet3d")
+    assert "is no video-unet that could be replaced" in refused("convert", unet3d, tmp_path / "other", *into)
+    assert "ends in .safetensors" in refused("convert", unet3d, tmp_path / "folder")
+    assert "cannot be written" in refused("convert", unet3d, file / "below", "--to", "video-unet")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "other", "ours", "unet.safetensors", "unet3d"]
+
+
+def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    for arguments, message in (
+        (("--to", "unet-motion"), "UNetMotionModel has no place for: temporal conv True"),
+        (("--to", "svd"), "is unet3d, of which no svd is made; what it can become: video-unet, vgen, "),
+        (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
+        (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, svd, "),
+        (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
+    ):
+        assert message in refused("convert", unet3d, target, *arguments)
+    assert "pocket is stable-diffusion: say with --to" in refused("convert", "pocket", target)
+    assert "what it can become: none" in refused("convert", "pocket", target, "--to", "svd")
+    assert inflate("convert", unet3d, target, "--prediction", "sample").exit_code == 2
+    assert not target.exists()
+
+
+def test_layers_beside_a_unet_and_a_missing_parent_are_refused(motion: VideoUNet, tmp_path: Path) -> None:
+    modelscope.save_vgen(ImageToVideo(modelscope_unet(), ImageTokens(20, 24, 4, 32)), tmp_path / "v.safetensors")
+    assert "makes context tokens of an image" in refused("convert", tmp_path / "v.safetensors", tmp_path / "target")
+    animatediff.save_adapter(motion, tmp_path / "adapter")
+    assert "name its folder or file as --image-model" in refused("convert", tmp_path / "adapter", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_tensor_left_over_is_listed_and_nothing_written(unet3d: Path, tmp_path: Path) -> None:
+    save_file({**load_file(unet3d / WEIGHTS), "odd.weight": torch.zeros(1)}, unet3d / WEIGHTS)
+    assert "1 left over (odd.weight)" in refused("convert", unet3d, tmp_path / "unet.safetensors")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["unet3d"]
