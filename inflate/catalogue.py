@@ -44,6 +44,8 @@ MARKS = {
 }
 """Formats of files by what is in their tensors' names; the first that is found counts."""
 
+WEIGHTS = (folders.SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin")
+"""Names of files of weights end so."""
 PARTS = ("vae", "image_encoder", "text_encoder", "text_encoder_2")
 _PLACES = (
     (re.compile(r"^conv_in\.temporal\."), ("input",)),
@@ -105,6 +107,8 @@ def unet_folder(folder: Path) -> Path:
 
 
 def _file_format(file: Path) -> str:
+    if file.suffix not in WEIGHTS:
+        raise CheckpointError(f"{file} is no file of weights, whose names end in {', '.join(WEIGHTS)}")
     keys = list(exchange.read_headers(file))
     for mark, found in MARKS.items():
         if any(mark in key for key in keys):

@@ -32,6 +32,13 @@ USUAL = {
     "motion-adapter": "unet-motion",
 }
 """What a format becomes where no other is asked for."""
+READ_ONLY = {
+    "stable-diffusion-file": "such a file holds text encoders, too, which are not read",
+    "svd-file": "the original's file holds CLIP, too, under names of its own, which are not read",
+    "temporal-layers": "VideoLDM.save_temporal writes them, over the image model that they were trained on",
+    "checkpoint": "only a run writes its checkpoints",
+}
+"""Formats that are known and not written, and why."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ def _wanted(source: str, to: str | None, path: str) -> str:
     wanted = to or USUAL.get(source)
     if wanted is None:
         raise ConfigError(f"{path} is {source}: say with --to which format it is to be")
+    if wanted in READ_ONLY:
+        raise CheckpointError(f"--to {wanted}: is read, not written: {READ_ONLY[wanted]}")
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
     possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"]}

@@ -183,5 +183,8 @@ def test_what_is_not_known_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(CheckpointError, match="is of class AutoencoderKL, which is not known; known are UNet2DCondit"):
         catalogue.describe(tmp_path)
+    (tmp_path / "notes.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is no file of weights, whose names end in \.safetensors"):
+        catalogue.describe(tmp_path / "notes.txt")
     with pytest.raises(CheckpointError, match=r"\./nowhere does not exist"):
         catalogue.describe("./nowhere")

@@ -14,7 +14,7 @@ from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
 
 from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2
-from inflate.conversion import READERS, WRITERS
+from inflate.conversion import READ_ONLY, READERS, WRITERS
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
@@ -76,7 +76,8 @@ def same_folder(one: Path, other: Path) -> bool:
 def test_the_names_of_formats_are_those_of_the_code() -> None:
     assert set(UNETS) == set(WRITERS)
     assert READERS.keys() - WRITERS.keys() == {"temporal-layers"}
-    assert set(WRITTEN) < set(FORMATS)
+    assert set(WRITTEN) | set(READ_ONLY) == set(FORMATS)
+    assert not set(WRITTEN) & set(READ_ONLY)
     assert set(FILES) < set(WRITTEN)
     text = inflate("convert", "--help").output
     assert all(name in text for name in WRITTEN)
@@ -181,6 +182,7 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "unet-motion"), "UNetMotionModel has no place for: temporal conv True"),
         (("--to", "svd"), "is unet3d, of which no svd is made; what it can become: video-unet, vgen, "),
         (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
+        (("--to", "svd-file"), "--to svd-file: is read, not written: the original's file holds CLIP, too"),
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, svd, "),
         (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
     ):
