@@ -24,18 +24,17 @@ from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import Batch, ClipDataset, Frames, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
-from inflate.data.sources import find_clips
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_model import Model
-from inflate.models.folders import check_place
 from inflate.training.card import image_use, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.encoding import clip_encoder
 from inflate.training.held_out import join
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
-from inflate.training.loop import Result, check_output, fit
+from inflate.training.inputs import check_inputs, refuse_draws
+from inflate.training.loop import Result, fit
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
 from inflate.training.previews import compare_previews
@@ -66,6 +65,8 @@ class Config:
         single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
         if single and self.stage != "image_to_video":
             raise ConfigError(f"data: bucket {single[0]} has one frame; stage={self.stage} needs two or more")
+        if self.stage == "decoder":
+            refuse_draws(self.data, self.stage)
         if len(single) == len(self.data.sizes):
             raise ConfigError(f"data: no bucket has two frames or more, only {', '.join(map(str, single))}")
 
@@ -105,13 +106,7 @@ def demo(config: Config, arguments: list[str]) -> None:
 
 def train(config: Config) -> Result:
     """One stage: load, inflate where needed, fit, write the card."""
-    with together():
-        if join_processes().is_main_process:
-            check_output(config.training)
-        for place in filter(None, (config.model.path, config.model.image_encoder)):
-            check_place(place)
-    find_clips(config.data)
-    find_clips(config.data.evaluation())  # listing is cheap: what is wrong there is told before any clip is decoded
+    check_inputs(config.training, config.data, config.model.path, config.model.image_encoder)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)

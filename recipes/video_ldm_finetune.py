@@ -22,12 +22,14 @@ from inflate.data.settings import Data
 from inflate.errors import ConfigError, report_errors
 from inflate.families.video_ldm import Clips, Model, VideoLDM
 from inflate.training.card import TEXT_USE, write_card
+from inflate.training.checkpoint import writing
 from inflate.training.encoding import TextClipEncoder
-from inflate.training.loop import Result, check_output, fit
+from inflate.training.inputs import check_inputs, refuse_draws
+from inflate.training.loop import Result, fit
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
 from inflate.training.previews import compare_previews
-from inflate.training.processes import join_processes, together
+from inflate.training.processes import join_processes
 from inflate.training.settings import Training
 from inflate.training.text_to_video import Preview, Stage, TextToVideo, TextToVideoTask
 
@@ -47,6 +49,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """An image teaches temporal layers nothing: it bypasses them."""
+        refuse_draws(self.data, self.stage)
         single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
         if single and self.stage == "temporal":
             raise ConfigError(
@@ -63,9 +66,7 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    with together():
-        if join_processes().is_main_process:
-            check_output(config.training)
+    check_inputs(config.training, config.data, config.model.path)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
@@ -78,7 +79,8 @@ def train(config: Config) -> Result:
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
     if result.export and join_processes().is_main_process:
-        finish(config, result)
+        with writing(config.training.output, config.training.output):
+            finish(config, result)
     return result
 
 

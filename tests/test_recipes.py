@@ -184,6 +184,10 @@ def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
         (["stage=decoder", "data.path=nowhere", "training.lr=fast"], "training.lr"),
         (["stage=decoder", "data.path=nowhere", "model.path=no_model"], "no_model does not exist; give a folder, or"),
         (["stage=decoder", "data.path=nowhere", "model.path=no.safetensors"], "no.safetensors does not exist"),
+        (
+            ["stage=decoder", "data.cache=c", "data.cache_draws=2"],
+            "data.cache_draws: stage=decoder has no condition frame",
+        ),
         (["stage=decoder", "data.buckets=[4x32x64,1x32x64]"], "bucket 1x32x64 has one frame; stage=decoder needs two"),
         (["stage=image_to_video", "data.buckets=[1x32x64]"], "no bucket has two frames or more, only 1x32x64"),
     ],

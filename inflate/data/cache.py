@@ -98,10 +98,14 @@ def shown(seen: Sequence[Sight]) -> list[int]:
 class ClipCache:
     """The cache in a folder, and the hashes of the files that it was asked about."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read the folder's index, if there is one; DataError where it is damaged."""
-        self.store = Store(Path(folder).expanduser())
+    def __init__(self, folder: str | Path, trusting: bool = True) -> None:
+        """Read the folder's index, if there is one; DataError where it is damaged.
+
+        Unless `trusting`, files are hashed anew also where their size and time of change are those of before.
+        """
+        self.store, self.trusting = Store(Path(folder).expanduser()), trusting
         self._files: dict[str, str] = {}
+        self._stamps: dict[str, str] = {}
 
     def check_filled(self) -> None:
         """Raise DataError where the folder holds nothing."""
@@ -115,11 +119,24 @@ class ClipCache:
         return None if entry is None else _probe(entry.facts["probe"])
 
     def note(self, row: Checked) -> None:
-        """Keep what decoding a clip's file showed; one that does not decode is tried again the next time."""
-        facts: dict[str, Any] = {"probe": row.probe and asdict(row.probe), "sha256": self._file(row.clip)}
-        for name, key in (("probe", self._file_key(row.clip)), ("sha256", _stamp(row.clip.media))):
-            if row.probe is not None and key and key not in self.store:
-                self.store.put(key, {}, {name: facts[name]})
+        """Keep what decoding a clip's file showed; one that does not decode is tried again the next time.
+
+        DataError where the file is no longer the one that was hashed.
+        """
+        if row.probe is None:
+            return
+        self.check_unchanged(row.clip)
+        file, stamp = self._file_key(row.clip), self._stamps[row.clip.name]
+        if file not in self.store:
+            self.store.put(file, {}, {"probe": asdict(row.probe)})
+        if stamp and self.store.facts(stamp) != {"sha256": self._file(row.clip)}:
+            self.store.put(stamp, {}, {"sha256": self._file(row.clip)})
+
+    def check_unchanged(self, clip: Clip) -> None:
+        """Raise DataError where the clip's file is not as it was when it was hashed."""
+        self._file(clip)
+        if _stamp(clip.media) != self._stamps[clip.name]:
+            raise DataError(f"{clip.media}: changed while the cache was filled; start again once nothing writes to it")
 
     def key(self, row: Checked, seen: Sequence[Sight], encoder: Encoder) -> str:
         """The key of a clip's entry."""
@@ -144,8 +161,7 @@ class ClipCache:
 
     def needed(self, rows: Sequence[Checked], keys: Iterable[str]) -> set[str]:
         """These keys, and those of what decoding the clips' files showed."""
-        clips = [row.clip for row in rows]
-        return {*keys, *map(self._file_key, clips), *(_stamp(clip.media) for clip in clips)}
+        return {*keys, *(self._file_key(row.clip) for row in rows), *(self._stamps[row.clip.name] for row in rows)}
 
     def holds_file(self, clip: Clip) -> bool:
         """Whether the clip's file, as it is now, was decoded for this cache."""
@@ -158,8 +174,9 @@ class ClipCache:
     def _file(self, clip: Clip) -> str:
         """The hash of the clip's file, which is read only if it is not as it was when it was hashed before."""
         if clip.name not in self._files:
-            known = self.store.entries.get(_stamp(clip.media))
-            self._files[clip.name] = _hash(clip.media) if known is None else known.facts["sha256"]
+            self._stamps[clip.name] = _stamp(clip.media)  # before the hash: what changes in between is hashed again
+            known = self.store.facts(self._stamps[clip.name]) if self.trusting else None
+            self._files[clip.name] = _hash(clip.media) if known is None else known["sha256"]
         return self._files[clip.name]
 
 
@@ -228,7 +245,9 @@ def fill(
                 done.found += 1
             else:
                 facts = {"clip": row.clip.name, "bucket": str(row.windows[0].bucket), "starts": len(seen)}
-                cache.store.put(key, encoded(row, seen, encoder, key), {**facts, "encoder": dict(encoder.identity)})
+                tensors = encoded(row, seen, encoder, key)
+                cache.check_unchanged(row.clip)
+                cache.store.put(key, tensors, {**facts, "encoder": dict(encoder.identity)})
                 done.made, done.frames = done.made + 1, done.frames + len(shown(seen))
             if progress is not None:
                 progress(number, len(rows))

@@ -65,6 +65,12 @@ class Store:
     def __contains__(self, key: str) -> bool:
         return key in self.entries or key in self._new
 
+    def facts(self, key: str) -> Mapping[str, Any] | None:
+        """What is noted of a key, if it is known."""
+        if key in self._new:
+            return self._new[key][0]
+        return self.entries[key].facts if key in self.entries else None
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 

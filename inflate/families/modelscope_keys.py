@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.models.exchange import Names
-from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head
+from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head, substituted
 
 _TOP_TO_VGEN = {
     "conv_in.temporal": "input_blocks.0.1",
@@ -39,7 +39,7 @@ def layout_of(config: Mapping[str, object]) -> UNetLayout:
 
 def unet_to_diffusers(keys: Iterable[str]) -> Names:
     """Maps our UNet keys to UNet3DConditionModel's."""
-    return {key: _substitute(key) for key in keys}
+    return {key: substituted(key, _TO_DIFFUSERS) for key in keys}
 
 
 def unet_to_vgen(keys: Iterable[str], layout: UNetLayout) -> Names:
@@ -58,12 +58,6 @@ def head_width(tensors: Mapping[str, Tensor]) -> int:
     if key not in tensors:
         raise CheckpointError(f"this is not a UNet in VGen's format: {key} is missing")
     return tensors[key].shape[0] // 8
-
-
-def _substitute(key: str) -> str:
-    for pattern, replacement in _TO_DIFFUSERS:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _to_vgen(key: str, layout: UNetLayout) -> str:

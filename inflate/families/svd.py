@@ -291,14 +291,23 @@ class SVD(Encoding):
         return self
 
     @torch.no_grad()
-    def condition(self, first_frame: Tensor, fps: Tensor, bucket: Tensor, aug: Tensor, noise: Tensor) -> Condition:
+    def condition(
+        self,
+        first_frame: Tensor,
+        fps: Tensor,
+        bucket: Tensor,
+        aug: Tensor,
+        noise: Tensor,
+        context: Tensor | None = None,
+    ) -> Condition:
         """The condition of clips from their first frames (B, 3, H, W) in [-1, 1]: the one of training and sampling.
 
         `fps` in frames per second, `bucket` in 0..255 and the noise augmentation `aug` (a sigma, in pixel values)
         are (B,); `noise` is standard normal like `first_frame`. CLIP sees the clean frame, the latent is unscaled
-        (2311.15127, appendix D.3).
+        (2311.15127, appendix D.3). `context` is the embedding where it is known.
         """
-        return assemble(self.embed(first_frame), self.image_latent(first_frame, aug, noise), fps, bucket, aug)
+        context = self.embed(first_frame) if context is None else context
+        return assemble(context, self.image_latent(first_frame, aug, noise), fps, bucket, aug)
 
     def predict(self, condition: Condition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it; `unet` is its wrapped form (DDP, EMA) where there is one.

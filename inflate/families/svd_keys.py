@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from inflate.models.exchange import Names
-from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head, size_of, vae_key
+from inflate.models.original_names import (
+    RESNET_NAMES,
+    TOP_NAMES,
+    UNetLayout,
+    rename_head,
+    size_of,
+    substituted,
+    vae_key,
+)
 
 _TOP_TO_SGM = {
     **TOP_NAMES,
@@ -30,12 +38,12 @@ _TO_DIFFUSERS = (
 
 def unet_to_diffusers(keys: Iterable[str]) -> Names:
     """Maps our UNet keys to UNetSpatioTemporalConditionModel's."""
-    return {key: _substitute(key) for key in keys}
+    return {key: substituted(key, _TO_DIFFUSERS) for key in keys}
 
 
 def vae_to_diffusers(keys: Iterable[str]) -> Names:
     """Maps our VAE keys to AutoencoderKLTemporalDecoder's, whose encoder keeps its 2D names."""
-    return {key: _substitute(key) if key.startswith("decoder.") else key for key in keys}
+    return {key: substituted(key, _TO_DIFFUSERS) if key.startswith("decoder.") else key for key in keys}
 
 
 def unet_to_sgm(keys: Iterable[str], layout: UNetLayout) -> Names:
@@ -51,12 +59,6 @@ def vae_to_sgm(keys: Iterable[str], levels: int) -> Names:
 def sgm_added_ids(tensors: Mapping[str, Tensor]) -> int:
     """The width of all added-id embeddings together."""
     return size_of(tensors, "label_emb.0.0.weight", 1)
-
-
-def _substitute(key: str) -> str:
-    for pattern, replacement in _TO_DIFFUSERS:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _unet_key_to_sgm(key: str, layout: UNetLayout) -> str:

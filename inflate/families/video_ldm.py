@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from inflate.errors import CheckpointError
 from inflate.models import exchange, folders
-from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
+from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
 from inflate.surgery import inflate_unet
@@ -30,8 +30,6 @@ from inflate.surgery import inflate_unet
 log = logging.getLogger(__name__)
 
 Sampler = Literal["ddim", "euler"]
-SPEC = TemporalSpec(added_ids=0)
-"""Temporal residual blocks and transformer blocks, mixed in by learned shares, and no conditions but the prompt."""
 TEMPORAL_FILE = "temporal.safetensors"
 """Temporal layers alone, of an export that names the image model that they belong over."""
 COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
@@ -138,7 +136,7 @@ class VideoLDM(Encoding):
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
             clips = Clips()
-            unet, report = inflate_unet(folders.load_parent(UNet2DConditionModel, folder / "unet"), SPEC)
+            unet, report = inflate_unet(folders.load_parent(UNet2DConditionModel, folder / "unet"), VIDEO_LDM)
             log.info("inflated the UNet\n%s", report.table())
         return cls(unet, encoders.vae, encoders.text_encoder, encoders.tokenizer, noise, clips)
 

@@ -86,6 +86,13 @@ _TOP = TOP_NAMES | {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.li
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
+def substituted(key: str, table: Iterable[tuple[str, str]]) -> str:
+    """A key after each pattern of a table was replaced in it, in turn."""
+    for pattern, replacement in table:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def unet_names(keys: Iterable[str], layout: UNetLayout) -> dict[str, str]:
     """Maps a 2D UNet's keys to the original ones, without their `model.diffusion_model.`."""
     return {key: _unet_key(key, layout) for key in keys}

@@ -64,7 +64,7 @@ class Caching:
 def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable[[str], Progress], say: Say) -> None:
     """Encode what the cache lacks of the settings' clips, each process its share of them.
 
-    `verify` reads everything that the cache holds, and encodes anew what is damaged; `prune` removes what these
+    `verify` reads all files and all that the cache holds, and encodes anew what is damaged; `prune` removes what these
     settings do not need. `progress` makes a bar from its title; `say` takes what the main process reports. Every
     process of a launch calls it. Raises ConfigError, DataError, CheckpointError.
     """
@@ -76,7 +76,7 @@ def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable
             ClipCache(folder).prepare()
             if verify:
                 mend(ClipCache(folder), say)
-    cache = ClipCache(folder)
+    cache = ClipCache(folder, trusting=not verify)
     checked = check(cache, clips, settings.data, progress("checking") if state.is_main_process else None)
     encoder = settings.encoder(state.device)
     bar = progress("encoding") if state.is_main_process else None

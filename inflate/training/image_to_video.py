@@ -159,25 +159,17 @@ class ImageToVideoTask:
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
         """The condition of each clip's first frame, noise-augmented by a draw of its own; of an image, without it."""
-        dtype = self.family.vae.dtype
-        latent, aug = self._image_latent(batch, noise)
-        if "context" in batch:
-            context = batch["context"].to(noise.device, dtype)  # (B, 1, D)
-        else:
-            context = self.family.embed(first_frame(batch).to(noise.device))
-        fps, bucket = batch["fps"].to(noise.device), self.family.motion.bucket(batch["motion"].to(noise.device))
-        condition = assemble(context, latent, fps, bucket, aug)
-        return condition.without_image() if is_image(batch) else condition
-
-    def _image_latent(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
-        """The latent of each noised first frame (B, C, h, w), computed or one of those cached, and the level (B,)."""
+        dtype, device = self.family.vae.dtype, noise.device
+        context = batch["context"].to(device, dtype) if "context" in batch else None  # (B, 1, D)
+        told = batch["fps"].to(device), self.family.motion.bucket(batch["motion"].to(device))
         if "image_latents" in batch:
-            augs = batch["augs"].to(noise.device)  # (B, K)
-            drawn = (noise.uniform("cached draw") * augs.shape[1]).long(), torch.arange(len(augs), device=noise.device)
-            return batch["image_latents"].to(noise.device)[drawn[1], drawn[0]], augs[drawn[1], drawn[0]]
-        first = first_frame(batch).to(noise.device)  # (B, 3, H, W)
-        aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
-        return self.family.image_latent(first, aug, noise.normal("aug pixels", *first.shape[1:])), aug
+            latent, aug = drawn(batch, noise)
+            condition = assemble(batch["context"].to(device, dtype), latent, *told, aug)
+        else:
+            first = first_frame(batch).to(device)  # (B, 3, H, W)
+            aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
+            condition = self.family.condition(first, *told, aug, noise.normal("aug pixels", *first.shape[1:]), context)
+        return condition.without_image() if is_image(batch) else condition
 
     def _encoders(self) -> AbstractContextManager[None]:
         """Have every encoder on the device meanwhile."""
@@ -295,6 +287,13 @@ class ImageToVideoTask:
 
     def _device(self) -> torch.device:
         return next(self.players[0].network.parameters()).device
+
+
+def drawn(batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    """One of each sample's cached condition frames: its latent (B, C, h, w) and the level of its noise (B,)."""
+    latents, augs = (batch[name].to(noise.device) for name in ("image_latents", "augs"))  # (B, K, C, h, w), (B, K)
+    taken, rows = (noise.uniform("cached draw") * augs.shape[1]).long(), torch.arange(len(augs), device=noise.device)
+    return latents[rows, taken], augs[rows, taken]
 
 
 def choose_trainable(unet: VideoUNet, trainable: Literal["all", "temporal"]) -> None:

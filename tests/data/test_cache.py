@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,42 @@ def test_settings_of_a_cache_need_one(wrong: dict[str, Any]) -> None:
         Data(**wrong)
     settings = Data(**wrong, cache="cache", held_out="held_out").evaluation()
     assert (settings.cache, settings.cache_draws, settings.cache_dtype) == (None, 0, "float32")
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(
+    folder: Path, make_clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, real = small(folder), module._hash
+
+    def slow(media: Any) -> str:
+        found = real(media)
+        if str(media).endswith("1.mp4"):
+            make_clip("clips/1.mp4", numbered(10, 32, 32)[::-1])
+        return found
+
+    monkeypatch.setattr(module, "_hash", slow)
+    with pytest.raises(DataError, match=r"1\.mp4: changed while the cache was filled; start again"):
+        cached(settings, Means())
+    monkeypatch.setattr(module, "_hash", real)
+    encoder = Means()
+    cached(settings, encoder)
+    dataset = ClipDataset(settings, shuffle=False)
+    dataset.read_encoded(encoder, "all")
+    for number in range(len(dataset)):
+        item = dict(dataset[number])
+        assert torch.equal(item["latents"], item["pixels"].mean(dim=(2, 3))), item["name"]
+
+
+def test_a_file_changed_at_equal_size_and_time_is_found_where_nothing_is_trusted(folder: Path) -> None:
+    settings = small(folder)
+    cached(settings, Means())
+    still = folder / "still.png"
+    found = still.stat()
+    content = bytearray(still.read_bytes())
+    content[-1] ^= 1
+    still.write_bytes(bytes(content))
+    os.utime(still, ns=(found.st_atime_ns, found.st_mtime_ns))
+    clip = next(clip for clip in find_clips(settings) if clip.name == "still.png")
+    assert ClipCache(settings.cache or "").holds_file(clip)
+    doubting = ClipCache(settings.cache or "", trusting=False)
+    assert not doubting.holds_file(clip)
