@@ -67,6 +67,8 @@ class Config:
     """share of samples whose context is the caption"""
     image_share: float = 0.33
     """share of samples whose context is the frame's own image embedding; the rest has the empty caption"""
+    timestep_power: float = 1.0
+    """timesteps are 1000 * u ** power, u uniform: below 1, more of them are noisy, where it is decided what is drawn"""
     training: Training = field(
         default_factory=lambda: Training(
             steps=9000,
@@ -284,7 +286,7 @@ class ImageTask:
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         draw = noise.uniform("kind")
         shares = torch.tensor([self.config.text_share, self.config.text_share + self.config.image_share])
-        timestep = (1000 * noise.uniform("timestep")).long()
+        timestep = (1000 * noise.uniform("timestep") ** self.config.timestep_power).long()
         gaussian = noise.normal("noise", 4, SIDE // 4, SIDE // 4)
         return self.error(self.data, batch["index"], gaussian, timestep, torch.bucketize(draw, shares)), {}
 
