@@ -16,12 +16,11 @@ from typing import Any, Literal, Self
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inflate.errors import CheckpointError
-from inflate.models import exchange, folders
+from inflate.models import folders, temporal_layers
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
@@ -30,8 +29,7 @@ from inflate.surgery import inflate_unet
 log = logging.getLogger(__name__)
 
 Sampler = Literal["ddim", "euler"]
-TEMPORAL_FILE = "temporal.safetensors"
-"""Temporal layers alone, of an export that names the image model that they belong over."""
+FAMILY = "video_ldm"
 COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
 """What older text encoders' files hold beside weights."""
 
@@ -93,7 +91,7 @@ class Encoders(Encoding):
     def load(cls, path: str | Path) -> Self:
         """The encoders of what `VideoLDM.load` loads; CheckpointError as there."""
         folder = folders.resolve(path)
-        if (folder / TEMPORAL_FILE).is_file():
+        if temporal_layers.are_in(folder):
             return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
         refuse_two_text_encoders(folder)
         return cls(load_vae(folder / "vae"), load_text_encoder(folder), load_tokenizer(folder))
@@ -120,14 +118,18 @@ class VideoLDM(Encoding):
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, image_model: str | Path | None = None) -> Self:
         """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
-        CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
+        The temporal layers of the last two go over `image_model` where one is named, in place of their own: a
+        fine-tuned one changes the look and keeps the motion. CheckpointError, listing the tensors, where a part is
+        missing, does not fit, or is not whole.
         """
         folder = folders.resolve(path)
-        if (folder / TEMPORAL_FILE).is_file():
-            return cls._over_image_model(folder)
+        if temporal_layers.are_in(folder):
+            return cls._over_image_model(folder, image_model)
+        if image_model is not None:
+            return cls.load(folder).over(image_model)
         kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
@@ -205,53 +207,60 @@ class VideoLDM(Encoding):
         """
         folders.write(Path(folder), self._write)
 
+    def over(self, image_model: str | Path) -> Self:
+        """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
+        other = _image_model(image_model)
+        theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
+        shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
+        if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
+            raise CheckpointError(f"{image_model} is of another shape than the image model of these temporal layers")
+        with torch.no_grad():
+            for name, parameter in theirs.items():
+                parameter.copy_(own[name])
+        other.clips = self.clips
+        return other  # type: ignore[return-value]
+
     def save_temporal(self, folder: str | Path, image_model: str) -> None:
         """Writes the temporal layers alone, in half precision, and the name of the image model that they belong over.
 
         CheckpointError, with nothing written, where the image model is not this one's, to the bit.
         """
-        parent, own = VideoLDM.load(image_model), self.unet.state_dict()
-        created = self.unet.created_parameters().keys()
-        theirs = {name: value for name, value in parent.unet.state_dict().items() if name not in created}
-        changed = [name for name, value in theirs.items() if not torch.equal(value, own[name].cpu())]
-        if changed:
-            raise CheckpointError(
-                f"{image_model} has other image layers ({len(changed)} tensors, such as {changed[0]})"
-            )
-        tensors = {name: own[name].half().contiguous() for name in sorted(created)}
-        folders.write(Path(folder), lambda aside: self._write_temporal(aside, tensors, image_model))
+        settings = {**self._settings(), "spec": self.unet.spec.to_dict()}
+        temporal_layers.save(Path(folder), self.parts, _image_model(image_model).parts, image_model, settings)
 
-    def _write_temporal(self, folder: Path, tensors: dict[str, Tensor], image_model: str) -> None:
-        save_file(tensors, folder / TEMPORAL_FILE)
-        self._write_settings(folder, image_model=image_model, spec=self.unet.spec.to_dict())
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
 
     @classmethod
-    def _over_image_model(cls, folder: Path) -> Self:
+    def _over_image_model(cls, folder: Path, image_model: str | Path | None) -> Self:
         file = folder / folders.SETTINGS_FILE
-        family, spec = cls.load(entry(file, "image_model")), TemporalSpec.from_dict(entry(file, "spec"))
+        family = _image_model(image_model or entry(file, "image_model"))
+        spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
-        tensors, wanted = exchange.read_tensors(folder / TEMPORAL_FILE), family.unet.created_parameters()
-        differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
-        if differing:
-            differ = ", ".join(sorted({name for name, _ in differing}))
-            raise CheckpointError(f"{folder / TEMPORAL_FILE} does not hold this model's temporal layers: {differ}")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(tensors[name])
+        temporal_layers.load(folder, family.parts, check=image_model is None)
         family.clips = read_clips(file)
-        return family
+        return family  # type: ignore[return-value]
 
     def _write(self, folder: Path) -> None:
         parts = ("unet", "vae", "text_encoder", "tokenizer")
         for name in parts:
             getattr(self, name).save_pretrained(folder / name)
         self.noise.save_pretrained(folder / "scheduler")
-        self._write_settings(folder)
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self._settings(), indent=2) + "\n")
 
-    def _write_settings(self, folder: Path, **others: Any) -> None:
-        settings = {"family": "video_ldm", "clips": asdict(self.clips), **others}
-        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    def _settings(self) -> dict[str, Any]:
+        return {"family": FAMILY, "clips": asdict(self.clips)}
+
+
+def _image_model(path: str | Path) -> VideoLDM:
+    """An image model, inflated; CheckpointError where it is a video model."""
+    folder = folders.resolve(path)
+    if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
+        raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
+    return VideoLDM.load(folder)
 
 
 @dataclass
@@ -327,12 +336,7 @@ def read_clips(file: Path) -> Clips:
 
 def entry(file: Path, name: str) -> Any:
     """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
-    settings = folders.read_json(file)
-    if settings.get("family") != "video_ldm":
-        raise CheckpointError(f"{file} is of family {settings.get('family')}; give a text-to-video export")
-    if name not in settings:
-        raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
-    return settings[name]
+    return temporal_layers.entry(file, FAMILY, name)
 
 
 def refuse_two_text_encoders(folder: Path) -> None:
