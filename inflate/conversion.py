@@ -15,17 +15,20 @@ from inflate.errors import CheckpointError, ConfigError
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
+from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
 from inflate.files import new_folder
 from inflate.formats import FILES, WRITTEN
 from inflate.layers.branches import NormOver
 from inflate.models import folders
+from inflate.models.exchange import listing, read_headers
 from inflate.models.single_file import Prediction, load_image_model
 from inflate.models.unet import VideoUNet
 
 USUAL = {
     "stable-diffusion-file": "stable-diffusion",
     "svd-file": "svd",
+    "svd": "svd-file",
     "unet3d": "vgen",
     "vgen": "unet3d",
     "unet-motion": "motion-adapter",
@@ -34,7 +37,6 @@ USUAL = {
 """What a format becomes where no other is asked for."""
 READ_ONLY = {
     "stable-diffusion-file": "such a file holds text encoders, too, which are not read",
-    "svd-file": "the original's file holds CLIP, too, under names of its own, which are not read",
     "temporal-layers": "VideoLDM.save_temporal writes them, over the image model that they were trained on",
     "checkpoint": "only a run writes its checkpoints",
 }
@@ -48,7 +50,7 @@ class Extra:
     image_model: str | None = None
     """folder or single file of the Stable Diffusion that motion modules alone belong over"""
     image_encoder: str | None = None
-    """folder of the CLIP image encoder of Stable Video Diffusion"""
+    """folder of the CLIP image encoder of Stable Video Diffusion, where the original's file holds none"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     norm_per_frame: bool = False
@@ -85,6 +87,8 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
             return _image_model(place, target, given)
         if source == "svd-file":
             return _svd(place, target, given)
+        if source == "svd":
+            return _svd_file(place, target)
         WRITERS[wanted](READERS[source](place, given), target)
     return f"{target} is {wanted}"
 
@@ -98,7 +102,7 @@ def _wanted(source: str, to: str | None, path: str) -> str:
         raise CheckpointError(f"--to {wanted}: is read, not written: {READ_ONLY[wanted]}")
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
-    possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"]}
+    possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"], "svd": ["svd-file"]}
     targets = possible.get(source, list(WRITERS) if source in READERS else [])
     if wanted == source or wanted not in targets:
         others = ", ".join(name for name in targets if name != source) or "none"
@@ -146,8 +150,16 @@ def _image_model(file: Path, target: Path, extra: Extra) -> str:
 
 
 def _svd(file: Path, target: Path, extra: Extra) -> str:
-    gap = SVD.load(file, extra.image_encoder).save_pretrained(target)
-    return f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
+    gap = SVD.from_sgm(file, extra.image_encoder).save_pretrained(target)
+    told = f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
+    idle = list(Original.read(file, read_headers).idle)
+    return f"{told}; left out, as nothing uses them: {listing(idle)}" if idle else told
+
+
+def _svd_file(folder: Path, target: Path) -> str:
+    untold = SVD.from_pretrained(folder).save_sgm(target)
+    told = f"{target} is svd-file, without the text encoder's rest and the image decoder that lie idle in the published"
+    return f"{told}; it does not tell: {', '.join(untold)}" if untold else told
 
 
 def _from_vgen(file: Path, _: Extra) -> VideoUNet:

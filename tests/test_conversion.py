@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from original_files import equal, write_single_file, write_svd_file
+from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNet2DConditionModel
+from original_files import IDLE, equal, published_like, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
@@ -153,6 +153,30 @@ def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
     assert found.objective == EDM()
 
 
+def test_the_originals_svd_goes_to_a_folder_and_back(tmp_path: Path) -> None:
+    family, file, again = published_like(), tmp_path / "svd.safetensors", tmp_path / "again.safetensors"
+    family.save_sgm(file)
+    held = load_file(file)
+    save_file({**held, **IDLE}, file)
+    left_out = "left out, as nothing uses them: conditioner.embedders.0.open_clip.model.logit_scale"
+    assert left_out in converted(file, tmp_path / "svd")
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "svd")
+    assert equal(pipeline.image_encoder.state_dict(), family.image_encoder.state_dict())
+    assert torch.equal(pipeline.vae.quant_conv.weight, family.vae.quant_conv.weight)
+    (tmp_path / "svd" / "inflate.json").unlink()  # as published, without what an export of ours says beside
+    assert "it does not tell: cross_attention_resnet_eps 1e-06" in converted(tmp_path / "svd", again)
+    assert equal(load_file(again), held)
+
+
+def test_an_inflated_svd_cannot_become_the_originals_file(tmp_path: Path) -> None:
+    family = published_like(use_post_quant_conv=True)
+    family.save_pretrained(tmp_path / "svd")
+    assert "has no place for: vae post_quant_conv.weight" in refused(
+        "convert", tmp_path / "svd", tmp_path / "svd.safetensors"
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["svd"]
+
+
 def test_what_exists_is_kept_unless_asked_and_unless_it_is_no_model(unet3d: Path, tmp_path: Path) -> None:
     file, ours, mine = tmp_path / "unet.safetensors", tmp_path / "ours", tmp_path / "mine"
     file.write_bytes(b"old")
@@ -182,7 +206,7 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "unet-motion"), "UNetMotionModel has no place for: temporal conv True"),
         (("--to", "svd"), "is unet3d, of which no svd is made; what it can become: video-unet, vgen, "),
         (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
-        (("--to", "svd-file"), "--to svd-file: is read, not written: the original's file holds CLIP, too"),
+        (("--to", "stable-diffusion-file"), "is read, not written: such a file holds text encoders, too"),
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, svd, "),
         (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
     ):
