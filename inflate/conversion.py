@@ -158,7 +158,7 @@ def _svd(file: Path, target: Path, extra: Extra) -> str:
 
 def _svd_file(folder: Path, target: Path) -> str:
     untold = SVD.from_pretrained(folder).save_sgm(target)
-    told = f"{target} is svd-file, without the text encoder's rest and the image decoder that lie idle in the published"
+    told = f"{target} is svd-file, without what lies idle in published ones: parts of a text encoder, an image decoder"
     return f"{told}; it does not tell: {', '.join(untold)}" if untold else told
 
 

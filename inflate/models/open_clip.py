@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.models import exchange
-from inflate.models.original_names import count_of, rename_head
+from inflate.models.original_names import count_of, rename_head, tensor_of
 
 UNTOLD: dict[int, dict[str, Any]] = {
     1280: {"num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-5},
@@ -41,17 +41,16 @@ _BLOCK = {
 
 def image_encoder_tensors(encoder: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
     """An image encoder's tensors as OpenCLIP's `visual` has them."""
-    joined = _joined(exchange.detached(encoder))
-    names = image_encoder_names(joined)
-    return {names[key]: tensor for key, tensor in joined.items()}
+    return _renamed(exchange.detached(encoder))
 
 
 def load_image_encoder(tensors: Mapping[str, Tensor], origin: str) -> CLIPVisionModelWithProjection:
-    """The image encoder of the tensors of OpenCLIP's `visual`.
+    """The image encoder of the tensors of OpenCLIP's `visual`, or of transformers' names, which ComfyUI saves there.
 
     CheckpointError, listing the tensors, where one is missing, left over or of another shape, and where the width is
     that of no encoder that is known.
     """
+    tensors = _renamed(tensors) if _PROJECTION in tensors else tensors
     with torch.device("meta"):
         encoder = CLIPVisionModelWithProjection(image_encoder_config(tensors, origin))
     wanted = {key: tensor.shape for key, tensor in _joined(encoder.state_dict()).items()}
@@ -103,6 +102,12 @@ def image_encoder_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: _name(key.removeprefix("vision_model.")) for key in keys}
 
 
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    joined = _joined(tensors)
+    names = image_encoder_names(joined)
+    return {names[key]: tensor for key, tensor in joined.items()}
+
+
 def _name(key: str) -> str:
     block = re.match(r"encoder\.layers\.(\d+)\.(.*)", key)
     if block:
@@ -115,7 +120,7 @@ def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = {key: tensor for key, tensor in tensors.items() if not re.search(r"\.[qkv]_proj\.", key)}
     for key in tensors:
         if ".q_proj." in key:
-            parts = [tensors[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            parts = [tensor_of(tensors, key.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             joined[key.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
     return {**joined, _PROJECTION: tensors[_PROJECTION].T.contiguous()}
 

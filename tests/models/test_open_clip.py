@@ -99,9 +99,23 @@ def test_tensors_that_do_not_fit_are_listed(tensors: Tensors) -> None:
         open_clip.load_image_encoder(odd, "the file")
 
 
-def test_an_encoder_under_other_names_is_refused_with_the_remedy(encoder: CLIPVisionModelWithProjection) -> None:
+def test_an_encoder_under_transformers_names_is_read(encoder: CLIPVisionModelWithProjection) -> None:
+    tensors = encoder.state_dict()
+    assert equal(open_clip.load_image_encoder(tensors, "the file").state_dict(), tensors)
+    attention = "vision_model.encoder.layers.0.self_attn"
+    with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.bias is missing"):
+        open_clip.load_image_encoder(_without(tensors, f"{attention}.k_proj.bias"), "the file")
+    with pytest.raises(CheckpointError, match=r"1 missing \(transformer\.resblocks\.0\.attn\.in_proj_bias\)"):
+        open_clip.load_image_encoder(_without(tensors, f"{attention}.q_proj.bias"), "the file")
+
+
+def test_an_encoder_under_unknown_names_is_refused_with_the_remedy() -> None:
     with pytest.raises(CheckpointError, match=r"class_embedding, .* missing; give the encoder's folder"):
-        open_clip.load_image_encoder(encoder.state_dict(), "the file")
+        open_clip.load_image_encoder({"trunk.norm.weight": torch.zeros(1)}, "the file")
+
+
+def _without(tensors: Tensors, key: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != key}
 
 
 def test_a_width_of_no_known_encoder_is_refused(tensors: Tensors) -> None:
