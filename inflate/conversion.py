@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
@@ -23,10 +23,12 @@ from inflate.layers.branches import NormOver
 from inflate.models import folders
 from inflate.models.exchange import listing, read_headers
 from inflate.models.single_file import Prediction, load_image_model
+from inflate.models.single_file_writing import save_image_model
 from inflate.models.unet import VideoUNet
 
 USUAL = {
     "stable-diffusion-file": "stable-diffusion",
+    "stable-diffusion": "stable-diffusion-file",
     "svd-file": "svd",
     "svd": "svd-file",
     "unet3d": "vgen",
@@ -36,7 +38,6 @@ USUAL = {
 }
 """What a format becomes where no other is asked for."""
 READ_ONLY = {
-    "stable-diffusion-file": "such a file holds text encoders, too, which are not read",
     "temporal-layers": "VideoLDM.save_temporal writes them, over the image model that they were trained on",
     "checkpoint": "only a run writes its checkpoints",
 }
@@ -83,12 +84,8 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     _refuse_useless(source, given)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
-        if source == "stable-diffusion-file":
-            return _image_model(place, target, given)
-        if source == "svd-file":
-            return _svd(place, target, given)
-        if source == "svd":
-            return _svd_file(place, target)
+        if source in PIPELINES:
+            return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
     return f"{target} is {wanted}"
 
@@ -102,8 +99,7 @@ def _wanted(source: str, to: str | None, path: str) -> str:
         raise CheckpointError(f"--to {wanted}: is read, not written: {READ_ONLY[wanted]}")
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
-    possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"], "svd": ["svd-file"]}
-    targets = possible.get(source, list(WRITERS) if source in READERS else [])
+    targets = [USUAL[source]] if source in PIPELINES else list(WRITERS) if source in READERS else []
     if wanted == source or wanted not in targets:
         others = ", ".join(name for name in targets if name != source) or "none"
         raise CheckpointError(f"{path} is {source}, of which no {wanted} is made; what it can become: {others}")
@@ -149,6 +145,13 @@ def _image_model(file: Path, target: Path, extra: Extra) -> str:
     return f"{target} is a {image.generation} that predicts {image.scheduler['prediction_type']}, without text encoders"
 
 
+def _image_file(folder: Path, target: Path, _: Extra) -> str:
+    unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+    vae = folders.load_parent(AutoencoderKL, folder / "vae")
+    scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    return f"{target} is a {save_image_model(unet, vae, scheduler, target)}, without text encoders"
+
+
 def _svd(file: Path, target: Path, extra: Extra) -> str:
     gap = SVD.from_sgm(file, extra.image_encoder).save_pretrained(target)
     told = f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
@@ -156,10 +159,19 @@ def _svd(file: Path, target: Path, extra: Extra) -> str:
     return f"{told}; left out, as nothing uses them: {listing(idle)}" if idle else told
 
 
-def _svd_file(folder: Path, target: Path) -> str:
+def _svd_file(folder: Path, target: Path, _: Extra) -> str:
     untold = SVD.from_pretrained(folder).save_sgm(target)
     told = f"{target} is svd-file, without what lies idle in published ones: parts of a text encoder, an image decoder"
     return f"{told}; it does not tell: {', '.join(untold)}" if untold else told
+
+
+PIPELINES: dict[str, Callable[[Path, Path, Extra], str]] = {
+    "stable-diffusion-file": _image_model,
+    "stable-diffusion": _image_file,
+    "svd-file": _svd,
+    "svd": _svd_file,
+}
+"""How a model of several networks goes into its usual other format; returns what to know of it."""
 
 
 def _from_vgen(file: Path, _: Extra) -> VideoUNet:

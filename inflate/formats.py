@@ -18,7 +18,7 @@ FORMATS = {
 
 UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
 """The formats in which the UNet of a video model is written."""
-WRITTEN = ("stable-diffusion", "svd", "svd-file", *UNETS)
+WRITTEN = ("stable-diffusion", "stable-diffusion-file", "svd", "svd-file", *UNETS)
 """The formats that are written."""
-FILES = ("svd-file", "vgen", "motion-module")
+FILES = ("stable-diffusion-file", "svd-file", "vgen", "motion-module")
 """Those of them that are one file."""

@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
 from inflate.families import svd_keys
 from inflate.families.svd import SVD
-from inflate.models.original_names import UNetLayout, unet_names, vae_names
+from inflate.models.original_names import UNetLayout
+from inflate.models.single_file_writing import image_tensors
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.surgery import inflate_unet, inflate_vae
@@ -30,13 +31,7 @@ VAE: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 32}
 
 def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
     """The tensors of an image model under latent diffusion's names."""
-    names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
-    tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.state_dict().items()}
-    names = vae_names(vae.state_dict(), 2)
-    for key, tensor in vae.state_dict().items():
-        pointwise = ".attn_1." in names[key] and tensor.ndim == 2
-        tensors[f"first_stage_model.{names[key]}"] = tensor[:, :, None, None] if pointwise else tensor
-    return {key: tensor.clone() for key, tensor in tensors.items()}
+    return {key: tensor.clone() for key, tensor in image_tensors(unet, vae).items()}
 
 
 def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNet2DConditionModel
-from original_files import IDLE, equal, published_like, write_single_file, write_svd_file
+from original_files import IDLE, equal, original_names, published_like, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
@@ -142,6 +142,14 @@ def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:
     assert read_json(tmp_path / "sd" / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
 
 
+def test_a_single_file_comes_back_of_its_folder(tmp_path: Path) -> None:
+    unet, vae = write_single_file(tmp_path / "sd.safetensors")
+    converted(tmp_path / "sd.safetensors", tmp_path / "sd")
+    said = converted(tmp_path / "sd", tmp_path / "again.safetensors")
+    assert "again.safetensors is a Stable Diffusion 1, without text encoders" in said
+    assert equal(load_file(tmp_path / "again.safetensors"), original_names(unet, vae))
+
+
 def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
     file, encoder, unet, vae = write_svd_file(tmp_path)
     assert "image_encoder" in refused("convert", file, tmp_path / "svd")
@@ -206,13 +214,15 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "unet-motion"), "UNetMotionModel has no place for: temporal conv True"),
         (("--to", "svd"), "is unet3d, of which no svd is made; what it can become: video-unet, vgen, "),
         (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
-        (("--to", "stable-diffusion-file"), "is read, not written: such a file holds text encoders, too"),
-        (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, svd, "),
+        (("--to", "checkpoint"), "--to checkpoint: is read, not written: only a run writes its checkpoints"),
+        (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
         (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
     ):
         assert message in refused("convert", unet3d, target, *arguments)
-    assert "pocket is stable-diffusion: say with --to" in refused("convert", "pocket", target)
-    assert "what it can become: none" in refused("convert", "pocket", target, "--to", "svd")
+    assert "what it can become: stable-diffusion-file" in refused("convert", "pocket", target, "--to", "svd")
+    converted(unet3d, tmp_path / "ours", "--to", "video-unet")
+    assert "ours is video-unet: say with --to" in refused("convert", tmp_path / "ours", target)
+    assert "does not tell: unet attention_head_dim" in refused("convert", "pocket", tmp_path / "pocket.safetensors")
     assert inflate("convert", unet3d, target, "--prediction", "sample").exit_code == 2
     assert not target.exists()
 

@@ -7,7 +7,6 @@ autoencoder makes the latent that the UNet is given, and which diffusers' folder
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import svd_files, svd_keys
 from inflate.models import exchange, open_clip, original_names
-from inflate.models.original_names import tensor_of
+from inflate.models.original_names import as_convolution, tensor_of
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 
@@ -155,18 +154,12 @@ def _autoencoders(vae: VideoVAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The first stage, and the conditioner's encoder and quant convolution, in the original's names and shapes."""
     own = exchange.detached(vae)
     names = svd_keys.vae_to_sgm(own, len(vae.config.block_out_channels))
-    renamed = {names[key]: _as_convolution(names[key], tensor) for key, tensor in own.items()}
+    renamed = {names[key]: as_convolution(names[key], tensor) for key, tensor in own.items()}
     decoder = {key: tensor for key, tensor in renamed.items() if key.startswith("decoder.")}
     autoencoder = {key: tensor for key, tensor in renamed.items() if key not in decoder}
     if "quant_conv.weight" not in autoencoder:
         autoencoder |= svd_files.identity_quant_conv(autoencoder["encoder.conv_out.bias"])
     return {**folded_encoder(autoencoder), **decoder}, autoencoder
-
-
-def _as_convolution(key: str, tensor: Tensor) -> Tensor:
-    """The linear layers of an autoencoder's attention are pointwise convolutions in the original."""
-    linear = re.search(r"\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight$", key) and tensor.ndim == 2
-    return tensor[:, :, None, None] if linear else tensor
 
 
 def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
