@@ -227,7 +227,7 @@ def convert_model(
         str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
     image_encoder: Annotated[
-        str | None, typer.Option(help="Folder of the image encoder of the original's Stable Video Diffusion.")
+        str | None, typer.Option(help="Folder of the image encoder, where the original's file holds none.")
     ] = None,
     prediction: Annotated[
         Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
