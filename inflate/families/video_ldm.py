@@ -1,7 +1,12 @@
 """Text-to-video by alignment of an image model (Video LDM, Blattmann et al., 2304.08818): loading, prompts, export.
 
 The image model's layers stay as they were and temporal layers between them are trained, on the image model's own
-noise schedule. Its text encoder gives the context of every frame, and of the temporal layers.
+noise schedule. Its text encoders give the context of every frame, and of the temporal layers.
+
+Stable Diffusion XL is also told the pooled state of the prompt and six sizes in pixels: the source's height and width,
+the top and left of what was cut out of it, and the clip's height and width. In training they are those of each clip's
+file, by how its frames are scaled and cropped; a sampled clip is its own source, uncut. Its autoencoder overflows in
+float16 (`force_upcast`): here every frozen network stays in float32, whatever precision the UNet is trained in.
 """
 
 from __future__ import annotations
@@ -15,13 +20,12 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from inflate.errors import CheckpointError
 from inflate.models import exchange, folders
+from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
@@ -32,8 +36,8 @@ log = logging.getLogger(__name__)
 Sampler = Literal["ddim", "euler"]
 TEMPORAL_FILE = "temporal.safetensors"
 """Temporal layers alone, of an export that names the image model that they belong over."""
-COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
-"""What older text encoders' files hold beside weights."""
+SIZES = 6
+"""Numbers that Stable Diffusion XL is told of a clip's pixels."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,10 @@ class Clips:
 
 
 class Encoding:
-    """What a model with a VAE and a text encoder makes of frames and prompts."""
+    """What a model with a VAE and text encoders makes of frames and prompts."""
 
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
@@ -70,15 +73,9 @@ class Encoding:
         temporal = isinstance(self.vae, VideoVAE)
         return torch.cat([decode_clips(self.vae, clip, temporal=temporal) for clip in latents.split(1)])
 
-    @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's states (B, L, D) of prompts, padded or cut to the tokenizer's length."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
-        states: Tensor = self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state
-        return states  # (B, L, D)
+    def embed(self, prompts: Sequence[str]) -> TextCondition:
+        """What the UNet is told of prompts; the empty one is the null condition."""
+        return self.text.embed(prompts)
 
 
 @dataclass
@@ -86,8 +83,7 @@ class Encoders(Encoding):
     """The frozen networks without a UNet."""
 
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -95,8 +91,7 @@ class Encoders(Encoding):
         folder = folders.resolve(path)
         if (folder / TEMPORAL_FILE).is_file():
             return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
-        refuse_two_text_encoders(folder)
-        return cls(load_vae(folder / "vae"), load_text_encoder(folder), load_tokenizer(folder))
+        return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
 
 @dataclass
@@ -105,16 +100,16 @@ class VideoLDM(Encoding):
 
     unet: VideoUNet
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
     noise: DDIMScheduler
     """the image model's noise schedule, as a DDIM sampler's settings"""
     clips: Clips
 
     def __post_init__(self) -> None:
-        width, needed = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
+        width, needed = self.text.width, self.unet.config.cross_attention_dim
         if width != needed:
-            raise CheckpointError(f"the text encoder has {width} dimensions but the UNet's context has {needed}")
+            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+        check_added(self.unet, self.text.pooled_width)
         channels = self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
@@ -138,7 +133,7 @@ class VideoLDM(Encoding):
             clips = Clips()
             unet, report = inflate_unet(folders.load_parent(UNet2DConditionModel, folder / "unet"), VIDEO_LDM)
             log.info("inflated the UNet\n%s", report.table())
-        return cls(unet, encoders.vae, encoders.text_encoder, encoders.tokenizer, noise, clips)
+        return cls(unet, encoders.vae, encoders.text, noise, clips)
 
     @property
     def objective(self) -> DDPM:
@@ -149,7 +144,7 @@ class VideoLDM(Encoding):
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """The UNet and the frozen networks."""
-        return self.unet, self.vae, self.text_encoder
+        return self.unet, self.vae, *self.text.networks
 
     @property
     def device(self) -> torch.device:
@@ -176,8 +171,8 @@ class VideoLDM(Encoding):
             network.to(device)
         return self
 
-    def predict(self, context: Tensor, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
-        """The network as objectives and samplers call it, for a context (B, L, D).
+    def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it, for a condition on prompts.
 
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed.
@@ -186,10 +181,19 @@ class VideoLDM(Encoding):
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
-            output: Tensor = network(noisy, timestep, context.to(noisy.dtype), image_only=marks).sample
+            context, added = condition.context.to(noisy.dtype), self.added(condition, noisy)
+            output: Tensor = network(noisy, timestep, context, image_only=marks, **added).sample
             return output  # (B, F, C, h, w)
 
         return predict
+
+    def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What the UNet adds to the time embedding of every frame of latents (B, F, C, h, w); nothing of SD 1 and 2."""
+        if condition.pooled is None:
+            return {}
+        frames, sizes = noisy.shape[1], time_ids(condition.origin, noisy, self.factor)
+        added = {"text_embeds": condition.pooled.to(noisy.dtype), "time_ids": sizes}  # (B, P), (B, 6)
+        return {"added_cond_kwargs": {name: each.repeat_interleave(frames, 0) for name, each in added.items()}}
 
     def scheduler(self, sampler: Sampler) -> DDIMScheduler | EulerDiscreteScheduler:
         """A sampler on the model's noise schedule."""
@@ -243,11 +247,10 @@ class VideoLDM(Encoding):
         return family
 
     def _write(self, folder: Path) -> None:
-        parts = ("unet", "vae", "text_encoder", "tokenizer")
-        for name in parts:
-            getattr(self, name).save_pretrained(folder / name)
-        self.noise.save_pretrained(folder / "scheduler")
-        self._write_settings(folder)
+        for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
+            part.save_pretrained(folder / name)
+        self.text.save_pretrained(folder)
+        self._write_settings(folder, **{ZEROS: self.text.zeros_for_empty})
 
     def _write_settings(self, folder: Path, **others: Any) -> None:
         settings = {"family": "video_ldm", "clips": asdict(self.clips), **others}
@@ -259,7 +262,8 @@ class Model:
     """The model that training starts from."""
 
     path: str = "pocket"
-    """`pocket`; a Stable Diffusion 1 or 2 folder in diffusers' layout, or its name on the Hub; or an export of ours"""
+    """`pocket`; a Stable Diffusion 1, 2 or XL folder in diffusers' layout, or its name on the Hub; or an export of
+    ours"""
 
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
@@ -278,24 +282,25 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return folders.load_parent(kind, folder)
 
 
-def load_text_encoder(folder: Path) -> CLIPTextModel:
-    """The CLIP text encoder of a pipeline's folder, in float32; CheckpointError where it is missing or not whole."""
-    inside = folder / "text_encoder"
-    folders.read_json(inside / "config.json")
-    try:
-        return load_strictly(CLIPTextModel.from_pretrained, inside, {"dtype": torch.float32}, COUNTERS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{inside} cannot be read: {error}; download or copy it again") from error
+def check_added(unet: VideoUNet, pooled: int) -> None:
+    """Raise CheckpointError unless a UNet adds to its time embedding what encoders give: `pooled` numbers, or none."""
+    config = unet.config
+    if config.addition_embed_type not in (None, "text_time"):
+        raise CheckpointError(f"the UNet adds {config.addition_embed_type} to its time embedding; known is text_time")
+    if (config.addition_embed_type is None) != (pooled == 0):
+        raise CheckpointError("Stable Diffusion XL's UNet and a second text encoder belong together: one is missing")
+    width = SIZES * config.addition_time_embed_dim + pooled if pooled else None
+    if pooled and config.projection_class_embeddings_input_dim != width:
+        needed = config.projection_class_embeddings_input_dim
+        raise CheckpointError(f"the pooled text and {SIZES} sizes have {width} dimensions but the UNet adds {needed}")
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a pipeline's folder; CheckpointError where there is none."""
-    if not (folder / "tokenizer").is_dir():
-        raise CheckpointError(f"{folder / 'tokenizer'} is missing: text-to-video needs the image model's tokenizer")
-    try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'tokenizer'} cannot be read: {error}") from error
+def time_ids(origin: Tensor | None, latents: Tensor, factor: int) -> Tensor:
+    """The sizes (B, 6), float32, of the pixels of latents (B, F, C, h, w): origin (B, 4), else uncut, then own size."""
+    own = latents.new_tensor([side * factor for side in latents.shape[-2:]], dtype=torch.float32)
+    target = own.expand(len(latents), -1)  # (B, 2)
+    before = torch.cat([target, torch.zeros_like(target)], dim=1) if origin is None else origin.to(target)  # (B, 4)
+    return torch.cat([before, target], dim=1)  # (B, 6)
 
 
 def load_noise(folder: Path) -> DDIMScheduler:
@@ -333,12 +338,3 @@ def entry(file: Path, name: str) -> Any:
     if name not in settings:
         raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
     return settings[name]
-
-
-def refuse_two_text_encoders(folder: Path) -> None:
-    """Raise CheckpointError for Stable Diffusion XL."""
-    if (folder / "text_encoder_2").is_dir():
-        raise CheckpointError(
-            f"{folder} has two text encoders (Stable Diffusion XL), whose pooled states and image sizes the UNet adds "
-            "to its time embedding; text-to-video knows Stable Diffusion 1 and 2 only"
-        )

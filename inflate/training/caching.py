@@ -56,7 +56,7 @@ class Caching:
 
     def _text_encoder(self, device: torch.device) -> TextClipEncoder:
         encoders = video_ldm.Encoders.load(self.model.path)
-        for network in (encoders.vae, encoders.text_encoder):
+        for network in (encoders.vae, *encoders.text.networks):
             network.requires_grad_(False).eval().to(device)
         return TextClipEncoder(encoders, self.data.cache_dtype)
 

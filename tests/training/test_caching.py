@@ -126,6 +126,7 @@ def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:
     item = dict(dataset[3])
     assert {"latents", "caption_states"} <= item.keys()
     assert not {"pixels", "context"} & item.keys()
+    assert torch.equal(item["origin"], ClipDataset(replace(wanted.data, cache=None), shuffle=False)[3]["origin"])
     assert torch.equal(item["caption_states"], encoder.captions([dataset[3]["caption"]])["caption_states"][0])
     said: list[str] = []
     show_cached(wanted, tmp_path / "shown", 1, said.append)
