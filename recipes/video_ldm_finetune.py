@@ -68,7 +68,7 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    check_inputs(config.training, config.data, config.model.path)
+    check_inputs(config.training, config.data, config.model.path, config.model.tokenizer)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)

@@ -41,7 +41,7 @@ def write_text_model(
 def write_sdxl(folder: Path, **settings: Any) -> Path:
     """A tiny Stable Diffusion XL as diffusers writes it; `settings` are the pipeline's."""
     tokenizers = [CLIPTokenizer.from_pretrained(SHIPPED["pocket"] / "tokenizer") for _ in range(2)]
-    tokenizers[1].pad_token = tokenizers[1].convert_ids_to_tokens(0)
+    tokenizers[1].add_special_tokens({"pad_token": tokenizers[1].convert_ids_to_tokens(0)})
     parts = {
         "unet": tiny_unet_sdxl(cross_attention_dim=WIDTH + 32), "vae": tiny_vae(scaling_factor=0.13025),
         "scheduler": EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, single_file
+from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
@@ -86,8 +87,12 @@ class Encoders(Encoding):
     text: TextEncoders
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, tokenizer: str | Path | None = None) -> Self:
         """The encoders of what `VideoLDM.load` loads; CheckpointError as there."""
+        if str(path).endswith(folders.SAFETENSORS):
+            file = Path(path).expanduser()
+            return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
+        refuse_of_file(path, tokenizer=tokenizer)
         folder = folders.resolve(path)
         if (folder / TEMPORAL_FILE).is_file():
             return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
@@ -115,11 +120,18 @@ class VideoLDM(Encoding):
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(
+        cls, path: str | Path, tokenizer: str | Path | None = None, prediction: single_file.Prediction | None = None
+    ) -> Self:
         """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
-        CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
+        An image model may be a .safetensors file, which goes with a folder that holds a `tokenizer`, and `prediction`
+        says what it predicts, where the file does not tell. CheckpointError, listing the tensors, where a part is
+        missing, does not fit, or is not whole.
         """
+        if str(path).endswith(folders.SAFETENSORS):
+            return cls._from_single_file(Path(path).expanduser(), tokenizer, prediction)
+        refuse_of_file(path, tokenizer=tokenizer, prediction=prediction)
         folder = folders.resolve(path)
         if (folder / TEMPORAL_FILE).is_file():
             return cls._over_image_model(folder)
@@ -130,10 +142,20 @@ class VideoLDM(Encoding):
             clips = read_clips(folder / folders.SETTINGS_FILE)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
-            clips = Clips()
-            unet, report = inflate_unet(folders.load_parent(UNet2DConditionModel, folder / "unet"), VIDEO_LDM)
-            log.info("inflated the UNet\n%s", report.table())
+            clips, unet = Clips(), inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
         return cls(unet, encoders.vae, encoders.text, noise, clips)
+
+    @classmethod
+    def _from_single_file(
+        cls, file: Path, tokenizer: str | Path | None, prediction: single_file.Prediction | None
+    ) -> Self:
+        if not single_file.is_single_image_model(file):
+            raise CheckpointError(f"{file} holds no image model of Stable Diffusion; give one, or a model's folder")
+        tokenizer_folder(file, tokenizer)  # before anything slow
+        tensors = exchange.read_tensors(file)
+        image = single_file.load_image_model(file, prediction, lambda _: tensors)
+        text = load_text_encoders(file, tokenizer, lambda _: tensors)
+        return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
 
     @property
     def objective(self) -> DDPM:
@@ -262,18 +284,36 @@ class Model:
     """The model that training starts from."""
 
     path: str = "pocket"
-    """`pocket`; a Stable Diffusion 1, 2 or XL folder in diffusers' layout, or its name on the Hub; or an export of
-    ours"""
+    """`pocket`; a Stable Diffusion 1, 2 or XL folder in diffusers' layout, or its name on the Hub; one in a
+    .safetensors file, as communities share them; or an export of ours"""
+    tokenizer: str | None = None
+    """for a single file, which holds none: folder of a tokenizer or of any Stable Diffusion, or its name on the Hub"""
+    prediction: single_file.Prediction | None = None
+    """what a Stable Diffusion 2 in a single file predicts, which it does not tell: the 768-pixel ones v_prediction"""
 
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
-        return VideoLDM.load(self.path)
+        return VideoLDM.load(self.path, self.tokenizer, self.prediction)
 
 
 _SHARED_WITH_EULER = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
     "steps_offset", "rescale_betas_zero_snr",
 )  # fmt: skip
+
+
+def inflated(unet: UNet2DConditionModel) -> VideoUNet:
+    """An image model's UNet with temporal layers; the log says what was made."""
+    video, report = inflate_unet(unet, VIDEO_LDM)
+    log.info("inflated the UNet\n%s", report.table())
+    return video
+
+
+def refuse_of_file(path: str | Path, **given: object) -> None:
+    """Raise CheckpointError for a setting of a single file's that is given with a folder, which tells it itself."""
+    for name, value in given.items():
+        if value is not None:
+            raise CheckpointError(f"{path} is no single file, and its folder says its {name}: leave {name} out")
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
@@ -304,16 +344,20 @@ def time_ids(origin: Tensor | None, latents: Tensor, factor: int) -> Tensor:
 
 
 def load_noise(folder: Path) -> DDIMScheduler:
-    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's.
+    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's."""
+    return noise_of(folders.read_json(folder / "scheduler_config.json"), folder)
+
+
+def noise_of(config: Mapping[str, Any], origin: Path) -> DDIMScheduler:
+    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not SD's.
 
     With zero terminal SNR sampling begins at the last timestep, which other spacings leave out.
     """
-    config = folders.read_json(folder / "scheduler_config.json")
     betas = tuple(config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
     if betas != (BETA_START, BETA_END, "scaled_linear", TRAIN_TIMESTEPS):
-        raise CheckpointError(f"{folder} has betas {betas}; only Stable Diffusion's schedule is known")
+        raise CheckpointError(f"{origin} has betas {betas}; only Stable Diffusion's schedule is known")
     if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise CheckpointError(f"{folder} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
+        raise CheckpointError(f"{origin} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
     spacing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
     known = {key: value for key, value in config.items() if key in _DDIM_SETTINGS}
     return DDIMScheduler.from_config({**known, **spacing, "clip_sample": False})
