@@ -1,12 +1,14 @@
 """How often clips drawn of held-out captions move the way the caption says.
 
-    python benchmarks/text_to_video.py RUN CLIPS OUT --guidance 3 5 7
+    python benchmarks/text_to_video.py MODEL CLIPS OUT --guidance 3 5 7
 
-RUN is a run of recipes/video_ldm_finetune.py, CLIPS what datasets/build_demo.py built. One clip is drawn of each
-held-out caption with the exported weights. The shape is found in the first frame by the two colours that the caption
-names, and its motion by `inflate.metrics.motion.direction`; the same is done on the real clips, which says how far the
-measure can be trusted. `chance` is how often the motions found agree with captions drawn at random from the same ones.
-Writes OUT/text_to_video.json, the learning curve as OUT/text_to_video.png, and contact sheets.
+MODEL is what `inflate generate` takes, such as pocket-t2v or a run's export, CLIPS what datasets/build_demo.py built.
+One clip is drawn of each held-out caption. The shape is found in the first frame by the two colours that the caption
+names, its motion by `inflate.metrics.motion.direction`, and the heading that a dart is drawn with by its outline; the
+same is done on the real clips, which says how far the measures can be trusted. `chance` is how often the motions found
+agree with captions drawn at random from the same ones. With --image-model the temporal layers go over another image
+model, which paints in --look; `painted so` is the share of pixels that are nearer to that look's colours than to the
+other's. Writes OUT/text_to_video.json and contact sheets, and with --run RUN that run's learning curve.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -35,23 +37,61 @@ LEAST = 0.01
 """Share of the frame that a shape covers at least, to count as drawn."""
 
 
-def object_of(frame: Tensor, scene: demo.Scene) -> Tensor:
+def distance(frame: Tensor, colour: str, shades: tuple[float, ...], look: demo.Look) -> Tensor:
+    """Squared distance of each pixel of a frame (3, H, W) in [0, 1] to the nearest shade of a colour (H, W)."""
+    tones = torch.tensor([[demo.painted(shade * value, look) for value in demo.COLOURS[colour]] for shade in shades])
+    return (frame[None] - tones[:, :, None, None]).square().sum(1).amin(0)  # (H, W)
+
+
+def distances(frame: Tensor, scene: demo.Scene, look: demo.Look) -> tuple[Tensor, Tensor]:
+    """The distances to the shape's colour and to the background's."""
+    return distance(frame, scene.colour, SHADES, look), distance(frame, scene.ground, (0.45, 0.725, 1.0), look)
+
+
+def object_of(frame: Tensor, scene: demo.Scene, look: demo.Look) -> Tensor:
     """Where a frame (3, H, W) in [0, 1] is nearer to the shape's colour than to the background's: bool (H, W)."""
-    own = torch.tensor([[shade * value for value in demo.COLOURS[scene.colour]] for shade in SHADES])
-    ground = torch.tensor([[shade * value for value in demo.COLOURS[scene.ground]] for shade in (0.45, 0.725, 1.0)])
-    distance = [(frame[None] - tones[:, :, None, None]).square().sum(1).amin(0) for tones in (own, ground)]  # (H, W)
-    return distance[0] < distance[1]
+    own, ground = distances(frame, scene, look)
+    return own < ground
 
 
-def motion_of(clip: Tensor, scene: demo.Scene) -> str:
+def motion_of(clip: Tensor, mask: Tensor) -> str:
     """The motion's name in a clip (F, 3, H, W) in [0, 1], or `no shape`."""
-    mask = object_of(clip[0], scene)
     return direction(clip, mask).name if float(mask.float().mean()) >= LEAST else "no shape"
 
 
-def agreement(clips: Tensor, scenes: list[demo.Scene]) -> dict[str, Any]:
+def heading_of(mask: Tensor) -> str:
+    """Where a dart points, by the axis along which its outline (H, W) is most one-sided: its tip is its long end."""
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    skews = []
+    for place in (columns.double(), rows.double()):
+        centred = place - place.mean()
+        skews.append(float(centred.pow(3).mean() / centred.square().mean().clamp(min=1e-6).pow(1.5)))
+    axis = int(abs(skews[1]) > abs(skews[0]))
+    return (("left", "right"), ("up", "down"))[axis][skews[axis] > 0]
+
+
+def right_headings(masks: list[Tensor], scenes: list[demo.Scene]) -> list[bool]:
+    """Of each dart, whether its outline points where its caption says."""
+    return [
+        bool(mask.any()) and heading_of(mask) == scene.heading
+        for mask, scene in zip(masks, scenes, strict=True) if scene.shape == "dart"
+    ]  # fmt: skip
+
+
+def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> float:
+    """The share of the first frames' pixels that are nearer to a look's colours than to the other look's."""
+    other: demo.Look = "pastel" if look == "vivid" else "vivid"
+    shares = []
+    for clip, scene in zip(clips, scenes, strict=True):
+        own, theirs = (torch.stack(distances(unit(clip[0]), scene, one)).amin(0) for one in (look, other))
+        shares.append(float((own < theirs).float().mean()))
+    return sum(shares) / len(shares)
+
+
+def agreement(clips: Tensor, scenes: list[demo.Scene], look: demo.Look = "vivid") -> dict[str, Any]:
     """The share of clips (N, F, 3, H, W) in [-1, 1] that move as their scenes do, in all and by shape."""
-    found = [motion_of(unit(clip), scene) for clip, scene in zip(clips, scenes, strict=True)]
+    masks = [object_of(unit(clip[0]), scene, look) for clip, scene in zip(clips, scenes, strict=True)]
+    found = [motion_of(unit(clip), mask) for clip, mask in zip(clips, masks, strict=True)]
     agrees = [name == scene.motion for name, scene in zip(found, scenes, strict=True)]
     chance = sum(name == scene.motion for name in found for scene in scenes) / len(found) ** 2
     by_shape = {
@@ -60,8 +100,13 @@ def agreement(clips: Tensor, scenes: list[demo.Scene]) -> dict[str, Any]:
         if (kind := [pair for pair in zip(agrees, scenes, strict=True) if pair[1].shape == shape])
     }
     pairs = [(scene.motion, name) for scene, name in zip(scenes, found, strict=True)]
-    counts = {"agree": sum(agrees), "of": len(agrees), "share": sum(agrees) / len(agrees), "chance": chance}
-    return {**counts, **by_shape, "named, found": pairs}
+    darts = [agree for agree, scene in zip(agrees, scenes, strict=True) if scene.shape == "dart"]
+    pointing = [agree for agree, points in zip(darts, right_headings(masks, scenes), strict=True) if points]
+    return {
+        "agree": sum(agrees), "of": len(agrees), "share": sum(agrees) / len(agrees), "chance": chance, **by_shape,
+        "darts drawn as named": f"{len(pointing)} of {len(darts)}", "of these, agree": sum(pointing),
+        "painted so": look_share(clips, scenes, look), "named, found": pairs,
+    }  # fmt: skip
 
 
 def read(clips: Path, count: int, frames: int) -> tuple[Tensor, list[demo.Scene]]:
@@ -105,26 +150,31 @@ def curve(run: Path, target: Path) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("model")
     parser.add_argument("clips", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 5.0, 7.0])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--run", type=Path, help="whose learning curve is drawn")
+    parser.add_argument("--image-model", dest="image_model", help="for the temporal layers to go over")
+    parser.add_argument("--look", choices=get_args(demo.Look), default="vivid", help="how that image model paints")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    family = VideoLDM.load(arguments.run / "export")
+    family = VideoLDM.load(arguments.model, arguments.image_model)
     truth, scenes = read(arguments.clips, arguments.prompts, family.clips.frames)
     measured = {"real clips": agreement(truth, scenes)}
     for guidance in arguments.guidance:
         clips = drawn(family, scenes, guidance, arguments.steps)
-        measured[f"guidance {guidance:g}"] = agreement(clips, scenes)
+        measured[f"guidance {guidance:g}"] = agreement(clips, scenes, arguments.look)
         show(arguments.output, f"guidance-{guidance:g}", clips, scenes)
     for name, one in measured.items():
         print(name, {key: value for key, value in one.items() if key != "named, found"})
-    rows = curve(arguments.run, arguments.output / "text_to_video.png")
-    result = {"settings": {"steps": arguments.steps, "prompts": len(scenes)}, "direction": measured, "curve": rows}
-    write(arguments.output / "text_to_video.json", record(command("RUN", "CLIPS", "OUT"), result))
+    settings = {"steps": arguments.steps, "prompts": len(scenes), "look": arguments.look}
+    result: dict[str, Any] = {"settings": settings, "direction": measured}
+    if arguments.run:
+        result["curve"] = curve(arguments.run, arguments.output / "text_to_video.png")
+    write(arguments.output / "text_to_video.json", record(command("MODEL", "CLIPS", "OUT"), result))
 
 
 if __name__ == "__main__":

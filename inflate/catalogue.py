@@ -20,9 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope, svd_files
 from inflate.families.svd_encoders import TENSORS_FILE
-from inflate.families.video_ldm import TEMPORAL_FILE, entry
 from inflate.formats import FORMATS
-from inflate.models import exchange, folders, single_file
+from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.tables import aligned
 
@@ -119,7 +118,7 @@ def _file_format(file: Path) -> str:
 
 
 def _folder_format(folder: Path) -> str:
-    if (folder / TEMPORAL_FILE).is_file():
+    if temporal_layers.are_in(folder):
         return "temporal-layers"
     if (folder / "state.json").is_file():
         return "checkpoint"
@@ -127,8 +126,8 @@ def _folder_format(folder: Path) -> str:
     if not file.is_file():
         there = exchange.listing(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise CheckpointError(
-            f"{folder} is of no known format: it has no unet/config.json, config.json, {TEMPORAL_FILE} or state.json; "
-            f"it holds {there}"
+            f"{folder} is of no known format: it has no unet/config.json, config.json, {temporal_layers.FILE} or "
+            f"state.json; it holds {there}"
         )
     name = folders.read_json(file).get("_class_name")
     if name not in CLASSES:
@@ -175,10 +174,14 @@ def _our_unet(folder: Path) -> Found:
 
 
 def _temporal_layers(folder: Path) -> Found:
-    file = folder / folders.SETTINGS_FILE
-    spec = TemporalSpec.from_dict(entry(file, "spec"))
-    tensors = exchange.read_headers(folder / TEMPORAL_FILE)
-    return {"over": str(entry(file, "image_model")), **_temporal(spec)}, _by_kind(tensors, spec)
+    settings = folders.read_json(folder / folders.SETTINGS_FILE)
+    told = settings.get("spec") or settings.get("unet", {}).get("temporal", {})
+    spec = TemporalSpec.from_dict(told)
+    tensors = exchange.read_headers(folder / temporal_layers.FILE)
+    unet = {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
+    decoder = [value for name, value in tensors.items() if name.startswith("vae.")]
+    facts = {"family": str(settings.get("family")), "over": str(settings.get("image_model")), **_temporal(spec)}
+    return facts, {**_by_kind(unet, spec), "temporal: decoder": decoder}
 
 
 def _unet3d(folder: Path) -> Found:

@@ -40,6 +40,10 @@ SIGNALLED = 128
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
 ]
+OtherImageModel = Annotated[
+    str | None,
+    typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
+]
 
 Settings = Annotated[
     list[str],
@@ -220,7 +224,7 @@ def convert_model(
         str | None, typer.Option(metavar="FORMAT", help="What to write, where FROM has no one usual other.")
     ] = None,
     image_model: Annotated[
-        str | None, typer.Option(help="The Stable Diffusion that motion modules alone belong over.")
+        str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
     image_encoder: Annotated[
         str | None, typer.Option(help="Folder of the image encoder of the original's Stable Video Diffusion.")
@@ -259,6 +263,7 @@ def sample(
         int | None, typer.Option(min=1, help="Pixels [default: the model's area, the image's shape]")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
+    image_model: OtherImageModel = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Animate IMAGE with the model in PATH."""
@@ -270,7 +275,7 @@ def sample(
     first = read_image(image)
     from inflate.sampling.svd import Sampling
 
-    family = _load(path)
+    family = _load(path, image_model)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
         steps=steps,
@@ -352,6 +357,7 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    image_model: OtherImageModel = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
     ] = None,
@@ -368,7 +374,7 @@ def generate(
     from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path, tokenizer, prediction).to(_device())
+    family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
     settings = Sampling(
         steps=steps,
@@ -482,12 +488,12 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
         raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
 
 
-def _load(path: str) -> "SVD":
+def _load(path: str, image_model: str | None = None) -> "SVD":
     """Return the family in `path`, inflated if it is an image model, on the GPU if there is one."""
     from inflate.families.svd import SVD
 
     _note_image_model(path)
-    return SVD.load(path).to(_device())
+    return SVD.load(path, image_model=image_model).to(_device())
 
 
 def _note_image_model(path: str) -> None:

@@ -35,7 +35,6 @@ USUAL = {
 READ_ONLY = {
     "stable-diffusion-file": "such a file holds text encoders, too, which are not read",
     "svd-file": "the original's file holds CLIP, too, under names of its own, which are not read",
-    "temporal-layers": "VideoLDM.save_temporal writes them, over the image model that they were trained on",
     "checkpoint": "only a run writes its checkpoints",
 }
 """Formats that are known and not written, and why."""
@@ -46,7 +45,7 @@ class Extra:
     """What some formats do not hold, and others of them cannot be made without."""
 
     image_model: str | None = None
-    """folder or single file of the Stable Diffusion that motion modules alone belong over"""
+    """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over"""
     image_encoder: str | None = None
     """folder of the CLIP image encoder of Stable Video Diffusion"""
     prediction: Prediction | None = None
@@ -61,8 +60,11 @@ class Extra:
         return "frame" if self.norm_per_frame else "clip"
 
 
+TEMPORAL = "temporal-layers"
+EXPORTS: dict[str, Callable[[Path], SVD | VideoLDM]] = {"svd": SVD.load, "video-unet": VideoLDM.load}
+"""Formats whose models can leave their image model out."""
 _OF_USE = {
-    "image_model": ("motion-adapter", "motion-module"),
+    "image_model": ("motion-adapter", "motion-module", *EXPORTS),
     "image_encoder": ("svd-file",),
     "prediction": ("stable-diffusion-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
@@ -85,6 +87,8 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
             return _image_model(place, target, given)
         if source == "svd-file":
             return _svd(place, target, given)
+        if wanted == TEMPORAL:
+            return _temporal_layers(source, place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
     return f"{target} is {wanted}"
 
@@ -99,7 +103,7 @@ def _wanted(source: str, to: str | None, path: str) -> str:
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
     possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"]}
-    targets = possible.get(source, list(WRITERS) if source in READERS else [])
+    targets = [*possible.get(source, WRITERS if source in READERS else ()), *([TEMPORAL] if source in EXPORTS else [])]
     if wanted == source or wanted not in targets:
         others = ", ".join(name for name in targets if name != source) or "none"
         raise CheckpointError(f"{path} is {source}, of which no {wanted} is made; what it can become: {others}")
@@ -147,6 +151,14 @@ def _image_model(file: Path, target: Path, extra: Extra) -> str:
 def _svd(file: Path, target: Path, extra: Extra) -> str:
     gap = SVD.load(file, extra.image_encoder).save_pretrained(target)
     return f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
+
+
+def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> str:
+    """What an export has beyond the image model that it was trained over."""
+    if extra.image_model is None:
+        raise ConfigError(f"--to {TEMPORAL}: name the image model that they were trained over as --image-model")
+    EXPORTS[source](folder).save_temporal(target, extra.image_model)
+    return f"{target} goes over {extra.image_model}, in half precision"
 
 
 def _from_vgen(file: Path, _: Extra) -> VideoUNet:

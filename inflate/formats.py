@@ -6,7 +6,7 @@ FORMATS = {
     "svd-file": "Stable Video Diffusion, the original's single file",
     "svd": "Stable Video Diffusion, diffusers' folder; an export of image-to-video is one",
     "video-unet": "a UNet of ours with its temporal layers; an export of text-to-video has one",
-    "temporal-layers": "temporal layers alone, of an export of text-to-video",
+    "temporal-layers": "temporal layers alone, of an export of text-to-video or image-to-video",
     "unet3d": "ModelScope or ZeroScope, diffusers' UNet3DConditionModel",
     "vgen": "ModelScope or VGen, a UNet's file in the original names",
     "unet-motion": "AnimateDiff, diffusers' UNetMotionModel",
@@ -18,7 +18,7 @@ FORMATS = {
 
 UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
 """The formats in which the UNet of a video model is written."""
-WRITTEN = ("stable-diffusion", "svd", *UNETS)
+WRITTEN = ("stable-diffusion", "svd", "temporal-layers", *UNETS)
 """The formats that are written."""
 FILES = ("vgen", "motion-module")
 """Those of them that are one file."""

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from inflate import config as configuration
-from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, draw_scene, render
+from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, painted, render
 from inflate.errors import ConfigError, report_errors
 from inflate.families.svd_encoders import CLIP_MEAN, CLIP_STD
 from inflate.metrics.video import psnr
@@ -63,6 +63,8 @@ class Config:
     """frames rendered to train on"""
     held_out: int = 256
     """frames rendered to measure on"""
+    look: Look = "vivid"
+    """how the frames are painted: pastel makes another image model for the same temporal layers"""
     text_share: float = 0.57
     """share of samples whose context is the caption"""
     image_share: float = 0.33
@@ -90,11 +92,11 @@ class Config:
 class Frames:
     """Rendered frames with their captions; sample number -> index of a frame, drawn from (seed, number)."""
 
-    def __init__(self, seed: int, count: int) -> None:
+    def __init__(self, seed: int, count: int, look: Look = "vivid") -> None:
         rng = np.random.default_rng(seed)
         scenes = [draw_scene(rng) for _ in range(count)]
         frames = np.stack([render(scene, [rng.uniform(0, 2)], SIDE)[0] for scene in scenes])
-        self.seed, self.captions = seed, [scene.caption for scene in scenes]
+        self.seed, self.look, self.captions = seed, look, [scene.caption for scene in scenes]
         self.frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
 
     def __len__(self) -> int:
@@ -106,7 +108,8 @@ class Frames:
 
     def pixels(self, index: Any) -> Tensor:
         """Frames (B, 3, H, W) in [-1, 1]."""
-        return self.frames[index].float() / 127.5 - 1
+        light: Tensor = painted(self.frames[index].float() / 255, self.look)
+        return light * 2 - 1
 
     def parts(self, size: int = 100) -> Iterator[Tensor]:
         """Ranges that cover all frames."""
@@ -357,7 +360,7 @@ def draw_grid(images: Tensor, columns: int, path: Path) -> None:
 
 def main(config: Config) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # the frames and latents stay where they are rendered
-    data, held_out = Frames(1, config.frames), Frames(2, config.held_out)
+    data, held_out = Frames(1, config.frames, config.look), Frames(2, config.held_out, config.look)
     if config.stage == "vae":
         task: AutoencoderTask | ImageTask = AutoencoderTask(data, held_out)
     elif config.vae is None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
 
-from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2
-from inflate.conversion import READ_ONLY, READERS, WRITERS
+from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2, write_image_model
+from inflate.conversion import READ_ONLY, READERS, TEMPORAL, WRITERS
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
@@ -75,7 +75,7 @@ def same_folder(one: Path, other: Path) -> bool:
 
 def test_the_names_of_formats_are_those_of_the_code() -> None:
     assert set(UNETS) == set(WRITERS)
-    assert READERS.keys() - WRITERS.keys() == {"temporal-layers"}
+    assert READERS.keys() - WRITERS.keys() == {TEMPORAL}
     assert set(WRITTEN) | set(READ_ONLY) == set(FORMATS)
     assert not set(WRITTEN) & set(READ_ONLY)
     assert set(FILES) < set(WRITTEN)
@@ -131,6 +131,26 @@ def test_temporal_layers_alone_become_a_whole_unet(tmp_path: Path) -> None:
     converted(tmp_path / "alone", tmp_path / "ours", "--to", "video-unet")
     expected = VideoLDM.load(tmp_path / "alone").unet.state_dict()
     assert equal(VideoUNet.from_pretrained(tmp_path / "ours").state_dict(), expected)
+
+
+@pytest.mark.parametrize("kind", ["text-to-video", "image-to-video"])
+def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None:
+    if kind == "text-to-video":
+        image, load = write_text_model(tmp_path / "image"), VideoLDM.load
+    else:
+        image, load = write_image_model(tmp_path / "image"), SVD.load
+    family = load(image)
+    for name, parameter in family.unet.created_parameters().items():
+        parameter.data.copy_(torch.randn(parameter.shape).half() if name.endswith("mix") else parameter.half())
+    family.save_pretrained(tmp_path / "export")
+    assert "name the image model" in refused("convert", tmp_path / "export", tmp_path / "alone", "--to", TEMPORAL)
+    said = converted(tmp_path / "export", tmp_path / "alone", "--to", TEMPORAL, "--image-model", image)
+    assert "in half precision" in said
+    assert str(image) in inflate("show", tmp_path / "alone").output
+    found, expected = load(tmp_path / "alone").unet.state_dict(), load(tmp_path / "export").unet.state_dict()
+    halved = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert set(halved) <= {*family.unet.created_parameters(), "conv_in.weight", "conv_in.bias"}
+    assert all(torch.equal(found[name], expected[name].half().float()) for name in halved)
 
 
 def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ SPEEDS: dict[str, float] = {"slow": 0.08, "medium": 0.14, "fast": 0.20}
 FOLLOW = 0.4
 """Share of a followed dart's velocity that the camera takes."""
 FPS = 8
+Look = Literal["vivid", "pastel"]
+"""How a scene is painted: in its colours, or in these mixed with as much white."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ def render(scene: Scene, times: npt.ArrayLike, size: int = 64) -> Pixels:
     paint = np.asarray(COLOURS[scene.colour], dtype=np.float32) * tone[..., None]
     image = image + alpha[..., None] * (paint - image)
     return np.asarray(np.rint(np.clip(image, 0, 1) * 255), dtype=np.uint8)
+
+
+def painted(light: Any, look: Look) -> Any:
+    """Light in [0, 1], of a scene in its own colours, in a look."""
+    return light if look == "vivid" else 0.5 + 0.5 * light
 
 
 def _background(scene: Scene, x: Floats, y: Floats, pixel: Floats) -> Floats:

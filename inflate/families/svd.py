@@ -37,7 +37,7 @@ from inflate.families.svd_encoders import (
     needed_encoder,
     refuse_another_encoder,
 )
-from inflate.models import folders
+from inflate.models import folders, temporal_layers
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -46,6 +46,7 @@ from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
+FAMILY = "svd"
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
@@ -182,14 +183,18 @@ class SVD(Encoding):
         epsilon: float = 1e-5,
         frames: int = 14,
         prediction: Prediction | None = None,
+        image_model: str | Path | None = None,
     ) -> Self:
         """Loads what `path` is: an image model, which is inflated, or a video model; a folder or a .safetensors file.
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
         export exactly. `frames` is its clip length. A video model has both already. `prediction` is what an image
-        model in a single file predicts, where the file does not tell.
+        model in a single file predicts, where the file does not tell. Temporal layers alone go over `image_model` where
+        one is named, in place of the one that they were trained on.
         """
+        if image_model is not None:
+            return cls._over_image_model(folders.resolve(path), image_model)
         if str(path).endswith(folders.SAFETENSORS):
             encoder, file = needed_encoder(path, image_encoder), Path(path).expanduser()
             if not is_single_image_model(file):
@@ -197,6 +202,8 @@ class SVD(Encoding):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_single_file(file, encoder, spec, prediction, frames)
         folder = folders.resolve(path)
+        if temporal_layers.are_in(folder):
+            return cls._over_image_model(folder, None)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
@@ -265,6 +272,33 @@ class SVD(Encoding):
             return cls(unet, vae, encoder, **_remembered(settings, own), **statistics)
         frames = folders.read_json(folder / "unet" / "config.json").get("num_frames", cls.frames)
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
+
+    @classmethod
+    def _over_image_model(cls, folder: Path, image_model: str | Path | None) -> Self:
+        if not temporal_layers.are_in(folder):
+            raise CheckpointError(
+                f"{folder} holds no temporal layers alone, which is what goes over an image model: make them of an "
+                "export by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
+            )
+        file = folder / folders.SETTINGS_FILE
+        config = temporal_layers.entry(file, FAMILY, "unet")
+        parent = image_model or temporal_layers.entry(file, FAMILY, "image_model")
+        family = cls.from_image_model(parent, spec=TemporalSpec.from_dict(config["temporal"]))
+        temporal_layers.load(folder, family.parts, check=image_model is None)
+        return replace(family, **_remembered(folders.read_json(file), file))
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        return {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
+
+    def save_temporal(self, folder: str | Path, image_model: str) -> None:
+        """Writes the temporal layers and the input convolution alone, in half precision, for over `image_model`.
+
+        CheckpointError, with nothing written, where the image model is not this one's, to the bit.
+        """
+        born = SVD.from_image_model(image_model, spec=self.unet.spec)
+        temporal_layers.save(Path(folder), self.parts, born.parts, image_model, self._settings())
 
     @classmethod
     def from_sgm(
@@ -374,19 +408,20 @@ class SVD(Encoding):
         # without torchvision transformers writes the name of a stand-in that older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self._settings(gap), indent=2) + "\n")
+        settings = {**self._settings(), "export_gap": asdict(gap)}
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         exact = svd_files.exact_vae_tensors(self.vae)
         if exact:
             save_file(exact, folder / TENSORS_FILE)
 
-    def _settings(self, gap: ExportGap) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
+            "family": FAMILY,
             "unet": folders.plain(self.unet.config),
             "vae": folders.plain(self.vae.config),
             "objective": asdict(self.objective),
             "motion_quantiles": list(self.motion.quantiles),
             **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
-            "export_gap": asdict(gap),
         }
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, temporal_layers
 from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
@@ -82,6 +82,8 @@ class Encoders(Encoding):
             vae = inflate_vae(load_vae(file))[0] if is_image else svd_files.load_sgm_vae(file)
             return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))
         folder = folders.resolve(path)
+        if temporal_layers.are_in(folder):
+            return cls._over_image_model(folder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
@@ -91,6 +93,14 @@ class Encoders(Encoding):
             refuse_another_encoder(path, image_encoder)
             inside, vae = folder / "image_encoder", load_video_vae(folder)
         return cls(vae, svd_files.load_image_encoder(inside), **statistics)
+
+    @classmethod
+    def _over_image_model(cls, folder: Path) -> Self:
+        """The encoders below temporal layers alone, with the decoder's own."""
+        settings = folders.read_json(folder / folders.SETTINGS_FILE)
+        encoders = cls.load(settings["image_model"])
+        temporal_layers.adopt({"vae": encoders.vae}, temporal_layers.read(folder, "vae."), folder)
+        return encoders
 
 
 def load_video_vae(folder: Path) -> VideoVAE:

@@ -20,13 +20,12 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError
-from inflate.models import exchange, folders, single_file
+from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
-from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
+from inflate.models.text_encoders import SUFFIXES, ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
@@ -35,8 +34,7 @@ from inflate.surgery import inflate_unet
 log = logging.getLogger(__name__)
 
 Sampler = Literal["ddim", "euler"]
-TEMPORAL_FILE = "temporal.safetensors"
-"""Temporal layers alone, of an export that names the image model that they belong over."""
+FAMILY = "video_ldm"
 SIZES = 6
 """Numbers that Stable Diffusion XL is told of a clip's pixels."""
 
@@ -94,7 +92,7 @@ class Encoders(Encoding):
             return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
         refuse_of_file(path, tokenizer=tokenizer)
         folder = folders.resolve(path)
-        if (folder / TEMPORAL_FILE).is_file():
+        if temporal_layers.are_in(folder):
             return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
         return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
@@ -121,20 +119,28 @@ class VideoLDM(Encoding):
 
     @classmethod
     def load(
-        cls, path: str | Path, tokenizer: str | Path | None = None, prediction: single_file.Prediction | None = None
+        cls,
+        path: str | Path,
+        image_model: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        prediction: single_file.Prediction | None = None,
     ) -> Self:
         """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
-        An image model may be a .safetensors file, which goes with a folder that holds a `tokenizer`, and `prediction`
-        says what it predicts, where the file does not tell. CheckpointError, listing the tensors, where a part is
-        missing, does not fit, or is not whole.
+        The temporal layers of the last two go over `image_model` where one is named, in place of their own: a
+        fine-tuned one changes the look and keeps the motion. An image model in a .safetensors file goes with a folder
+        that holds a `tokenizer`, and `prediction` says what it predicts, where the file does not tell.
+        CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
         """
         if str(path).endswith(folders.SAFETENSORS):
+            refuse_other(path, image_model)
             return cls._from_single_file(Path(path).expanduser(), tokenizer, prediction)
-        refuse_of_file(path, tokenizer=tokenizer, prediction=prediction)
         folder = folders.resolve(path)
-        if (folder / TEMPORAL_FILE).is_file():
-            return cls._over_image_model(folder)
+        if temporal_layers.are_in(folder):
+            return cls._over_image_model(folder, image_model, tokenizer, prediction)
+        if image_model is not None:
+            return cls.load(folder).over(image_model, tokenizer, prediction)
+        refuse_of_file(path, tokenizer=tokenizer, prediction=prediction)
         kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
@@ -231,52 +237,76 @@ class VideoLDM(Encoding):
         """
         folders.write(Path(folder), self._write)
 
+    def over(
+        self,
+        image_model: str | Path,
+        tokenizer: str | Path | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> Self:
+        """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
+        other = _image_model(image_model, tokenizer, prediction)
+        theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
+        shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
+        if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
+            raise CheckpointError(f"{image_model} is of another shape than the image model of these temporal layers")
+        with torch.no_grad():
+            for name, parameter in theirs.items():
+                parameter.copy_(own[name])
+        other.clips = self.clips
+        return other  # type: ignore[return-value]
+
     def save_temporal(self, folder: str | Path, image_model: str) -> None:
         """Writes the temporal layers alone, in half precision, and the name of the image model that they belong over.
 
         CheckpointError, with nothing written, where the image model is not this one's, to the bit.
         """
-        parent, own = VideoLDM.load(image_model), self.unet.state_dict()
-        created = self.unet.created_parameters().keys()
-        theirs = {name: value for name, value in parent.unet.state_dict().items() if name not in created}
-        changed = [name for name, value in theirs.items() if not torch.equal(value, own[name].cpu())]
-        if changed:
-            raise CheckpointError(
-                f"{image_model} has other image layers ({len(changed)} tensors, such as {changed[0]})"
-            )
-        tensors = {name: own[name].half().contiguous() for name in sorted(created)}
-        folders.write(Path(folder), lambda aside: self._write_temporal(aside, tensors, image_model))
+        settings = {**self._settings(), "spec": self.unet.spec.to_dict()}
+        temporal_layers.save(Path(folder), self.parts, _image_model(image_model).parts, image_model, settings)
 
-    def _write_temporal(self, folder: Path, tensors: dict[str, Tensor], image_model: str) -> None:
-        save_file(tensors, folder / TEMPORAL_FILE)
-        self._write_settings(folder, image_model=image_model, spec=self.unet.spec.to_dict())
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
+        return {"unet": self.unet, "vae": self.vae, **text}
 
     @classmethod
-    def _over_image_model(cls, folder: Path) -> Self:
+    def _over_image_model(
+        cls,
+        folder: Path,
+        image_model: str | Path | None,
+        tokenizer: str | Path | None,
+        prediction: single_file.Prediction | None,
+    ) -> Self:
         file = folder / folders.SETTINGS_FILE
-        family, spec = cls.load(entry(file, "image_model")), TemporalSpec.from_dict(entry(file, "spec"))
+        family = _image_model(image_model or entry(file, "image_model"), tokenizer, prediction)
+        spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
-        tensors, wanted = exchange.read_tensors(folder / TEMPORAL_FILE), family.unet.created_parameters()
-        differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
-        if differing:
-            differ = ", ".join(sorted({name for name, _ in differing}))
-            raise CheckpointError(f"{folder / TEMPORAL_FILE} does not hold this model's temporal layers: {differ}")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(tensors[name])
+        temporal_layers.load(folder, family.parts, check=image_model is None)
         family.clips = read_clips(file)
-        return family
+        return family  # type: ignore[return-value]
 
     def _write(self, folder: Path) -> None:
         for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
             part.save_pretrained(folder / name)
         self.text.save_pretrained(folder)
-        self._write_settings(folder, **{ZEROS: self.text.zeros_for_empty})
-
-    def _write_settings(self, folder: Path, **others: Any) -> None:
-        settings = {"family": "video_ldm", "clips": asdict(self.clips), **others}
+        settings = {**self._settings(), ZEROS: self.text.zeros_for_empty}
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _settings(self) -> dict[str, Any]:
+        return {"family": FAMILY, "clips": asdict(self.clips)}
+
+
+def _image_model(
+    path: str | Path, tokenizer: str | Path | None = None, prediction: single_file.Prediction | None = None
+) -> VideoLDM:
+    """An image model, inflated; CheckpointError where it is a video model."""
+    if str(path).endswith(folders.SAFETENSORS):
+        return VideoLDM.load(path, None, tokenizer, prediction)
+    folder = folders.resolve(path)
+    if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
+        raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
+    return VideoLDM.load(folder, None, tokenizer, prediction)
 
 
 @dataclass
@@ -293,7 +323,7 @@ class Model:
 
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
-        return VideoLDM.load(self.path, self.tokenizer, self.prediction)
+        return VideoLDM.load(self.path, None, self.tokenizer, self.prediction)
 
 
 _SHARED_WITH_EULER = (
@@ -314,6 +344,12 @@ def refuse_of_file(path: str | Path, **given: object) -> None:
     for name, value in given.items():
         if value is not None:
             raise CheckpointError(f"{path} is no single file, and its folder says its {name}: leave {name} out")
+
+
+def refuse_other(path: str | Path, image_model: str | Path | None) -> None:
+    """Raise CheckpointError where an image model, which has no temporal layers, is to go over another."""
+    if image_model is not None:
+        raise CheckpointError(f"{path} is an image model, without temporal layers to go over another one")
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
@@ -376,9 +412,4 @@ def read_clips(file: Path) -> Clips:
 
 def entry(file: Path, name: str) -> Any:
     """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
-    settings = folders.read_json(file)
-    if settings.get("family") != "video_ldm":
-        raise CheckpointError(f"{file} is of family {settings.get('family')}; give a text-to-video export")
-    if name not in settings:
-        raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
-    return settings[name]
+    return temporal_layers.entry(file, FAMILY, name)

@@ -26,7 +26,7 @@ PARTS = (
 PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 SETTINGS_FILE = "inflate.json"
 """What an export of ours holds of settings that diffusers' layout has no place for."""
-SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v")}
+SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v", "pocket-svd")}
 """The models that come with the package, by the names that stand for their folders."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,9 @@ class TextToVideo:
 
     drop_caption: float = 0.1
     """share of samples with the empty prompt, the null condition of guidance"""
+    timestep_power: float = 1.0
+    """timesteps are the last one's share u ** power, u uniform: below 1, more of them are noisy, where it is decided
+    how a clip moves"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory for about a third more time"""
     held_out_clips: int = 32
@@ -47,6 +51,8 @@ class TextToVideo:
     def __post_init__(self) -> None:
         if not 0 <= self.drop_caption <= 1:
             raise ConfigError(f"text_to_video.drop_caption={self.drop_caption}: a share from 0 to 1")
+        if not 0 < self.timestep_power < math.inf:
+            raise ConfigError(f"text_to_video.timestep_power={self.timestep_power}: must be positive; 1 is uniform")
         if min(self.held_out_clips, self.bands, self.preview_clips) < 1 or self.train_clips < 0:
             raise ConfigError(
                 "text_to_video: held_out_clips, bands and preview_clips must be at least 1, train_clips at least 0"
@@ -112,7 +118,8 @@ class TextToVideoTask:
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
         condition = self.drop(self.condition(batch, noise.device), noise.uniform("drop"))
-        timestep = objective.timestep(noise.uniform("timestep", *self._drawn_alone(clean)))  # (B,) or (B, F)
+        share = noise.uniform("timestep", *self._drawn_alone(clean)) ** self.settings.timestep_power
+        timestep = objective.timestep(share)  # (B,) or (B, F)
         predict = family.predict(condition, self.players[0].network, self._single(batch))
         loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
         band = (timestep * self.settings.bands // TRAIN_TIMESTEPS).reshape(len(clean), -1).expand_as(loss)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,58 @@ def same_weights(one: SVD, other: SVD) -> bool:
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
             return False
     return True
+
+
+@pytest.fixture
+def temporal(image_model: Path) -> SVD:
+    """Trained temporal layers, in half precision, over the image model as it is."""
+    made = SVD.from_image_model(image_model, frames=4)
+    made.fps, made.motion = 8.0, MotionBuckets.fit([0.1, 0.2, 0.5])
+    own = {**made.unet.created_parameters(), **dict(made.unet.conv_in.named_parameters())}
+    for parameter in [*own.values(), *made.vae.temporal_parameters().values()]:
+        parameter.data.copy_((parameter + 0.05 * torch.randn(parameter.shape)).half())
+    return made
+
+
+def test_temporal_layers_are_kept_alone_over_their_image_model(
+    temporal: SVD, image_model: Path, tmp_path: Path
+) -> None:
+    temporal.save_temporal(tmp_path / "alone", str(image_model))
+    loaded = SVD.load(tmp_path / "alone")
+    assert same_weights(loaded, temporal)
+    assert (loaded.objective, loaded.motion, loaded.frames, loaded.fps) == (
+        temporal.objective, temporal.motion, 4, 8.0,
+    )  # fmt: skip
+    latents, encoders = torch.randn(1, 2, 4, 8, 8), Encoders.load(tmp_path / "alone")
+    assert torch.equal(encoders.decode(latents), temporal.decode(latents))
+    tensors = load_file(tmp_path / "alone" / "temporal.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"unet", "vae"}
+    assert all(".temporal." in n or n.startswith(("unet.conv_in.", "unet.class_embedding.")) for n in tensors)
+    name, _ = tensors.popitem()
+    save_file(tensors, tmp_path / "alone" / "temporal.safetensors")
+    with pytest.raises(CheckpointError, match=f"temporal layers: {name}"):
+        SVD.load(tmp_path / "alone")
+
+
+def test_temporal_layers_go_over_another_image_model_only_where_it_is_named(
+    temporal: SVD, image_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_model, tmp_path / "image")
+    temporal.save_temporal(tmp_path / "alone", str(tmp_path / "image"))
+    weights = tmp_path / "image" / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = {name: value + 0.01 for name, value in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="belongs over other weights"):
+        SVD.load(tmp_path / "alone")
+    over = SVD.load(tmp_path / "alone", image_model=tmp_path / "image").unet.state_dict()
+    own = temporal.unet.created_parameters()
+    assert all(torch.equal(over[name], own[name]) for name in own)
+    assert all(torch.equal(over[name], value) for name, value in changed.items() if not name.startswith("conv_in."))
+    with pytest.raises(CheckpointError, match="holds no temporal layers alone"):
+        SVD.load(image_model, image_model=tmp_path / "image")
+    with pytest.raises(CheckpointError, match="has other image layers"):
+        temporal.save_temporal(tmp_path / "more", str(tmp_path / "image"))
+    assert not (tmp_path / "more").exists()
 
 
 def random_condition(batch: int = 4) -> Condition:

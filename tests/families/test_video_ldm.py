@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_video_ldm import PROMPT, parents, write_text_model
 
@@ -101,6 +101,29 @@ def test_temporal_layers_are_not_kept_over_another_image_model(trained: VideoLDM
     with pytest.raises(CheckpointError, match="has other image layers"):
         trained.save_temporal(tmp_path / "alone", str(folder))
     assert not (tmp_path / "alone").exists()
+
+
+def test_temporal_layers_change_their_image_model(
+    folder: Path, trained: VideoLDM, export: Path, tmp_path: Path
+) -> None:
+    """Which takes a whole export, or temporal layers alone, over what is named."""
+    family = VideoLDM.load(folder)
+    family.save_temporal(tmp_path / "alone", str(folder))
+    other = write_text_model(tmp_path / "other")
+    unet = UNet2DConditionModel.from_pretrained(other / "unet")
+    randomise(unet, seed=7)
+    unet.save_pretrained(other / "unet")
+    for source, layers in ((export, trained), (tmp_path / "alone", VideoLDM.load(tmp_path / "alone"))):
+        found = VideoLDM.load(source, other).unet.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in unet.state_dict().items())
+        assert all(torch.equal(found[name], value) for name, value in layers.unet.created_parameters().items())
+    family.save_temporal(tmp_path / "changed", str(folder))
+    settings = json.loads((tmp_path / "changed" / "inflate.json").read_text())
+    (tmp_path / "changed" / "inflate.json").write_text(json.dumps({**settings, "image_model": str(other)}))
+    with pytest.raises(CheckpointError, match="belongs over other weights than .*other holds now"):
+        VideoLDM.load(tmp_path / "changed")
+    with pytest.raises(CheckpointError, match="is no image model"):
+        VideoLDM.load(tmp_path / "alone", export)
 
 
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:

@@ -12,6 +12,7 @@ from original_files import FIRST, LAST, OPEN, write_whole_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers import randomise
 from inflate.errors import CheckpointError
 from inflate.families.video_ldm import Encoders, VideoLDM
 from inflate.models import single_file_text
@@ -75,7 +76,7 @@ def test_encoders_have_the_tensors_that_diffusers_reads(generation: str, tmp_pat
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_file_becomes_the_video_model_of_its_parts(generation: str, tmp_path: Path) -> None:
     file, unet, encoders = write(tmp_path, generation)
-    family = VideoLDM.load(file, TOKENIZER, "epsilon" if generation == "Stable Diffusion 2" else None)
+    family = VideoLDM.load(file, None, TOKENIZER, "epsilon" if generation == "Stable Diffusion 2" else None)
     context, pooled = expected(generation, encoders)
     text, latents = family.embed(PROMPTS), torch.randn(2, 3, 4, 8, 8)
     torch.testing.assert_close(text.context, context, atol=1e-6, rtol=0)
@@ -138,10 +139,23 @@ def test_a_tokenizer_must_be_named_and_fit(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match=r"has 164 tokens but the text encoder cond_stage_model\..* has 160"):
         single_file_text.load_text_encoders(file, TOKENIZER)
     with pytest.raises(CheckpointError, match="leave tokenizer out"):
-        VideoLDM.load("pocket", TOKENIZER)
+        VideoLDM.load("pocket", None, TOKENIZER)
+
+
+def test_temporal_layers_go_over_a_single_file(tmp_path: Path) -> None:
+    file, _, _ = write(tmp_path, "Stable Diffusion XL")
+    trained = VideoLDM.load(file, None, TOKENIZER)
+    randomise(trained.unet)
+    trained.save_pretrained(tmp_path / "export")
+    other = VideoLDM.load(tmp_path / "export", file, TOKENIZER)
+    born, created = VideoLDM.load(file, None, TOKENIZER).unet.state_dict(), trained.unet.created_parameters()
+    for name, value in other.unet.state_dict().items():
+        assert torch.equal(value, created[name] if name in created else born[name])
+    with pytest.raises(CheckpointError, match="without temporal layers to go over another"):
+        VideoLDM.load(file, file, TOKENIZER)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({"lora_unet.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match="holds no image model"):
-        VideoLDM.load(tmp_path / "lora.safetensors", TOKENIZER)
+        VideoLDM.load(tmp_path / "lora.safetensors", None, TOKENIZER)

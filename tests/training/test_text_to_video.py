@@ -79,11 +79,12 @@ def make(family: VideoLDM, stage: Stage = "temporal", cached: bool = False, **se
     return TextToVideoTask(family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached)
 
 
-def test_the_loss_is_the_objective_at_one_timestep_per_clip(family: VideoLDM) -> None:
-    task, data = make(family), join([clip(0), clip(1)])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_loss_is_the_objective_at_one_timestep_per_clip(family: VideoLDM, power: float) -> None:
+    task, data = make(family, timestep_power=power), join([clip(0), clip(1)])
     noise = Noise(3, data["number"])
     loss, logs = task.loss(data, noise, 0)
-    timestep, clean = (1000 * noise.uniform("timestep")).long(), family.encode(data["pixels"])
+    timestep, clean = (1000 * noise.uniform("timestep") ** power).long(), family.encode(data["pixels"])
     predict = family.predict(family.embed([PROMPT] * 2))
     frames = family.objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))
     torch.testing.assert_close(loss, frames.mean(1))
@@ -212,7 +213,7 @@ def test_held_out_losses_are_told_with_the_temporal_layers_bypassed(family: Vide
     assert make(family).evaluate() == told
 
 
-@pytest.mark.parametrize("changes", [{"drop_caption": 1.5}, {"bands": 0}, {"train_clips": -1}])
+@pytest.mark.parametrize("changes", [{"drop_caption": 1.5}, {"timestep_power": 0.0}, {"bands": 0}, {"train_clips": -1}])
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="text_to_video"):
         TextToVideo(**{**asdict(TextToVideo()), **changes})

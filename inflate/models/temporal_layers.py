@@ -1,0 +1,127 @@
+"""Temporal layers alone: what a video model has beyond its image model, kept beside that model's name and hash.
+
+A folder of them holds `temporal.safetensors`, in half precision, and `inflate.json`. They go over the image model that
+they were trained on or, where another is named, over another of the same shape, such as a fine-tuned one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inflate.errors import CheckpointError
+from inflate.models import exchange, folders
+from inflate.models.unet import VideoUNet
+from inflate.models.vae import VideoVAE
+from inflate.models.weights import tensors_sha256
+
+FILE = "temporal.safetensors"
+
+Networks = Mapping[str, nn.Module]
+"""All networks of a family, by the names of their parts."""
+
+
+def are_in(folder: Path) -> bool:
+    """Whether a folder holds temporal layers alone."""
+    return (folder / FILE).is_file()
+
+
+def entry(file: Path, family: str, name: str) -> Any:
+    """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
+    settings = folders.read_json(file)
+    if settings.get("family") != family:
+        raise CheckpointError(f"{file} is of family {settings.get('family')}, not {family}; give an export of {family}")
+    if name not in settings:
+        raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
+    return settings[name]
+
+
+def save(folder: Path, trained: Networks, born: Networks, image_model: str, settings: Mapping[str, Any]) -> None:
+    """Writes the temporal layers of `trained`; `born` are the same networks, freshly inflated from `image_model`.
+
+    CheckpointError, with nothing written, where the two differ in an image layer, or the folder holds other files.
+    """
+    own = _own(trained)
+    before, after = _others(born, own), _others(trained, own)
+    changed = [name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))]
+    if changed:
+        raise CheckpointError(
+            f"{image_model} has other image layers ({len(changed)} tensors, such as {min(changed)}): temporal layers "
+            "are kept alone over the image model that they were trained on; keep the whole export instead"
+        )
+    tensors = {name: value.detach().half().cpu().contiguous() for name, value in own.items()}
+    told = {**settings, "image_model": image_model, "image_sha256": _sha256(before)}
+    folders.write(folder, lambda aside: _write(aside, tensors, told))
+
+
+def load(folder: Path, born: Networks, check: bool) -> None:
+    """Gives freshly inflated networks the temporal layers of a folder; nothing is changed where they do not fit.
+
+    `check` asks for the image layers that they were trained on. CheckpointError, listing the tensors.
+    """
+    settings = folders.read_json(folder / folders.SETTINGS_FILE)
+    if check and settings.get("image_sha256") != _sha256(_others(born, _own(born))):
+        raise CheckpointError(
+            f"{folder} belongs over other weights than {settings.get('image_model')} holds now; restore those, or name "
+            "the image model that it is to go over as image_model (--image-model)"
+        )
+    adopt(born, read(folder), folder)
+
+
+def read(folder: Path, part: str = "") -> dict[str, Tensor]:
+    """The tensors of a folder, or of one part; CheckpointError where they cannot be read."""
+    tensors = exchange.read_tensors(folder / FILE)
+    return {name: value for name, value in tensors.items() if name.startswith(part)}
+
+
+def adopt(born: Networks, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies tensors into freshly inflated networks; CheckpointError, listing them, where one is missing or left."""
+    wanted = _own(born)
+    differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
+    if differing:
+        names = exchange.listing(sorted({name for name, _ in differing}))
+        raise CheckpointError(f"{folder / FILE} does not hold this model's temporal layers: {names}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def _own(networks: Networks) -> dict[str, Tensor]:
+    """The parameters that inflation created or widened, by part and name."""
+    return {f"{part}.{name}": value for part, network in networks.items() for name, value in _made(network).items()}
+
+
+def _made(network: nn.Module) -> dict[str, nn.Parameter]:
+    if isinstance(network, VideoVAE):
+        return network.temporal_parameters()
+    if not isinstance(network, VideoUNet):
+        return {}
+    same = network.config.in_channels == network.config.out_channels
+    widened = {} if same else {f"conv_in.{name}": value for name, value in network.conv_in.named_parameters()}
+    return {**widened, **network.created_parameters()}
+
+
+def _others(networks: Networks, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {
+        f"{part}.{name}": value for part, network in networks.items() for name, value in network.state_dict().items()
+    }
+    return {name: value for name, value in tensors.items() if name not in own}
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one.cpu(), other.cpu())
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    return tensors_sha256((name, tensors[name]) for name in sorted(tensors))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+    save_file(tensors, folder / FILE)
+    (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
