@@ -358,6 +358,12 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     image_model: OtherImageModel = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
+    ] = None,
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Draw a clip of PROMPT with the text-to-video model in PATH."""
@@ -368,7 +374,7 @@ def generate(
     from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path, image_model).to(_device())
+    family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
     settings = Sampling(
         steps=steps,
@@ -494,9 +500,10 @@ def _note_image_model(path: str) -> None:
     """Say what a freshly inflated model cannot do yet."""
     from diffusers import UNet2DConditionModel
 
-    from inflate.models import folders
+    from inflate.models import folders, single_file
 
-    if folders.holds(path, UNet2DConditionModel):
+    file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
+    if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
@@ -145,9 +145,8 @@ def _writing(target: Path) -> Iterator[None]:
 
 def _image_model(file: Path, target: Path, extra: Extra) -> str:
     image = load_image_model(file, extra.prediction)
-    scheduler = DDIMScheduler(**image.scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     with new_folder(target) as aside:
-        for name, part in {"unet": image.unet, "vae": image.vae, "scheduler": scheduler}.items():
+        for name, part in {"unet": image.unet, "vae": image.vae, "scheduler": image.noise}.items():
             part.save_pretrained(aside / name)
     return f"{target} is a {image.generation} that predicts {image.scheduler['prediction_type']}, without text encoders"
 

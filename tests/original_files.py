@@ -9,7 +9,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
 from inflate.families import svd_keys
@@ -27,6 +33,12 @@ LEVELS: dict[str, Any] = {
 IDLE = {"conditioner.embedders.0.open_clip.model.logit_scale": torch.ones(())}
 """Some of what the original's file keeps and nothing uses."""
 VAE: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 32}
+FIRST, OPEN, LAST = "conditioner.embedders.0.transformer.", "cond_stage_model.model.", "conditioner.embedders.1.model."
+XL: dict[str, Any] = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": (2, 2),
+    "projection_class_embeddings_input_dim": 6 * 256 + 16, "cross_attention_dim": 128,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {"linear": True, "attention_head_dim": (1, 2)}
 
 
 def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
@@ -39,6 +51,65 @@ def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     unet, vae = tiny_unet(False, **LEVELS, attention_head_dim=8), tiny_vae(**VAE)
     save_file({**original_names(unet, vae), "cond_stage_model.transformer.x": torch.zeros(1)}, file)
     return unet, vae
+
+
+def text_encoder(pooled: bool = False, act: str = "quick_gelu") -> CLIPTextModel | CLIPTextModelWithProjection:
+    """A text encoder of three layers with the pocket's vocabulary."""
+    torch.manual_seed(5 + pooled)
+    config = CLIPTextConfig(
+        vocab_size=164, max_position_embeddings=20, eos_token_id=2, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=3, num_attention_heads=1, hidden_act=act, projection_dim=16,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config).eval()
+
+
+def open_clip_tensors(encoder: CLIPTextModel | CLIPTextModelWithProjection, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a text encoder under OpenCLIP's names."""
+    renamed = {
+        "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding": "token_embedding",
+        "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
+        "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj", "text_projection.weight": "text_projection",
+    }  # fmt: skip
+    found: dict[str, Tensor] = {}
+    for key, tensor in encoder.state_dict().items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        found[f"{prefix}{name}"] = tensor.T.contiguous() if name == "text_projection" else tensor
+    for query in [name for name in found if ".q_proj." in name]:
+        parts = [found.pop(query.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        found[query.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    return found
+
+
+def clip_tensors(encoder: CLIPTextModel, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a text encoder as single files have those under transformers' names."""
+    named = {f"{prefix}text_model.{key.removeprefix('text_model.')}": one for key, one in encoder.state_dict().items()}
+    return {**named, f"{prefix}text_model.embeddings.position_ids": torch.arange(20)[None]}
+
+
+def tensors_of(generation: str) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+    """The UNet, all tensors of a file, and its text encoders."""
+    vae = tiny_vae(**VAE)
+    if generation == "Stable Diffusion XL":
+        unet = tiny_unet(**LINEAR, **LEVELS, **XL)
+        encoders = text_encoder(), text_encoder(True, "gelu")
+        text = clip_tensors(encoders[0], FIRST) | open_clip_tensors(encoders[1], LAST)
+        return unet, {**original_names(unet, vae), **text, f"{LAST}logit_scale": torch.ones(())}, encoders
+    if generation == "Stable Diffusion 2":
+        unet, encoder = tiny_unet(**LINEAR, **LEVELS, cross_attention_dim=64), text_encoder(True, "gelu")
+        whole = {**open_clip_tensors(encoder, OPEN), f"{OPEN}logit_scale": torch.ones(())}
+        return unet, {**original_names(unet, vae), **whole}, (encoder,)
+    unet, encoder = tiny_unet(False, **LEVELS, attention_head_dim=8, cross_attention_dim=64), text_encoder()
+    text = clip_tensors(encoder, "cond_stage_model.transformer.")
+    return unet, {**original_names(unet, vae), **text}, (encoder,)
+
+
+def write_whole_file(file: Path, generation: str) -> tuple[Any, tuple[Any, ...]]:
+    """Write a tiny Stable Diffusion with its text encoders; returns its UNet and those."""
+    unet, tensors, encoders = tensors_of(generation)
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file)
+    return unet, encoders
 
 
 def write_sgm(unet: VideoUNet, vae: VideoVAE, file: Path) -> None:
