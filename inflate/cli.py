@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from inflate import __version__, shelves
+from inflate.adapter_cli import adapter_app
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
 from inflate.formats import WRITTEN
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(adapter_app, name="adapter")
 
 SIGNALLED = 128
 """Exit status of a command that a signal stopped, less the signal's number."""

@@ -42,6 +42,8 @@ ARROWS = {
     "data": MIDDLE,
     "metrics": MIDDLE | {"measures"},
     "families": MIDDLE | {"families"},
+    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "__init__"},
+    "adapter_cli": {"adapters", "formats"} | BASE,
     "sampling": MIDDLE | {"families", "sampling"},
     "training": MIDDLE | {"families", "sampling", "training", "curves", "measures", "__init__"},
     "aliases": {"errors"},
@@ -59,6 +61,7 @@ ARROWS = {
     "conversion": MIDDLE | {"families", "catalogue", "formats"},
     "cli": MIDDLE
     | {
+        "adapter_cli",
         "catalogue",
         "conversion",
         "formats",

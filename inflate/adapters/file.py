@@ -77,9 +77,14 @@ def read(path: str | Path, alpha: float | None = None) -> Adapter:
     it or have strange names, types or values, no alpha, ranks that the tensors do not have.
     """
     path = Path(path).expanduser()
+    return described(path, *read_tensors(path), alpha)
+
+
+def read_tensors(path: Path, names: re.Pattern[str] = TENSOR_NAME) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, whose names are to be like these, and what its header tells; CheckpointError as `read`."""
     header = read_header(path)
     told = header.pop("__metadata__", {})
-    check_places(path, header)
+    check_places(path, header, names)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -87,15 +92,15 @@ def read(path: str | Path, alpha: float | None = None) -> Adapter:
     unusable = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if unusable:
         raise CheckpointError(f"{path}: {_some(unusable)} is not finite: the adapter was saved from a run that failed")
-    adapter = _described(path, tensors, told, alpha)
-    check_ranks(path, adapter)
-    return adapter
+    return tensors, told
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The header's entries, without a look at the tensors; CheckpointError for what is no whole header."""
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: adapters are .safetensors files; other formats can execute code and are not read")
+        raise CheckpointError(
+            f"{path}: adapters are .safetensors files; other formats can execute code and are not read"
+        )
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -123,13 +128,13 @@ def _check_sizes(path: Path, size: int, header: int) -> None:
         raise CheckpointError(f"{path} is cut short within its header; get the file again")
 
 
-def check_places(path: Path, header: Mapping[str, Any]) -> None:
+def check_places(path: Path, header: Mapping[str, Any], names: re.Pattern[str] = TENSOR_NAME) -> None:
     """CheckpointError unless the header's tensors have plain names, known types, and fill the file without overlap."""
     if not header:
         raise CheckpointError(f"{path} holds no tensors: it is no adapter")
     end, spans = path.stat().st_size, []
     for name, entry in header.items():
-        if len(name) > 256 or not TENSOR_NAME.fullmatch(name):
+        if len(name) > 256 or not names.fullmatch(name):
             raise CheckpointError(
                 f"{path}: {name[:80]!r} is no name of a UNet's adapter in PEFT's spelling; `inflate adapter convert` "
                 "knows the spellings of other programs"
@@ -169,10 +174,18 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
 
 
-def _described(path: Path, tensors: dict[str, Tensor], told: Mapping[str, str], alpha: float | None) -> Adapter:
-    """The adapter by what its header tells: in our words, or in diffusers', or with the given alpha."""
-    if OWN_KEY in told:
-        return _own(path, tensors, _json(told[OWN_KEY]))
+def described(path: Path, tensors: dict[str, Tensor], told: Mapping[str, str], alpha: float | None = None) -> Adapter:
+    """The adapter of these tensors by what its header tells: in our words, or in diffusers', or with the given alpha.
+
+    CheckpointError as `read`.
+    """
+    own = OWN_KEY in told
+    adapter = _own(path, tensors, _json(told[OWN_KEY])) if own else _foreign(path, tensors, told, alpha)
+    check_ranks(path, adapter)
+    return adapter
+
+
+def _foreign(path: Path, tensors: dict[str, Tensor], told: Mapping[str, str], alpha: float | None) -> Adapter:
     rank = ranks(tensors)
     config = _json(told[DIFFUSERS_KEY]) if DIFFUSERS_KEY in told else None
     config = config if isinstance(config, dict) else {}
@@ -220,7 +233,9 @@ def check_ranks(path: Path, adapter: Adapter) -> None:
     for name, tensor in adapter.tensors.items():
         side, told = _rank_side(name), adapter.rank[module_of(name)]
         if side is not None and (tensor.ndim < 2 or tensor.shape[side] != told):
-            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, not of the rank {told} that the file tells")
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(tensor.shape)}, not of the rank {told} that the file tells"
+            )
 
 
 def ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -278,19 +293,29 @@ def _some(names: Sequence[str]) -> str:
 def write(path: str | Path, adapter: Adapter, overwrite: bool = False) -> None:
     """Write an adapter's file in one step; CheckpointError where one stands there, or the disk does not take it."""
     path = Path(path).expanduser()
+    check_ranks(path, adapter)
+    told = own_entry(adapter)
+    if adapter.kind in LORA_KINDS:
+        told[DIFFUSERS_KEY] = json.dumps({f"unet.{name}": value for name, value in peft_settings(adapter).items()})
+    write_tensors(path, adapter.tensors, told, overwrite)
+
+
+def own_entry(adapter: Adapter) -> dict[str, str]:
+    """What a header tells of an adapter in our words."""
+    own = {"format": FORMAT, "kind": adapter.kind, "rank": adapter.rank, "alpha": adapter.alpha, **adapter.about}
+    return {OWN_KEY: json.dumps(own, allow_nan=False)}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write tensors and a header to a file in one step; CheckpointError as `write`."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: give an adapter a name that ends in .safetensors")
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already; choose another name, or add --overwrite")
-    check_ranks(path, adapter)
-    own = {"format": FORMAT, "kind": adapter.kind, "rank": adapter.rank, "alpha": adapter.alpha, **adapter.about}
-    told = {OWN_KEY: json.dumps(own, allow_nan=False)}
-    if adapter.kind in LORA_KINDS:
-        told[DIFFUSERS_KEY] = json.dumps({f"unet.{name}": value for name, value in peft_settings(adapter).items()})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with new_file(path) as aside:
-            save_file(tensors, aside, told)
+            save_file(kept, aside, dict(told))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
