@@ -42,10 +42,10 @@ ARROWS = {
     "data": MIDDLE,
     "metrics": MIDDLE | {"measures"},
     "families": MIDDLE | {"families"},
-    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "__init__"},
-    "adapter_cli": {"adapters", "formats"} | BASE,
     "sampling": MIDDLE | {"families", "sampling"},
-    "training": MIDDLE | {"families", "sampling", "training", "curves", "measures", "__init__"},
+    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "__init__"},
+    "training": MIDDLE | {"families", "sampling", "training", "adapters", "curves", "measures", "__init__"},
+    "adapter_cli": {"adapters", "formats"} | BASE,
     "aliases": {"errors"},
     "curves": {"files", "measures"},
     "measures": set(),
@@ -61,6 +61,7 @@ ARROWS = {
     "conversion": MIDDLE | {"families", "catalogue", "formats"},
     "cli": MIDDLE
     | {
+        "adapters",
         "adapter_cli",
         "catalogue",
         "conversion",

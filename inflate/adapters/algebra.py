@@ -67,15 +67,15 @@ def resized(adapter: Adapter, rank: int) -> Resized:
     return Resized(made, {layer: _share(lost[layer], whole[layer]) for layer in lost}, _share_in_all(lost, whole))
 
 
-def combined(adapters: Sequence[Adapter], weights: Sequence[float], other_bases: bool = False) -> Adapter:
+def combined(adapters: Sequence[Adapter], weights: Sequence[float], any_base: bool = False) -> Adapter:
     """The LoRA whose change is the weighted sum of the adapters' changes; ranks add up.
 
-    CheckpointError for other kinds, for adapters over different bases unless `other_bases`, and for layers of different
+    CheckpointError for other kinds, for adapters over different bases unless `any_base`, and for layers of different
     shapes.
     """
     for adapter in adapters:
         _check_kind(adapter)
-    _check_bases(adapters, other_bases)
+    _check_bases(adapters, any_base)
     tensors: dict[str, Tensor] = {}
     rank = {}
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.rank):
@@ -123,12 +123,12 @@ def _check_kind(adapter: Adapter) -> None:
         raise CheckpointError(f"this adapter is a {adapter.kind}: {REASONS[adapter.kind]}")
 
 
-def _check_bases(adapters: Iterable[Adapter], other_bases: bool) -> None:
+def _check_bases(adapters: Iterable[Adapter], any_base: bool) -> None:
     bases = [base for each in adapters if (base := each.about.get("base"))]
-    if len({base.get("sha256") for base in bases}) > 1 and not other_bases:
+    if len({base.get("sha256") for base in bases}) > 1 and not any_base:
         told = ", ".join(str(base.get("name")) for base in bases)
         raise CheckpointError(
-            f"these adapters were made over different models ({told}): add --other-bases to combine them all the same"
+            f"these adapters were made over different models ({told}): add --any-base to combine them all the same"
         )
 
 

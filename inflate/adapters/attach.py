@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from inflate.adapters.file import Adapter, peft_settings
 from inflate.adapters.settings import AdapterSettings, Kind
-from inflate.adapters.targets import LAYERS, adaptable
+from inflate.adapters.targets import adaptable
 from inflate.errors import CheckpointError
 from inflate.models.exchange import listing
 from inflate.models.unet import VideoUNet
@@ -92,7 +91,7 @@ def detach(unet: VideoUNet) -> None:
 def _inject(unet: VideoUNet, config: PeftConfig) -> None:
     unet.add_adapter(config, SLOT)
     for _, layer in layers(unet):
-        layer.train(unet.training)  # type: ignore[attr-defined]  # PEFT's are modules, which their common base hides
+        layer.train(unet.training)
 
 
 def _config(adapter: Adapter, dropout: float = 0.0) -> PeftConfig:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inflate.adapters import algebra, file, foreign, outlines
+from inflate.adapters import algebra, bases, file, foreign, outlines
 from inflate.adapters.algebra import Resized
 from inflate.adapters.names import Network
 from inflate.errors import CheckpointError, ConfigError
@@ -14,7 +14,6 @@ from inflate.formats import ADAPTERS
 from inflate.models import folders
 from inflate.models.exchange import detached
 from inflate.models.unet import VideoUNet
-from inflate.models.weights import weights_sha256
 
 
 def convert(
@@ -49,7 +48,7 @@ def extract(base: str, tuned: str, rank: int, leave_rest: bool = False) -> Resiz
     found = algebra.extracted(detached(before), detached(outlines.load_unet(tuned)), rank, leave_rest)
     about: dict[str, Any] = dict(found.adapter.about)
     if isinstance(before, VideoUNet):  # image models' adapters are for every inflation of them
-        about["base"] = {"name": base, "sha256": weights_sha256(before)}
+        about["base"] = {"name": base, "sha256": bases.sha256(before)}
     adapter = file.Adapter(found.adapter.tensors, "lora", found.adapter.rank, found.adapter.alpha, about)
     made = algebra.remembered(adapter, by="extract", base=base, tuned=tuned, rank=rank, lost=found.lost_in_all)
     return Resized(made, found.lost, found.lost_in_all)

@@ -3,8 +3,8 @@
     unet.down_blocks.0.attentions.0.transformer_blocks.0.temporal.attn1.to_q.lora_A.weight    (rank, in)
     unet.down_blocks.0.attentions.0.transformer_blocks.0.temporal.attn1.to_q.lora_B.weight    (out, rank)
 
-The header's entry `inflate` is JSON: kind, rank and alpha per module, and what the adapter was made of. Beside it stands
-`lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas.
+The header's entry `inflate` is JSON: kind, rank and alpha per module, and what the adapter was made of. Beside it
+stands `lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas.
 
 Files come from anywhere: a header is read only up to a size, and every name, shape and place in it is checked before a
 tensor is. Nothing in a file is executed.
@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
@@ -45,6 +46,25 @@ RANK_SIDES = {
     "lokr_w1_a": 1, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w2_b": 0,
 }  # fmt: skip
 """Which side of a factor is the rank."""
+
+
+ABOUT: dict[str, Callable[[Any], bool]] = {
+    "targets": lambda value: _are(str, value),
+    "family": lambda value: isinstance(value, str),
+    "base": lambda value: isinstance(value, dict) and _are(str, [value.get("name"), value.get("sha256")]),
+    "config": lambda value: isinstance(value, str),
+    "data": lambda value: isinstance(value, str),
+    "held_out": lambda value: _are(dict, value) and all(_are((float, int, NoneType), [*row.values()]) for row in value),
+    "licence": lambda value: isinstance(value, str),
+    "hardware": lambda value: isinstance(value, str),
+    "reference": lambda value: isinstance(value, dict),
+    "verified": lambda value: (
+        isinstance(value, dict)
+        and all(_number(value.get(name)) for name in ("max_abs_diff", "effect"))
+        and isinstance(value.get("versions"), dict)
+    ),
+}
+"""What the entries beside kind, rank and alpha must look like, where they are told."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     return place[0], place[1], name
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
 
 
@@ -221,6 +241,9 @@ def _own(path: Path, tensors: dict[str, Tensor], told: Any) -> Adapter:
     if not isinstance(alpha, dict) or alpha.keys() != rank.keys() or not all(map(_number, alpha.values())):
         raise CheckpointError(f"{path} does not say its alphas, without which its strength is a guess; {remedy}")
     about = {name: value for name, value in told.items() if name not in ("format", "kind", "rank", "alpha")}
+    wrong = sorted(name for name, fits in ABOUT.items() if about.get(name) is not None and not fits(about[name]))
+    if wrong:
+        raise CheckpointError(f"{path}: what it says of its {', '.join(wrong)} is damaged; {remedy}")
     return Adapter(tensors, kind, rank, {name: float(value) for name, value in alpha.items()}, about)
 
 
@@ -233,9 +256,7 @@ def check_ranks(path: Path, adapter: Adapter) -> None:
     for name, tensor in adapter.tensors.items():
         side, told = _rank_side(name), adapter.rank[module_of(name)]
         if side is not None and (tensor.ndim < 2 or tensor.shape[side] != told):
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(tensor.shape)}, not of the rank {told} that the file tells"
-            )
+            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, not of the rank {told} that it tells")
 
 
 def ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -277,6 +298,10 @@ def _json(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _are(kind: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def _number(value: Any) -> TypeGuard[float]:

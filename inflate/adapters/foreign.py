@@ -2,10 +2,10 @@
 
 What a file means by its numbers, as the programs that load it have it:
 
-- kohya's scripts, LyCORIS and ComfyUI scale a layer by alpha / rank, alpha being a tensor of its own, and where there is
-  none by 1. They leave a LoKr of two whole factors as it is, whatever its alpha.
-- `dora_scale` is the length of each row of the adapted weight, as PEFT's magnitude is, in kohya's files; ComfyUI divides
-  it by the rows' lengths in the base's weight instead, so that it computes another model of a DoRA.
+- kohya's scripts, LyCORIS and ComfyUI scale a layer by alpha / rank, alpha being a tensor of its own, or else by 1.
+  They leave a LoKr of two whole factors as it is, whatever its alpha.
+- `dora_scale` is the length of each row of the adapted weight in kohya's files, as PEFT's magnitude is. ComfyUI divides
+  it by the lengths of the rows of the base's weight: it computes another model of a DoRA.
 - What diffusers loaded before it used PEFT was not scaled.
 - PEFT's files hold no alpha: the header tells it, or nobody does.
 """

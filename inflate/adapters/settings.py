@@ -73,5 +73,5 @@ class Weighted:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise ConfigError(f"--adapter {text}: {weight} is no weight; write FILE or FILE:WEIGHT, as a.safetensors:0.8")
+            raise ConfigError(f"--adapter {text}: {weight} is no weight; write FILE or FILE:WEIGHT")
         return cls(Path(path), number)

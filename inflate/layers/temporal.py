@@ -86,7 +86,7 @@ class TemporalConv(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         pixels = input.flatten(3)  # (B, C, F, H*W)
-        weight, around = self.weight.squeeze(-1), (self.padding[0], 0)
+        weight, around = self.weight.squeeze(-1), (self.kernel_size[0] // 2, 0)
         output = functional.conv2d(pixels, weight, self.bias, padding=around, groups=self.groups)  # (B, C, F, H*W)
         return output.unflatten(3, input.shape[3:])  # (B, C, F, H, W)
 

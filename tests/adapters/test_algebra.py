@@ -79,11 +79,11 @@ def test_targets_and_licences_of_a_sum_are_those_of_all(unet: VideoUNet) -> None
     assert (both.about["targets"], both.about["licence"]) == (["x", "y"], "mine and yours")
 
 
-def test_adapters_of_other_bases_are_combined_only_where_asked(unet: VideoUNet) -> None:
+def test_adapters_of_any_base_are_combined_only_where_asked(unet: VideoUNet) -> None:
     one, other = adapter(unet, 2), replace(adapter(unet, 2), about={"base": {"name": "there", "sha256": "b"}})
-    with pytest.raises(CheckpointError, match=r"made over different models \(here, there\): add --other-bases"):
+    with pytest.raises(CheckpointError, match=r"made over different models \(here, there\): add --any-base"):
         algebra.combined([one, other], [1, 1])
-    assert algebra.combined([one, other], [1, 1], other_bases=True).rank == dict.fromkeys(LAYERS, 4)
+    assert algebra.combined([one, other], [1, 1], any_base=True).rank == dict.fromkeys(LAYERS, 4)
 
 
 def test_adapters_of_other_shapes_are_not_combined(unet: VideoUNet) -> None:

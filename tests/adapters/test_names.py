@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import comfyui
 from helpers import randomise, tiny_unet, tiny_unet_sdxl, unet_inputs, write_image_model
-from inflate.adapters import file, foreign, names, outlines
+from inflate.adapters import attach, file, foreign, names, outlines
 from inflate.adapters.file import Adapter
 from inflate.adapters.names import Network
 from inflate.cli import app
 from inflate.errors import CheckpointError
-from inflate.families import animatediff, svd_files
+from inflate.families import animatediff, svd_files, svd_keys
 from inflate.formats import ADAPTERS
+from inflate.models import original_names
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.surgery import inflate_unet
 
@@ -98,6 +101,12 @@ def product(shapes: Network, config: LoKrConfig | LoHaConfig) -> Adapter:
     return Adapter(
         tensors, kind, dict.fromkeys(layer.values(), config.r), dict.fromkeys(layer.values(), config.alpha), {}
     )
+
+
+PRODUCTS = {
+    "lokr": LoKrConfig(r=2, alpha=3, target_modules=["0", "1"]),
+    "loha": LoHaConfig(r=2, alpha=3, target_modules=["0", "1"]),
+}
 
 
 def conv_sides(shapes: Network) -> tuple[int, int]:
@@ -250,6 +259,29 @@ def test_diffusers_loads_motion_adapters_by_its_own_loader(tmp_path: Path) -> No
     assert (ours - other).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("format", ["comfyui", "kohya"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "lokr", "loha"])
+def test_comfyuis_rule_gives_the_weights_that_peft_gives(kind: str, format: str, tmp_path: Path) -> None:
+    over, ours = network(), nn.Module.double(bare(unet()))
+    made = adapter(over, kind=kind) if kind in file.LORA_KINDS else product(over, PRODUCTS[kind])
+    foreign.write(tmp_path / "a.safetensors", made, format, over)
+    tensors, born = load_file(tmp_path / "a.safetensors"), unet().state_dict()
+    original = svd_keys.unet_to_sgm(born, original_names.UNetLayout.of(unet().config))
+    weights = {f"{comfyui.PREFIX}{original[key]}": value.double() for key, value in born.items()}
+    flat = {name.removesuffix(".weight"): key.removesuffix(".weight") for key, name in original.items()}
+    assert comfyui.apply(weights, flat, tensors) == len(tensors)
+    attach.load(ours, made)
+    for _, layer in attach.layers(ours):
+        layer.merge()
+    attach.detach(ours)
+    for key, value in ours.state_dict().items():
+        assert (value - weights[f"{comfyui.PREFIX}{original[key]}"]).abs().max() < 1e-6
+    moved = {
+        key.removesuffix(".weight") for key, value in ours.state_dict().items() if not value.equal(born[key].double())
+    }
+    assert moved == made.rank.keys()
+
+
 # --- files of other programs ------------------------------------------------------------------------------------------
 
 
@@ -290,6 +322,22 @@ def test_an_image_models_lora_acts_alike_on_each_frame(tmp_path: Path) -> None:
         ours = lora(video, made)(**inputs).sample[0]
         context = inputs["encoder_hidden_states"].expand(2, -1, -1)
         other = lora(parent, made)(inputs["sample"][0], inputs["timestep"], context).sample
+    assert (ours - other).abs().max() <= 1e-5
+
+
+def test_diffusers_reads_the_kohya_files_that_are_written(tmp_path: Path) -> None:
+    parent = tiny_unet(norm_num_groups=32)
+    made = adapter(Network.of(parent), SPATIAL)
+    foreign.write(tmp_path / "kohya.safetensors", made, "kohya", Network.of(parent))
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tmp_path / "kohya.safetensors")
+    theirs = tiny_unet(norm_num_groups=32)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, theirs, "kohya")
+    inputs = unet_inputs(batch=2)
+    arguments = (inputs["sample"][:, 0], inputs["timestep"], inputs["encoder_hidden_states"])
+    with torch.no_grad():
+        plain, other = parent(*arguments).sample, theirs(*arguments).sample
+        ours = lora(parent, made)(*arguments).sample
+    assert (ours - plain).abs().max() > 1e-2
     assert (ours - other).abs().max() <= 1e-5
 
 
