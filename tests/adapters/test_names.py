@@ -357,6 +357,27 @@ def test_older_spellings_of_diffusers_are_known(tmp_path: Path) -> None:
     assert found.alpha == {Q: 2.0, out: 2.0}
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "unet."])
+def test_spellings_of_peft_are_known(prefix: str, tmp_path: Path) -> None:
+    made = adapter(network(), kind="dora")
+    ends = {"A.weight": "A.default.weight", "B.weight": "B.default.weight", "vector": "vector.default.weight"}
+    tensors = {}
+    for name, value in made.tensors.items():
+        end = next(end for end in ends if name.endswith(end))
+        tensors[f"{prefix}{name.removeprefix('unet.').removesuffix(end)}{ends[end]}"] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = foreign.read(tmp_path / "a.safetensors", network(), alpha=3.0)
+    assert found.format == "inflate"
+    assert same(replace(found.adapter, about=made.about), made)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    made = adapter(network(), (Q,))
+    save_file({**made.tensors, f"{Q}.lora_A.weight": torch.ones(2, 32)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="twice, under another name too"):
+        foreign.read(tmp_path / "a.safetensors", network(), alpha=3.0)
+
+
 def test_motion_loras_of_animatediff_are_known(tmp_path: Path) -> None:
     over = network(ANIMATEDIFF_V2)
     layer = "down_blocks.0.attentions.0.temporal.transformer_blocks.0.attn2.to_v"
