@@ -4,7 +4,8 @@
     unet.down_blocks.0.attentions.0.transformer_blocks.0.temporal.attn1.to_q.lora_B.weight    (out, rank)
 
 The header's entry `inflate` is JSON: kind, rank and alpha per module, and what the adapter was made of. Beside it
-stands `lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas.
+stands `lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas if it is told the
+file's `weight_name`; else it takes each alpha for the rank, without a word.
 
 Files come from anywhere: a header is read only up to a size, and every name, shape and place in it is checked before a
 tensor is. Nothing in a file is executed.
@@ -313,7 +314,7 @@ def write(path: str | Path, adapter: Adapter, overwrite: bool = False) -> None:
         raise CheckpointError(f"{path} exists already; choose another name, or add --overwrite")
     check_ranks(path, adapter)
     own = {"format": FORMAT, "kind": adapter.kind, "rank": adapter.rank, "alpha": adapter.alpha, **adapter.about}
-    told = {OWN_KEY: json.dumps(own, allow_nan=False)}
+    told = {"format": "pt", OWN_KEY: json.dumps(own, allow_nan=False)}
     if adapter.kind in LORA_KINDS:
         told[DIFFUSERS_KEY] = json.dumps({f"unet.{name}": value for name, value in peft_settings(adapter).items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
