@@ -4,7 +4,8 @@
     unet.down_blocks.0.attentions.0.transformer_blocks.0.temporal.attn1.to_q.lora_B.weight    (out, rank)
 
 The header's entry `inflate` is JSON: kind, rank and alpha per module, and what the adapter was made of. Beside it
-stands `lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas.
+stands `lora_adapter_metadata`, by which diffusers' `load_lora_adapter` learns of ranks and alphas if it is told the
+file's `weight_name`; else it takes each alpha for the rank, without a word.
 
 Files come from anywhere: a header is read only up to a size, and every name, shape and place in it is checked before a
 tensor is. Nothing in a file is executed.
@@ -328,7 +329,7 @@ def write(path: str | Path, adapter: Adapter, overwrite: bool = False) -> None:
 def own_entry(adapter: Adapter) -> dict[str, str]:
     """What a header tells of an adapter in our words."""
     own = {"format": FORMAT, "kind": adapter.kind, "rank": adapter.rank, "alpha": adapter.alpha, **adapter.about}
-    return {OWN_KEY: json.dumps(own, allow_nan=False)}
+    return {"format": "pt", OWN_KEY: json.dumps(own, allow_nan=False)}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str], overwrite: bool = False) -> None:

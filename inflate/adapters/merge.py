@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,8 @@ def unmerge(unet: VideoUNet, adapter: Adapter, weight: float = 1.0, origin: obje
     """Take a merged adapter out of the weights of a UNet; how far the result with it beside is from what it was.
 
     That is compared with the output that the file keeps of the trained model, so that nothing is taken out that was
-    not merged: CheckpointError, with the UNet as it was, above TOLERANCE. Rounding leaves the last bit open, and the
+    not merged: CheckpointError, with the UNet as it was, above TOLERANCE, or a tenth of the adapter's effect where that
+    is less. Rounding leaves the last bit open, and the
     result is another base by its hash. The directions of a DoRA's weights hide their lengths: it cannot be taken out.
     """
     if adapter.kind == "dora":
@@ -62,7 +64,8 @@ def unmerge(unet: VideoUNet, adapter: Adapter, weight: float = 1.0, origin: obje
         for name, tensor in tensors.items():
             unet.get_parameter(name).sub_(tensor, alpha=weight)
     difference = verify.difference(unet, adapter, origin)
-    if not difference <= TOLERANCE:
+    effect = (adapter.about.get("verified") or {"effect": math.inf})["effect"]
+    if not difference <= min(TOLERANCE, effect / 10):
         with torch.no_grad():
             for name, tensor in held.items():
                 unet.get_parameter(name).copy_(tensor)
