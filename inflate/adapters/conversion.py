@@ -39,7 +39,9 @@ def convert(
         raise ConfigError(f"{source} is {format}: say with --to which format it is to be")
     foreign.write(target, adapter, wanted, network, overwrite)
     ranks = sorted(set(adapter.rank.values()))
-    return f"{source} is {format}, a {adapter.kind} of {len(adapter.rank)} layers, rank {', '.join(map(str, ranks))}"
+    caution = "; ComfyUI computes another model of a DoRA" if (adapter.kind, wanted) == ("dora", "kohya") else ""
+    kind = f"a {adapter.kind} of {len(adapter.rank)} layers, rank {', '.join(map(str, ranks))}"
+    return f"{source} is {format}, {kind}{caution}"
 
 
 def extract(base: str, tuned: str, rank: int, leave_rest: bool = False) -> Resized:
@@ -57,13 +59,13 @@ def extract(base: str, tuned: str, rank: int, leave_rest: bool = False) -> Resiz
 def _network(source: Path, model: str | None) -> Network:
     """The layers of the model that an adapter is for, as named or as its file tells; ConfigError for neither."""
     told = _told(source)
-    base = told.get("base") or {}
-    name = model or base.get("name")
+    base, family = told.get("base"), told.get("family")
+    name = model or (base.get("name") if isinstance(base, dict) else None)
     if not isinstance(name, str):
         raise ConfigError(f"{source} does not tell which model it is for: name it as --model")
     if model is None and not _is_here(name):  # what a stranger's file names is not downloaded
         raise ConfigError(f"{source} is for {name}, which is not on this disk: name it, or one like it, as --model")
-    return Network.of(outlines.outline(name, told.get("family")))
+    return Network.of(outlines.outline(name, family if isinstance(family, str) else None))
 
 
 def _is_here(name: str) -> bool:
@@ -76,6 +78,6 @@ def _told(source: Path) -> dict[str, Any]:
     entries = file.read_header(source.expanduser()).get("__metadata__", {})
     try:
         told = json.loads(entries.get(file.OWN_KEY, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: the header's entry {file.OWN_KEY} is damaged: {error}") from error
     return told if isinstance(told, dict) else {}

@@ -459,6 +459,14 @@ def test_what_another_program_changed_is_read_as_it_is_now(tmp_path: Path) -> No
     assert found.alpha[Q] == pytest.approx(2 * 3 * 2**0.5)
 
 
+def test_what_another_program_took_out_is_not_missed(tmp_path: Path) -> None:
+    foreign.write(tmp_path / "a.safetensors", adapter(network()), "kohya", network())
+    tensors, told = file.read_tensors(tmp_path / "a.safetensors", foreign.ANY_NAME)
+    kept = {name: value for name, value in tensors.items() if name.startswith(f"{FLAT_Q}.")}
+    file.write_tensors(tmp_path / "b.safetensors", kept, told)
+    assert foreign.read(tmp_path / "b.safetensors", network()).adapter.rank == {Q: 2}
+
+
 def test_a_format_without_alpha_refuses_one(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="attention-processors has no place for an alpha other than the rank in 1"
@@ -489,6 +497,33 @@ def test_temporal_adapters_go_over_every_image_model_of_one_shape(tmp_path: Path
     output = run("convert", tmp_path / "comfy.safetensors", tmp_path / "back.safetensors", "--model", other)
     assert "comfyui, a lora of 2 layers, rank 2, 3" in output
     assert same(file.read(tmp_path / "back.safetensors"), made)
+
+
+def test_who_reads_a_dora_otherwise_is_told(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", write_image_model(tmp_path / "model")
+    over = Network.of(outlines.outline(str(model), "svd"))
+    file.write(
+        path, replace(adapter(over, kind="dora"), about={"family": "svd", "base": {"name": str(model), "sha256": "a"}})
+    )
+    output = run("convert", path, tmp_path / "b.safetensors", "--to", "kohya")
+    assert "ComfyUI computes another model of a DoRA" in output
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ('{"base": [1], "family": [2]}', "name it as --model"),
+        ('{"base": {"name": "a/b"}}', "a/b, which is not on this disk"),
+        ("[" * 100_000, "the header's entry inflate is damaged"),
+    ],
+)
+def test_headers_of_strangers_are_believed_in_nothing(entry: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(adapter(network(), (Q,)).tensors, path, {file.OWN_KEY: entry})
+    result = CliRunner().invoke(app, ["adapter", "convert", str(path), str(tmp_path / "b.safetensors")])
+    assert result.exit_code == 1
+    assert told in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_file_that_does_not_tell_its_model_needs_one(tmp_path: Path) -> None:
