@@ -61,7 +61,7 @@ def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
     run = record.starts(output / record.NAME)[-1]
     told = {
         "config": config, "data": run["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
-        "licence": None, "hardware": ", ".join(run["devices"]),
+        "licence": None, "hardware": ", ".join(run["devices"]), "verified": None,
     }  # fmt: skip
     file.write(path, replace(adapter, about={**adapter.about, **told}), overwrite=True)
     verify.certify(path, adapter.about["family"], asdict(model))
