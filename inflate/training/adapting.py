@@ -39,6 +39,7 @@ class Adapting:
         the model does not have or that would learn nothing.
         """
         names = targets.resolve(unet, settings)
+        targets.refuse_zero_rows(unet, names, settings)
         targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
         base = {"name": path, "sha256": bases.sha256(unet)}
         torch.manual_seed(seed_of(seed, "adapter"))
