@@ -123,7 +123,12 @@ def run_of(output: Path, start: str, seed: int) -> Path:
 
 
 def reached(rows: Sequence[dict[str, float]], level: float) -> float | None:
-    """The step at which the held-out loss comes to a level, log-linear between measurements; None if it never does."""
+    """The step at which the held-out loss comes to a level, log-linear between measurements; None if it never does.
+
+    0 where it is born there.
+    """
+    if rows[0]["held-out loss"] <= level:
+        return 0.0
     for before, after in pairwise(rows):
         if after["held-out loss"] <= level:
             high, low = (math.log(row["held-out loss"] / level) for row in (before, after))
@@ -146,6 +151,7 @@ def compare(
             inflated, scratch = ([dict(row) for row in rows or []] for rows in pair)
             step = reached(inflated, scratch[-1]["held-out loss"])
             found[f"seed {seed}"] = {
+                "first loss, inflated": inflated[0]["held-out loss"],
                 "last loss, inflated": inflated[-1]["held-out loss"],
                 "last loss, from scratch": scratch[-1]["held-out loss"],
                 "inflated comes to the latter after steps": step,
@@ -163,12 +169,13 @@ def report(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     if len(ratios) == len(seeds):
         result["ratio of steps to equal loss"] = {"mean": fmean(ratios), "least": min(ratios), "most": max(ratios)}
     write(arguments.output / "image_to_video.json", record(command("OUT"), result))
-    draw(curves, ratios, arguments.output / "image_to_video.png")
+    draw(curves, found, arguments.output / "image_to_video.png")
     print(json.dumps({name: value for name, value in result.items() if name != "curves"}, indent=1))
 
 
-def draw(curves: dict[str, Any], ratios: Sequence[float], target: Path) -> None:
+def draw(curves: dict[str, Any], found: dict[str, Any], target: Path) -> None:
     """The curves, a colour per start, a line per seed; dotted with the temporal layers bypassed."""
+    ratios = [ratio for one in found.values() if (ratio := one["ratio of steps to equal loss"])]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     named = set()
@@ -184,6 +191,9 @@ def draw(curves: dict[str, Any], ratios: Sequence[float], target: Path) -> None:
                 markersize=3, linewidth=1, label=None if label in named else label,
             )  # fmt: skip
             named.add(label)
+    born = [one["inflated comes to the latter after steps"] for one in found.values()]
+    if born and not any(born):
+        axes.set_title(f"no run from scratch comes to the newborn inflated model ({len(born)} seeds)", fontsize=10)
     if ratios:
         spread = f"{min(ratios):.1f}" if len(ratios) == 1 else f"{min(ratios):.1f} to {max(ratios):.1f}"
         axes.set_title(f"equal loss in {spread} times fewer steps ({len(ratios)} seeds)", fontsize=10)

@@ -70,6 +70,14 @@ def heading_of(mask: Tensor) -> str:
     return (("left", "right"), ("up", "down"))[axis][skews[axis] > 0]
 
 
+def right_headings(masks: list[Tensor], scenes: list[demo.Scene]) -> list[bool]:
+    """Of each dart, whether its outline points where its caption says."""
+    return [
+        bool(mask.any()) and heading_of(mask) == scene.heading
+        for mask, scene in zip(masks, scenes, strict=True) if scene.shape == "dart"
+    ]  # fmt: skip
+
+
 def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> float:
     """The share of the first frames' pixels that are nearer to a look's colours than to the other look's."""
     other: demo.Look = "pastel" if look == "vivid" else "vivid"
@@ -92,11 +100,8 @@ def agreement(clips: Tensor, scenes: list[demo.Scene], look: demo.Look = "vivid"
         if (kind := [pair for pair in zip(agrees, scenes, strict=True) if pair[1].shape == shape])
     }
     pairs = [(scene.motion, name) for scene, name in zip(scenes, found, strict=True)]
-    darts = [
-        (heading_of(mask) == scene.heading, agree)
-        for mask, scene, agree in zip(masks, scenes, agrees, strict=True) if scene.shape == "dart" and mask.any()
-    ]  # fmt: skip
-    pointing = [agree for points, agree in darts if points]
+    darts = [agree for agree, scene in zip(agrees, scenes, strict=True) if scene.shape == "dart"]
+    pointing = [agree for agree, points in zip(darts, right_headings(masks, scenes), strict=True) if points]
     return {
         "agree": sum(agrees), "of": len(agrees), "share": sum(agrees) / len(agrees), "chance": chance, **by_shape,
         "darts drawn as named": f"{len(pointing)} of {len(darts)}", "of these, agree": sum(pointing),

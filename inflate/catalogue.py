@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope, svd_files
 from inflate.families.svd_encoders import TENSORS_FILE
+from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
 from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.unet import TemporalSpec, VideoUNet
@@ -151,9 +152,17 @@ def _stable_diffusion(folder: Path) -> Found:
 
 
 def _svd_file(file: Path) -> Found:
-    unet, vae = svd_files.load_sgm(file, svd_files.HEAD_CHANNELS, exchange.read_headers)
-    facts, groups = _video_unet(unet)
-    return facts, {**groups, "VAE": list(vae.state_dict().values()), **_others(exchange.read_headers(file))}
+    original = Original.read(file, exchange.read_headers)
+    facts, groups = _video_unet(original.load_unet())
+    for load in (original.load_vae, *([original.load_image_encoder] if original.image_encoder else [])):
+        load()
+    parts = {
+        "VAE": original.first_stage,
+        "VAE's encoder again": original.autoencoder,
+        "image encoder": original.image_encoder,
+        "idle": original.idle,
+    }
+    return facts, {**groups, **{name: list(tensors.values()) for name, tensors in parts.items()}}
 
 
 def _svd(folder: Path) -> Found:

@@ -235,7 +235,7 @@ def convert_model(
         str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
     image_encoder: Annotated[
-        str | None, typer.Option(help="Folder of the image encoder of the original's Stable Video Diffusion.")
+        str | None, typer.Option(help="Folder of the image encoder, where the original's file holds none.")
     ] = None,
     prediction: Annotated[
         Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
@@ -372,6 +372,12 @@ def generate(
     image_model: OtherImageModel = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
+    ] = None,
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Draw a clip of PROMPT with the text-to-video model in PATH."""
@@ -383,7 +389,7 @@ def generate(
     from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path, image_model).to(_device())
+    family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
     _adapt(family, wanted, any_base)
     settings = Sampling(
@@ -518,9 +524,10 @@ def _note_image_model(path: str) -> None:
     """Say what a freshly inflated model cannot do yet."""
     from diffusers import UNet2DConditionModel
 
-    from inflate.models import folders
+    from inflate.models import folders, single_file
 
-    if folders.holds(path, UNet2DConditionModel):
+    file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
+    if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
 
 

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import animatediff, modelscope
+from inflate.families import animatediff, modelscope, svd
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
+from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
 from inflate.files import new_folder
 from inflate.formats import FILES, WRITTEN
 from inflate.layers.branches import NormOver
 from inflate.models import folders
+from inflate.models.exchange import listing, read_headers
 from inflate.models.single_file import Prediction, load_image_model
+from inflate.models.single_file_writing import save_image_model
 from inflate.models.unet import VideoUNet
 
 USUAL = {
     "stable-diffusion-file": "stable-diffusion",
+    "stable-diffusion": "stable-diffusion-file",
     "svd-file": "svd",
+    "svd": "svd-file",
     "unet3d": "vgen",
     "vgen": "unet3d",
     "unet-motion": "motion-adapter",
@@ -33,8 +38,6 @@ USUAL = {
 }
 """What a format becomes where no other is asked for."""
 READ_ONLY = {
-    "stable-diffusion-file": "such a file holds text encoders, too, which are not read",
-    "svd-file": "the original's file holds CLIP, too, under names of its own, which are not read",
     "checkpoint": "only a run writes its checkpoints",
 }
 """Formats that are known and not written, and why."""
@@ -47,7 +50,7 @@ class Extra:
     image_model: str | None = None
     """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over"""
     image_encoder: str | None = None
-    """folder of the CLIP image encoder of Stable Video Diffusion"""
+    """folder of the CLIP image encoder of Stable Video Diffusion, where the original's file holds none"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     norm_per_frame: bool = False
@@ -83,12 +86,12 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     _refuse_useless(source, given)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
-        if source == "stable-diffusion-file":
-            return _image_model(place, target, given)
-        if source == "svd-file":
-            return _svd(place, target, given)
         if wanted == TEMPORAL:
             return _temporal_layers(source, place, target, given)
+        if source == TEMPORAL and wanted == "svd":
+            return _saved(SVD.load(place), target)
+        if source in PIPELINES:
+            return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
     return f"{target} is {wanted}"
 
@@ -102,8 +105,8 @@ def _wanted(source: str, to: str | None, path: str) -> str:
         raise CheckpointError(f"--to {wanted}: is read, not written: {READ_ONLY[wanted]}")
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
-    possible = {"stable-diffusion-file": ["stable-diffusion"], "svd-file": ["svd"]}
-    targets = [*possible.get(source, WRITERS if source in READERS else ()), *([TEMPORAL] if source in EXPORTS else [])]
+    targets = [USUAL[source]] if source in PIPELINES else list(WRITERS) if source in READERS else []
+    targets += [TEMPORAL] if source in EXPORTS else ["svd"] if source == TEMPORAL else []
     if wanted == source or wanted not in targets:
         others = ", ".join(name for name in targets if name != source) or "none"
         raise CheckpointError(f"{path} is {source}, of which no {wanted} is made; what it can become: {others}")
@@ -142,16 +145,44 @@ def _writing(target: Path) -> Iterator[None]:
 
 def _image_model(file: Path, target: Path, extra: Extra) -> str:
     image = load_image_model(file, extra.prediction)
-    scheduler = DDIMScheduler(**image.scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     with new_folder(target) as aside:
-        for name, part in {"unet": image.unet, "vae": image.vae, "scheduler": scheduler}.items():
+        for name, part in {"unet": image.unet, "vae": image.vae, "scheduler": image.noise}.items():
             part.save_pretrained(aside / name)
     return f"{target} is a {image.generation} that predicts {image.scheduler['prediction_type']}, without text encoders"
 
 
+def _image_file(folder: Path, target: Path, _: Extra) -> str:
+    unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
+    vae = folders.load_parent(AutoencoderKL, folder / "vae")
+    scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    return f"{target} is a {save_image_model(unet, vae, scheduler, target)}, without text encoders"
+
+
 def _svd(file: Path, target: Path, extra: Extra) -> str:
-    gap = SVD.load(file, extra.image_encoder).save_pretrained(target)
+    told = _saved(SVD.from_sgm(file, extra.image_encoder), target)
+    idle = list(Original.read(file, read_headers).idle)
+    return f"{told}; left out, as nothing uses them: {listing(idle)}" if idle else told
+
+
+def _saved(family: SVD, target: Path) -> str:
+    """Writes diffusers' folder."""
+    gap = family.save_pretrained(target)
     return f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
+
+
+def _svd_file(folder: Path, target: Path, _: Extra) -> str:
+    untold = SVD.from_pretrained(folder).save_sgm(target)
+    told = f"{target} is svd-file, without what lies idle in published ones: parts of a text encoder, an image decoder"
+    return f"{told}; it does not tell: {', '.join(untold)}" if untold else told
+
+
+PIPELINES: dict[str, Callable[[Path, Path, Extra], str]] = {
+    "stable-diffusion-file": _image_model,
+    "stable-diffusion": _image_file,
+    "svd-file": _svd,
+    "svd": _svd_file,
+}
+"""How a model of several networks goes into its usual other format; returns what to know of it."""
 
 
 def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> str:
@@ -160,6 +191,12 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
         raise ConfigError(f"--to {TEMPORAL}: name the image model that they were trained over as --image-model")
     EXPORTS[source](folder).save_temporal(target, extra.image_model)
     return f"{target} goes over {extra.image_model}, in half precision"
+
+
+def _family_of(folder: Path) -> type[SVD | VideoLDM]:
+    """The family of temporal layers alone."""
+    is_svd = folders.read_json(folder / folders.SETTINGS_FILE).get("family") == svd.FAMILY
+    return SVD if is_svd else VideoLDM
 
 
 def _from_vgen(file: Path, _: Extra) -> VideoUNet:
@@ -186,7 +223,7 @@ def _our_unet(folder: Path, _: Extra) -> VideoUNet:
 
 READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
-    "temporal-layers": lambda folder, _: VideoLDM.load(folder).unet,
+    "temporal-layers": lambda folder, _: _family_of(folder).load(folder).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
     "vgen": _from_vgen,
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),

@@ -18,9 +18,9 @@ FORMATS = {
 
 UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
 """The formats in which the UNet of a video model is written."""
-WRITTEN = ("stable-diffusion", "svd", "temporal-layers", *UNETS)
+WRITTEN = ("stable-diffusion", "stable-diffusion-file", "svd", "svd-file", "temporal-layers", *UNETS)
 """The formats that are written."""
-FILES = ("vgen", "motion-module")
+FILES = ("stable-diffusion-file", "svd-file", "vgen", "motion-module")
 """Those of them that are one file."""
 
 ADAPTERS = {

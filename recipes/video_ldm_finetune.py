@@ -4,6 +4,8 @@ accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_temporal.yaml 
     temporal layers between those of Stable Diffusion, which stay as they are
 accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_spatial.yaml datasets/folder.yaml data.path=clips
     before that: the image layers on single frames, where the clips look unlike what the image model draws
+accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_sdxl.yaml datasets/folder.yaml data.path=clips
+    temporal layers between those of Stable Diffusion XL
 accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_pocket.yaml
     the pocket model on the demo clips, on a CPU
 """
@@ -72,7 +74,7 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    check_inputs(config.training, config.data, config.model.path)
+    check_inputs(config.training, config.data, config.model.path, config.model.tokenizer)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)

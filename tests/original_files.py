@@ -9,10 +9,19 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from helpers import randomise, tiny_unet, tiny_vae, write_image_model
+from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
 from inflate.families import svd_keys
-from inflate.models.original_names import UNetLayout, unet_names, vae_names
+from inflate.families.svd import SVD
+from inflate.models.original_names import UNetLayout
+from inflate.models.single_file_writing import image_tensors
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.surgery import inflate_unet, inflate_vae
@@ -21,18 +30,20 @@ LEVELS: dict[str, Any] = {
     "block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 2, "norm_num_groups": 32,
 }  # fmt: skip
+IDLE = {"conditioner.embedders.0.open_clip.model.logit_scale": torch.ones(())}
+"""Some of what the original's file keeps and nothing uses."""
 VAE: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 32}
+FIRST, OPEN, LAST = "conditioner.embedders.0.transformer.", "cond_stage_model.model.", "conditioner.embedders.1.model."
+XL: dict[str, Any] = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": (2, 2),
+    "projection_class_embeddings_input_dim": 6 * 256 + 16, "cross_attention_dim": 128,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {"linear": True, "attention_head_dim": (1, 2)}
 
 
 def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
     """The tensors of an image model under latent diffusion's names."""
-    names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
-    tensors = {f"model.diffusion_model.{names[key]}": tensor for key, tensor in unet.state_dict().items()}
-    names = vae_names(vae.state_dict(), 2)
-    for key, tensor in vae.state_dict().items():
-        pointwise = ".attn_1." in names[key] and tensor.ndim == 2
-        tensors[f"first_stage_model.{names[key]}"] = tensor[:, :, None, None] if pointwise else tensor
-    return {key: tensor.clone() for key, tensor in tensors.items()}
+    return {key: tensor.clone() for key, tensor in image_tensors(unet, vae).items()}
 
 
 def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -40,6 +51,65 @@ def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     unet, vae = tiny_unet(False, **LEVELS, attention_head_dim=8), tiny_vae(**VAE)
     save_file({**original_names(unet, vae), "cond_stage_model.transformer.x": torch.zeros(1)}, file)
     return unet, vae
+
+
+def text_encoder(pooled: bool = False, act: str = "quick_gelu") -> CLIPTextModel | CLIPTextModelWithProjection:
+    """A text encoder of three layers with the pocket's vocabulary."""
+    torch.manual_seed(5 + pooled)
+    config = CLIPTextConfig(
+        vocab_size=164, max_position_embeddings=20, eos_token_id=2, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=3, num_attention_heads=1, hidden_act=act, projection_dim=16,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config).eval()
+
+
+def open_clip_tensors(encoder: CLIPTextModel | CLIPTextModelWithProjection, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a text encoder under OpenCLIP's names."""
+    renamed = {
+        "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding": "token_embedding",
+        "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
+        "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj", "text_projection.weight": "text_projection",
+    }  # fmt: skip
+    found: dict[str, Tensor] = {}
+    for key, tensor in encoder.state_dict().items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        found[f"{prefix}{name}"] = tensor.T.contiguous() if name == "text_projection" else tensor
+    for query in [name for name in found if ".q_proj." in name]:
+        parts = [found.pop(query.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        found[query.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    return found
+
+
+def clip_tensors(encoder: CLIPTextModel, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a text encoder as single files have those under transformers' names."""
+    named = {f"{prefix}text_model.{key.removeprefix('text_model.')}": one for key, one in encoder.state_dict().items()}
+    return {**named, f"{prefix}text_model.embeddings.position_ids": torch.arange(20)[None]}
+
+
+def tensors_of(generation: str) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+    """The UNet, all tensors of a file, and its text encoders."""
+    vae = tiny_vae(**VAE)
+    if generation == "Stable Diffusion XL":
+        unet = tiny_unet(**LINEAR, **LEVELS, **XL)
+        encoders = text_encoder(), text_encoder(True, "gelu")
+        text = clip_tensors(encoders[0], FIRST) | open_clip_tensors(encoders[1], LAST)
+        return unet, {**original_names(unet, vae), **text, f"{LAST}logit_scale": torch.ones(())}, encoders
+    if generation == "Stable Diffusion 2":
+        unet, encoder = tiny_unet(**LINEAR, **LEVELS, cross_attention_dim=64), text_encoder(True, "gelu")
+        whole = {**open_clip_tensors(encoder, OPEN), f"{OPEN}logit_scale": torch.ones(())}
+        return unet, {**original_names(unet, vae), **whole}, (encoder,)
+    unet, encoder = tiny_unet(False, **LEVELS, attention_head_dim=8, cross_attention_dim=64), text_encoder()
+    text = clip_tensors(encoder, "cond_stage_model.transformer.")
+    return unet, {**original_names(unet, vae), **text}, (encoder,)
+
+
+def write_whole_file(file: Path, generation: str) -> tuple[Any, tuple[Any, ...]]:
+    """Write a tiny Stable Diffusion with its text encoders; returns its UNet and those."""
+    unet, tensors, encoders = tensors_of(generation)
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file)
+    return unet, encoders
 
 
 def write_sgm(unet: VideoUNet, vae: VideoVAE, file: Path) -> None:
@@ -53,7 +123,7 @@ def write_sgm(unet: VideoUNet, vae: VideoVAE, file: Path) -> None:
         "vae": {key: f"first_stage_model.{name}" for key, name in svd_keys.vae_to_sgm(ours["vae"], 2).items()},
     }
     renamed = {names[part][key]: tensor.clone() for part in ours for key, tensor in ours[part].items()}
-    save_file({**renamed, "conditioner.embedders.0.x": torch.zeros(1)}, file)
+    save_file({**renamed, **IDLE}, file)
 
 
 def write_svd_file(folder: Path) -> tuple[Path, Path, VideoUNet, VideoVAE]:
@@ -66,6 +136,26 @@ def write_svd_file(folder: Path) -> tuple[Path, Path, VideoUNet, VideoVAE]:
     write_sgm(unet, vae, folder / "svd.safetensors")
     write_image_model(folder / "image")
     return folder / "svd.safetensors", folder / "image" / "image_encoder", unet, vae
+
+
+def wide_encoder() -> CLIPVisionModelWithProjection:
+    """An image encoder of one small layer, but as wide as the one that Stable Video Diffusion has."""
+    settings = {"hidden_size": 1280, "intermediate_size": 16, "num_hidden_layers": 1, "projection_dim": CROSS}
+    shape = {"image_size": 224, "patch_size": 28, "num_attention_heads": 16, "hidden_act": "gelu"}
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings, **shape)).eval()
+    randomise(encoder)
+    return encoder
+
+
+def published_like(**vae: Any) -> SVD:
+    """A tiny Stable Video Diffusion that a file of the original can hold, with a quant convolution."""
+    parent = tiny_unet(True, **LEVELS, attention_head_dim=(1, 2), cross_attention_dim=CROSS)
+    unet, _ = inflate_unet(parent, TemporalSpec(added_id_dim=8), in_channels=8)
+    quant = {"use_quant_conv": True, "use_post_quant_conv": False, **vae}
+    video_vae, _ = inflate_vae(tiny_vae(**VAE, layers_per_block=2, **quant))
+    for network in (unet, video_vae):
+        randomise(network)
+    return SVD(unet, video_vae, wide_encoder())
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

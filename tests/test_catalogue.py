@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_files import write_single_file, write_svd_file
+from original_files import IDLE, published_like, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
@@ -36,7 +36,10 @@ def single_file(folder: Path) -> Path:
 
 
 def svd_file(folder: Path) -> Path:
-    return write_svd_file(folder)[0]
+    file = folder / "svd.safetensors"
+    published_like().save_sgm(file)
+    save_file({**load_file(file), **IDLE}, file)
+    return file
 
 
 def svd(folder: Path) -> Path:
@@ -102,7 +105,11 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
         {"2D", "VAE", "cond_stage_model"},
     ),
     "stable-diffusion": (sdxl, {"model": "Stable Diffusion XL", "context width": "32"}, {"2D"}),
-    "svd-file": (svd_file, {"context width": "32"}, BLOCKS | {"conditioning", "VAE", "conditioner"}),
+    "svd-file": (
+        svd_file,
+        {"context width": "32"},
+        BLOCKS | {"conditioning", "VAE", "VAE's encoder again", "image encoder", "idle"},
+    ),
     "svd": (
         svd,
         {"written as": "an export of ours (inflate.json)", "prediction": "v_prediction"},

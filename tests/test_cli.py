@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from original_files import write_whole_file
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -225,6 +226,16 @@ def test_generate_draws_a_prompt_with_the_pocket_model(tmp_path: Path) -> None:
     probe = video.probe(output)
     assert (probe.frames, probe.height, probe.width, probe.fps) == (2, 128, 128, 4)
     assert output.with_suffix(".png").is_file()
+
+
+def test_generate_takes_a_single_file_with_a_tokenizer(tmp_path: Path) -> None:
+    write_whole_file(tmp_path / "xl.safetensors", "Stable Diffusion XL")
+    shape = ("--steps", "1", "--frames", "2", "--height", "16", "--width", "16")
+    arguments = ("generate", tmp_path / "xl.safetensors", "a disc", "-o", tmp_path / "out.mp4", *shape)
+    assert "name the folder of one" in inflate(*arguments).stderr
+    result = inflate(*arguments, "--tokenizer", "pocket")
+    assert "is an image model" in result.stderr
+    assert video.probe(tmp_path / "out.mp4").frames == 2
 
 
 def test_generate_refuses_what_it_does_not_know(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from original_files import equal, write_single_file, write_svd_file
+from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNet2DConditionModel
+from original_files import IDLE, equal, original_names, published_like, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
@@ -148,6 +148,13 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
     assert "in half precision" in said
     assert str(image) in inflate("show", tmp_path / "alone").output
     found, expected = load(tmp_path / "alone").unet.state_dict(), load(tmp_path / "export").unet.state_dict()
+    converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
+    assert equal(VideoUNet.from_pretrained(tmp_path / "unet").state_dict(), found)
+    if kind == "image-to-video":
+        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd")
+        assert equal(SVD.load(tmp_path / "whole").unet.state_dict(), found)
+    else:
+        assert "is of family video_ldm" in refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")
     halved = [name for name in found if not torch.equal(found[name], expected[name])]
     assert set(halved) <= {*family.unet.created_parameters(), "conv_in.weight", "conv_in.bias"}
     assert all(torch.equal(found[name], expected[name].half().float()) for name in halved)
@@ -162,6 +169,14 @@ def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:
     assert read_json(tmp_path / "sd" / "scheduler" / "scheduler_config.json")["prediction_type"] == "epsilon"
 
 
+def test_a_single_file_comes_back_of_its_folder(tmp_path: Path) -> None:
+    unet, vae = write_single_file(tmp_path / "sd.safetensors")
+    converted(tmp_path / "sd.safetensors", tmp_path / "sd")
+    said = converted(tmp_path / "sd", tmp_path / "again.safetensors")
+    assert "again.safetensors is a Stable Diffusion 1, without text encoders" in said
+    assert equal(load_file(tmp_path / "again.safetensors"), original_names(unet, vae))
+
+
 def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
     file, encoder, unet, vae = write_svd_file(tmp_path)
     assert "image_encoder" in refused("convert", file, tmp_path / "svd")
@@ -171,6 +186,30 @@ def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
     assert equal(found.unet.state_dict(), unet.state_dict())
     assert equal(found.vae.state_dict(), vae.state_dict())
     assert found.objective == EDM()
+
+
+def test_the_originals_svd_goes_to_a_folder_and_back(tmp_path: Path) -> None:
+    family, file, again = published_like(), tmp_path / "svd.safetensors", tmp_path / "again.safetensors"
+    family.save_sgm(file)
+    held = load_file(file)
+    save_file({**held, **IDLE}, file)
+    left_out = "left out, as nothing uses them: conditioner.embedders.0.open_clip.model.logit_scale"
+    assert left_out in converted(file, tmp_path / "svd")
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "svd")
+    assert equal(pipeline.image_encoder.state_dict(), family.image_encoder.state_dict())
+    assert torch.equal(pipeline.vae.quant_conv.weight, family.vae.quant_conv.weight)
+    (tmp_path / "svd" / "inflate.json").unlink()  # as published, without what an export of ours says beside
+    assert "it does not tell: cross_attention_resnet_eps 1e-06" in converted(tmp_path / "svd", again)
+    assert equal(load_file(again), held)
+
+
+def test_an_inflated_svd_cannot_become_the_originals_file(tmp_path: Path) -> None:
+    family = published_like(use_post_quant_conv=True)
+    family.save_pretrained(tmp_path / "svd")
+    assert "has no place for: vae post_quant_conv.weight" in refused(
+        "convert", tmp_path / "svd", tmp_path / "svd.safetensors"
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["svd"]
 
 
 def test_what_exists_is_kept_unless_asked_and_unless_it_is_no_model(unet3d: Path, tmp_path: Path) -> None:
@@ -202,13 +241,15 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "unet-motion"), "UNetMotionModel has no place for: temporal conv True"),
         (("--to", "svd"), "is unet3d, of which no svd is made; what it can become: video-unet, vgen, "),
         (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
-        (("--to", "svd-file"), "--to svd-file: is read, not written: the original's file holds CLIP, too"),
-        (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, svd, "),
+        (("--to", "checkpoint"), "--to checkpoint: is read, not written: only a run writes its checkpoints"),
+        (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
         (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
     ):
         assert message in refused("convert", unet3d, target, *arguments)
-    assert "pocket is stable-diffusion: say with --to" in refused("convert", "pocket", target)
-    assert "what it can become: none" in refused("convert", "pocket", target, "--to", "svd")
+    assert "what it can become: stable-diffusion-file" in refused("convert", "pocket", target, "--to", "svd")
+    converted(unet3d, tmp_path / "ours", "--to", "video-unet")
+    assert "ours is video-unet: say with --to" in refused("convert", tmp_path / "ours", target)
+    assert "does not tell: unet attention_head_dim" in refused("convert", "pocket", tmp_path / "pocket.safetensors")
     assert inflate("convert", unet3d, target, "--prediction", "sample").exit_code == 2
     assert not target.exists()
 

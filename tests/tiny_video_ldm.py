@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion with the pocket model's text encoder, to be made a text-to-video model."""
+"""Tiny Stable Diffusions with the pocket model's text encoder, to be made text-to-video models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from helpers import tiny_unet, tiny_vae
+from helpers import tiny_unet, tiny_unet_sdxl, tiny_vae
 from inflate.models.folders import SHIPPED
 
 WIDTH, SIDE = 64, 16
@@ -27,6 +36,30 @@ def write_text_model(
     for name in ("text_encoder", "tokenizer"):
         shutil.copytree(SHIPPED["pocket"] / name, folder / name)
     return folder
+
+
+def write_sdxl(folder: Path, **settings: Any) -> Path:
+    """A tiny Stable Diffusion XL as diffusers writes it; `settings` are the pipeline's."""
+    tokenizers = [CLIPTokenizer.from_pretrained(SHIPPED["pocket"] / "tokenizer") for _ in range(2)]
+    tokenizers[1].add_special_tokens({"pad_token": tokenizers[1].convert_ids_to_tokens(0)})
+    parts = {
+        "unet": tiny_unet_sdxl(cross_attention_dim=WIDTH + 32), "vae": tiny_vae(scaling_factor=0.13025),
+        "scheduler": EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        "text_encoder": CLIPTextModel.from_pretrained(SHIPPED["pocket"] / "text_encoder", dtype=torch.float32),
+        "text_encoder_2": second_encoder(), "tokenizer": tokenizers[0], "tokenizer_2": tokenizers[1],
+    }  # fmt: skip
+    StableDiffusionXLPipeline(**parts, add_watermarker=False, **settings).save_pretrained(folder)
+    return folder
+
+
+def second_encoder() -> CLIPTextModelWithProjection:
+    """A text encoder of two layers with the pocket's vocabulary."""
+    torch.manual_seed(4)
+    config = CLIPTextConfig(
+        vocab_size=164, max_position_embeddings=20, bos_token_id=162, eos_token_id=163, pad_token_id=0, hidden_size=32,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu", projection_dim=16,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def unet(linear: bool) -> UNet2DConditionModel:

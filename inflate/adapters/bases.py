@@ -70,7 +70,7 @@ def family_of(path: str | Path, adapter: Adapter) -> str:
 def name_of(adapter: Adapter, origin: object) -> str:
     """The base that an adapter names, if it is here: what a stranger's file names is not downloaded."""
     name = _told(adapter, "name")
-    if name is None or folders.local_folder(name) is None:
+    if name is None or not (Path(name).expanduser().is_file() or folders.local_folder(name)):
         known = "does not name its base" if name is None else f"belongs on {name}, which is not on this disk"
         raise CheckpointError(f"{origin} {known}: name it by --base")
     return name

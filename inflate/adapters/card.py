@@ -51,7 +51,7 @@ def facts(adapter: Adapter) -> dict[str, str]:
         "licence": str(about.get("licence") or "not told"),
         "verified": _proof(verified) if verified else "not yet: `inflate adapter verify` loads it on its base",
     }
-    return {name: value for name, value in every.items() if value}
+    return {name: _plain(value) for name, value in every.items() if value}
 
 
 def table(adapter: Adapter) -> str:
@@ -90,7 +90,12 @@ def _curve(held_out: Sequence[Mapping[str, float | None]]) -> list[str]:
         return []
     names = [name for name in held_out[0] if all(name in row for row in held_out)]
     rows = [["-" if row[name] is None else f"{row[name]:.4g}" for name in names] for row in held_out]
-    return aligned([names, *rows])
+    return aligned([[_plain(name) for name in names], *rows])
+
+
+def _plain(text: str) -> str:
+    """A text of a stranger's without what a terminal or a card would take for a command."""
+    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _span(values: Any) -> str:

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from inflate import catalogue
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope, svd, svd_files, video_ldm
+from inflate.families.svd_original import Original
 from inflate.models import exchange, folders
 from inflate.models.exchange import Read
 from inflate.models.single_file import load_image_model
@@ -74,7 +75,7 @@ def _filled(unet: Any, folder: Path, read: Read) -> Any:
 _READERS: dict[str, Callable[[Path, Read], UNet2DConditionModel]] = {
     "stable-diffusion-file": lambda file, read: load_image_model(file, "epsilon", read).unet,
     "stable-diffusion": _image_model,
-    "svd-file": lambda file, read: svd_files.load_sgm(file, svd_files.HEAD_CHANNELS, read)[0],
+    "svd-file": lambda file, read: Original.read(file, read).load_unet(),
     "svd": _svd,
     "video-unet": _our_unet,
     "unet3d": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inflate.adapters.settings import AdapterSettings
 from inflate.errors import ConfigError
 from inflate.models.unet import VideoUNet
-from inflate.surgery import evaluating
+from inflate.surgery import added_conditions, context_width, evaluating
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.Conv3d)
 FLAT = ("lokr", "loha")
@@ -58,6 +58,17 @@ def resolve(unet: nn.Module, settings: AdapterSettings) -> list[str]:
             "adapter.exclude=[temporal.conv*], or set kind to lora, dora or rslora"
         )
     return chosen
+
+
+def refuse_zero_rows(unet: nn.Module, names: Sequence[str], settings: AdapterSettings) -> None:
+    """ConfigError for a DoRA on weights of no length, by which it would divide."""
+    weights = {name: unet.get_parameter(f"{name}.weight") for name in names if settings.kind == "dora"}
+    zero = [name for name, weight in weights.items() if not bool(weight.flatten(1).any(1).all())]
+    if zero:
+        raise ConfigError(
+            f"adapter.kind=dora divides by the lengths of weights, and some of {_some(zero)} are zero, as in a model "
+            "freshly inflated; set kind to lora, or name other layers"
+        )
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -135,7 +146,8 @@ def inputs(unet: VideoUNet, tokens: int, image_only: bool = False, seed: int = 0
     given: dict[str, Any] = {
         "sample": normal((1, 2, unet.config.in_channels, side, side), seed).to(like),
         "timestep": torch.ones(1).to(like),
-        "encoder_hidden_states": normal((1, tokens, unet.config.cross_attention_dim), seed + 1).to(like),
+        "encoder_hidden_states": normal((1, tokens, context_width(unet)), seed + 1).to(like),
+        "added_cond_kwargs": added_conditions(unet, 2, lambda *shape: normal(shape, seed + 3).to(like)),
     }
     if unet.spec.added_ids:
         given["added_time_ids"] = normal((1, unet.spec.added_ids), seed + 2).abs().to(like)

@@ -49,6 +49,8 @@ class Item(TypedDict):
     """float32 (), of the window: the clip's rate, or data.fps, over the stride"""
     motion: Tensor
     """float32 (), see `motion_score`"""
+    origin: NotRequired[Tensor]
+    """int64 (4,), height and width of the file's frames, and the top and left of what is cut out of them once scaled"""
     caption: str
     number: Tensor
     """int64 (), the sample number"""
@@ -122,6 +124,7 @@ class ClipDataset:
             **content,
             "fps": torch.tensor(window.fps, dtype=torch.float32),
             "motion": content["motion"].float(),
+            "origin": torch.tensor(_origin(row, window), dtype=torch.int64),
             "caption": row.clip.caption,
             "number": torch.tensor(int(number), dtype=torch.int64),
             "name": row.clip.name,
@@ -213,9 +216,7 @@ class ClipDataset:
 
     def _numbers(self, row: Checked, window: Window, start: int) -> list[int]:
         """The numbers of the frames that a window shows."""
-        if row.probe is None:
-            raise DataError(f"{row.clip.name}: was not decoded")
-        return frames_of(window, start, row.probe, self.settings)
+        return frames_of(window, start, _probed(row), self.settings)
 
     def _read(self, row: Checked, window: Window, numbers: Sequence[int]) -> Pixels:
         """Frames of a clip at its bucket's size (N, H, W, 3)."""
@@ -238,6 +239,18 @@ class ClipDataset:
             return self._encoded.motion(row, window, window.middle)
         frames = self._read(row, window, self._numbers(row, window, window.middle))
         return self._score(row, window, window.middle, frames)
+
+
+def _probed(row: Checked) -> video.Probe:
+    if row.probe is None:
+        raise DataError(f"{row.clip.name}: was not decoded")
+    return row.probe
+
+
+def _origin(row: Checked, window: Window) -> tuple[int, int, int, int]:
+    """The height and width of a clip's frames, and the top and left of what a window shows of them, once scaled."""
+    probe = _probed(row)
+    return probe.height, probe.width, *video.cut_from(probe, window.bucket.size)
 
 
 def collate(items: Sequence[Item]) -> Batch:

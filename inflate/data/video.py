@@ -449,8 +449,18 @@ def _cover(width: int, height: int, size: Size) -> tuple[int, int]:
     return max(size[1], round(width * scale)), max(size[0], round(height * scale))
 
 
+def cut_from(probe: Probe, size: Size) -> tuple[int, int]:
+    """The top and left, in pixels, of what is cut out of a medium's frames once they are scaled to cover `size`."""
+    width, height = _cover(probe.width, probe.height, size)
+    return _corner((height, width), size)
+
+
+def _corner(covered: Size, size: Size) -> tuple[int, int]:
+    return (covered[0] - size[0]) // 2, (covered[1] - size[1]) // 2
+
+
 def _crop(image: Pixels, size: Size) -> Pixels:
-    top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
+    top, left = _corner((image.shape[0], image.shape[1]), size)
     return image[top : top + size[0], left : left + size[1]]  # (height, width, 3)
 
 

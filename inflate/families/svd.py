@@ -26,17 +26,20 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
-from inflate.families import svd_files
+from inflate.families import svd_files, svd_original
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
     TENSORS_FILE,
     Encoding,
+    encoder_of,
     image_statistics,
     load_video_vae,
     needed_encoder,
     refuse_another_encoder,
 )
+from inflate.families.svd_original import Original
+from inflate.files import new_file
 from inflate.models import folders, temporal_layers
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
@@ -196,11 +199,11 @@ class SVD(Encoding):
         if image_model is not None:
             return cls._over_image_model(folders.resolve(path), image_model)
         if str(path).endswith(folders.SAFETENSORS):
-            encoder, file = needed_encoder(path, image_encoder), Path(path).expanduser()
+            file = Path(path).expanduser()
             if not is_single_image_model(file):
-                return cls.from_sgm(file, encoder)
+                return cls.from_sgm(file, image_encoder)
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
-            return cls.from_single_file(file, encoder, spec, prediction, frames)
+            return cls.from_single_file(file, needed_encoder(path, image_encoder), spec, prediction, frames)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             return cls._over_image_model(folder, None)
@@ -302,16 +305,20 @@ class SVD(Encoding):
 
     @classmethod
     def from_sgm(
-        cls, file: str | Path, image_encoder: str | Path, frames: int = 14, head_channels: int = svd_files.HEAD_CHANNELS
+        cls,
+        file: str | Path,
+        image_encoder: str | Path | None = None,
+        frames: int = 14,
+        head_channels: int = svd_files.HEAD_CHANNELS,
     ) -> Self:
-        """Loads a single .safetensors file in the original's names; the image encoder comes from its own folder.
+        """Loads a single .safetensors file in the original's names; `image_encoder` is for a file without one.
 
         CheckpointError, listing the tensors, where one is missing, left over or of another shape.
         """
-        folder = svd_files.encoder_folder(image_encoder)
-        unet, vae = svd_files.load_sgm(Path(file).expanduser(), head_channels)
-        encoder = svd_files.load_image_encoder(folder)
-        return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **image_statistics(folder))
+        original = Original.read(Path(file).expanduser())
+        encoder, statistics = encoder_of(original, image_encoder)
+        networks = original.load_unet(head_channels), original.load_vae()
+        return cls(*networks, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @property
     def device(self) -> torch.device:
@@ -371,6 +378,33 @@ class SVD(Encoding):
         gap = self._gap(unet, vae, seed=0)
         folders.write(Path(folder), lambda aside: self._write(aside, unet, vae, gap))
         return gap
+
+    def save_sgm(self, file: str | Path) -> list[str]:
+        """Writes a single .safetensors file in the original's names, atomic; returns the settings that it cannot tell.
+
+        CheckpointError, with nothing written, where the original's networks cannot hold the models.
+        """
+        wrong = svd_original.differing(self.unet, self.vae, self.image_encoder)
+        if self.objective.noise_condition != "edm":
+            wrong.append(f"noise_condition {self.objective.noise_condition}, of the image model that it was made of")
+        if (self.image_mean, self.image_std) != (CLIP_MEAN, CLIP_STD):
+            wrong.append(f"image_mean {self.image_mean}, image_std {self.image_std}")
+        if wrong:
+            raise CheckpointError(f"the original's file of Stable Video Diffusion has no place for: {'; '.join(wrong)}")
+        with new_file(Path(file)) as aside:
+            save_file(svd_original.tensors_of(self.unet, self.vae, self.image_encoder), aside)
+        return self._untold()
+
+    def _untold(self) -> list[str]:
+        """What a file of tensors does not tell, where it is not as `from_sgm` has it."""
+        names = [name for name in _PLAIN_SETTINGS if getattr(self, name) != getattr(SVD, name)]
+        settings = [f"{name} {getattr(self, name)}" for name in names]
+        if self.motion.quantiles:
+            settings.append("motion_quantiles")
+        epsilon = self.unet.spec.cross_attention_resnet_eps
+        if epsilon != TemporalSpec.cross_attention_resnet_eps:
+            settings.append(f"cross_attention_resnet_eps {epsilon:g}")
+        return settings
 
     def _twins(self) -> tuple[UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder]:
         """The same models as diffusers' classes, in the same memory."""

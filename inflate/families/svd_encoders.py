@@ -14,6 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_files
+from inflate.families.svd_original import Original
 from inflate.models import exchange, folders, temporal_layers
 from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
@@ -77,10 +78,7 @@ class Encoders(Encoding):
     def load(cls, path: str | Path, image_encoder: str | Path | None = None) -> Self:
         """The encoders of what `SVD.load` loads, with the weights that it gives them; CheckpointError as there."""
         if str(path).endswith(folders.SAFETENSORS):
-            inside, file = svd_files.encoder_folder(needed_encoder(path, image_encoder)), Path(path).expanduser()
-            is_image = is_single_image_model(file)
-            vae = inflate_vae(load_vae(file))[0] if is_image else svd_files.load_sgm_vae(file)
-            return cls(vae, svd_files.load_image_encoder(inside), **image_statistics(inside))
+            return cls._of_file(Path(path).expanduser(), image_encoder)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             return cls._over_image_model(folder)
@@ -93,6 +91,16 @@ class Encoders(Encoding):
             refuse_another_encoder(path, image_encoder)
             inside, vae = folder / "image_encoder", load_video_vae(folder)
         return cls(vae, svd_files.load_image_encoder(inside), **statistics)
+
+    @classmethod
+    def _of_file(cls, file: Path, image_encoder: str | Path | None) -> Self:
+        if is_single_image_model(file):
+            folder = svd_files.encoder_folder(needed_encoder(file, image_encoder))
+            vae, _ = inflate_vae(load_vae(file))
+            return cls(vae, svd_files.load_image_encoder(folder), **image_statistics(folder))
+        original = Original.read(file)
+        encoder, statistics = encoder_of(original, image_encoder)
+        return cls(original.load_vae(), encoder, **statistics)
 
     @classmethod
     def _over_image_model(cls, folder: Path) -> Self:
@@ -112,10 +120,23 @@ def load_video_vae(folder: Path) -> VideoVAE:
 
 
 def needed_encoder(path: str | Path, image_encoder: str | Path | None) -> str | Path:
-    """The image encoder that goes with the original's single file; CheckpointError where none is named."""
+    """The image encoder that goes with an image model's single file; CheckpointError where none is named."""
     if image_encoder is None:
-        raise CheckpointError(f"{path} holds no image encoder in a form that is read: give its folder as image_encoder")
+        raise CheckpointError(f"{path} holds no image encoder: give its folder as image_encoder")
     return image_encoder
+
+
+def encoder_of(
+    original: Original, image_encoder: str | Path | None
+) -> tuple[CLIPVisionModelWithProjection, dict[str, Any]]:
+    """The image encoder that is named, else the file's own, and what is stated of its inputs' mean and deviation.
+
+    CheckpointError where there is none, or not a whole one.
+    """
+    if image_encoder is None:
+        return original.load_image_encoder(), {}
+    folder = svd_files.encoder_folder(image_encoder)
+    return svd_files.load_image_encoder(folder), image_statistics(folder)
 
 
 def refuse_another_encoder(path: str | Path, image_encoder: str | Path | None) -> None:

@@ -27,6 +27,8 @@ from inflate.models.vae import VideoVAE
 DIFFUSERS_EPS = 1e-6
 HEAD_CHANNELS = 64
 """Width of a head of the published models, which their single files do not tell."""
+IMAGE_SIZE = 224
+"""Pixels of an image on each side that the published models' image encoder is given."""
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
 """Files to download of a pipeline, and of a CLIP model of its own."""
 ENCODERS = {
@@ -37,10 +39,9 @@ ENCODERS = {
 """Which image encoder fits a context, by its width."""
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
 """Tensors of a whole CLIP model that its image encoder does without."""
-UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX = "model.diffusion_model.", "first_stage_model.", "conditioner."
 
 # What diffusers' classes have built in: a model that differs cannot be told to them.
-_UNET_FIXED: dict[str, Any] = {
+UNET_FIXED: dict[str, Any] = {
     **exchange.BUILT_IN,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
@@ -150,14 +151,19 @@ def image_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_what_diffusers_lacks(unet: VideoUNet, vae: VideoVAE, image_size: int) -> None:
     """CheckpointError, naming the settings, where diffusers' classes cannot hold these models."""
     spec = unet.spec
-    wrong = exchange.differing(unet, _UNET_FIXED)
-    wrong += [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
+    wrong = exchange.differing(unet, UNET_FIXED)
+    wrong += differing_vae(vae)
     if spec.input or not (spec.resnet and spec.block and spec.added_ids == 3):
         wrong.append(f"temporal specification {spec}")
-    if image_size != 224:
-        wrong.append(f"image encoder of {image_size} pixels, where the pipeline always gives 224")
+    if image_size != IMAGE_SIZE:
+        wrong.append(f"image encoder of {image_size} pixels, where the pipeline always gives {IMAGE_SIZE}")
     if wrong:
         raise CheckpointError(f"diffusers' StableVideoDiffusionPipeline has no place for: {'; '.join(wrong)}")
+
+
+def differing_vae(vae: VideoVAE) -> list[str]:
+    """The settings of an autoencoder that are not as the published models have them built in, with their values."""
+    return [f"vae {name} {vae.config[name]}" for name, value in _VAE_FIXED.items() if vae.config.get(name) != value]
 
 
 def diffusers_unet(unet: VideoUNet, frames: int) -> UNetSpatioTemporalConditionModel:
@@ -189,7 +195,7 @@ def diffusers_vae(vae: VideoVAE) -> AutoencoderKLTemporalDecoder:
     if weight is not None and bias is not None:
         tensors.update(_folded(tensors, weight, bias))
     if "quant_conv.weight" not in tensors:
-        tensors.update(_identity_quant_conv(tensors["encoder.conv_out.bias"]))
+        tensors.update(identity_quant_conv(tensors["encoder.conv_out.bias"]))
     exchange.adopt(
         target, exchange.convert(tensors, svd_keys.vae_to_diffusers(tensors), exchange.shapes(target), "this VAE")
     )
@@ -237,23 +243,6 @@ def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides:
     return vae
 
 
-def load_sgm(file: Path, head_channels: int, read: exchange.Read = exchange.read_tensors) -> tuple[VideoUNet, VideoVAE]:
-    """Both models of a single file in sgm's names; its `conditioner.*` repeats the encoder and holds OpenCLIP."""
-    tensors = read(file)
-    parts = {prefix: _strip(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX)}
-    known = (UNET_PREFIX, VAE_PREFIX, CONDITIONER_PREFIX)
-    surplus = [key for key in tensors if not key.startswith(known)]
-    if surplus:
-        raise CheckpointError(f"{file} holds tensors of no known part: {exchange.listing(surplus)}; nothing was loaded")
-    config = original_names.unet_config(parts[UNET_PREFIX], head_channels)
-    return sgm_unet(parts[UNET_PREFIX], config, str(file)), sgm_vae(parts[VAE_PREFIX], str(file))
-
-
-def load_sgm_vae(file: Path) -> VideoVAE:
-    """The autoencoder alone of a single file in sgm's names."""
-    return sgm_vae(_strip(exchange.read_tensors(file), VAE_PREFIX), str(file))
-
-
 def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: str) -> VideoUNet:
     """A VideoUNet of a 2D configuration from the tensors of sgm's VideoUNet, without prefix."""
     ids = svd_keys.sgm_added_ids(tensors)
@@ -274,10 +263,6 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     return vae
 
 
-def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
 def _folded(tensors: Mapping[str, Tensor], weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """The first decoder convolution after a 1x1 convolution as one; at the border the bias meets zero padding."""
     kernel = tensors["decoder.conv_in.weight"]
@@ -288,6 +273,7 @@ def _folded(tensors: Mapping[str, Tensor], weight: Tensor, bias: Tensor) -> dict
     }
 
 
-def _identity_quant_conv(like: Tensor) -> dict[str, Tensor]:
+def identity_quant_conv(like: Tensor) -> dict[str, Tensor]:
+    """A quant convolution that changes nothing, for an encoder whose last bias is like this one."""
     weight = torch.eye(len(like), dtype=like.dtype, device=like.device)[:, :, None, None]
     return {"quant_conv.weight": weight, "quant_conv.bias": torch.zeros_like(like)}

@@ -1,26 +1,31 @@
 """Text-to-video by alignment of an image model (Video LDM, Blattmann et al., 2304.08818): loading, prompts, export.
 
 The image model's layers stay as they were and temporal layers between them are trained, on the image model's own
-noise schedule. Its text encoder gives the context of every frame, and of the temporal layers.
+noise schedule. Its text encoders give the context of every frame, and of the temporal layers.
+
+Stable Diffusion XL is also told the pooled state of the prompt and six sizes in pixels: the source's height and width,
+the top and left of what was cut out of it, and the clip's height and width. In training they are those of each clip's
+file, by how its frames are scaled and cropped; a sampled clip is its own source, uncut. Its autoencoder overflows in
+float16 (`force_upcast`): here every frozen network stays in float32, whatever precision the UNet is trained in.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from inflate.errors import CheckpointError
-from inflate.models import folders, temporal_layers
+from inflate.models import exchange, folders, single_file, temporal_layers
+from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
+from inflate.models.text_encoders import SUFFIXES, ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
@@ -30,8 +35,8 @@ log = logging.getLogger(__name__)
 
 Sampler = Literal["ddim", "euler"]
 FAMILY = "video_ldm"
-COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
-"""What older text encoders' files hold beside weights."""
+SIZES = 6
+"""Numbers that Stable Diffusion XL is told of a clip's pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,10 @@ class Clips:
 
 
 class Encoding:
-    """What a model with a VAE and a text encoder makes of frames and prompts."""
+    """What a model with a VAE and text encoders makes of frames and prompts."""
 
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
@@ -68,15 +72,9 @@ class Encoding:
         temporal = isinstance(self.vae, VideoVAE)
         return torch.cat([decode_clips(self.vae, clip, temporal=temporal) for clip in latents.split(1)])
 
-    @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's states (B, L, D) of prompts, padded or cut to the tokenizer's length."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
-        states: Tensor = self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state
-        return states  # (B, L, D)
+    def embed(self, prompts: Sequence[str]) -> TextCondition:
+        """What the UNet is told of prompts; the empty one is the null condition."""
+        return self.text.embed(prompts)
 
 
 @dataclass
@@ -84,17 +82,19 @@ class Encoders(Encoding):
     """The frozen networks without a UNet."""
 
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, tokenizer: str | Path | None = None) -> Self:
         """The encoders of what `VideoLDM.load` loads; CheckpointError as there."""
+        if str(path).endswith(folders.SAFETENSORS):
+            file = Path(path).expanduser()
+            return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
+        refuse_of_file(path, tokenizer=tokenizer)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
-        refuse_two_text_encoders(folder)
-        return cls(load_vae(folder / "vae"), load_text_encoder(folder), load_tokenizer(folder))
+        return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
 
 @dataclass
@@ -103,33 +103,44 @@ class VideoLDM(Encoding):
 
     unet: VideoUNet
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextEncoders
     noise: DDIMScheduler
     """the image model's noise schedule, as a DDIM sampler's settings"""
     clips: Clips
 
     def __post_init__(self) -> None:
-        width, needed = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
+        width, needed = self.text.width, self.unet.config.cross_attention_dim
         if width != needed:
-            raise CheckpointError(f"the text encoder has {width} dimensions but the UNet's context has {needed}")
+            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+        check_added(self.unet, self.text.pooled_width)
         channels = self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
 
     @classmethod
-    def load(cls, path: str | Path, image_model: str | Path | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        image_model: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> Self:
         """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
         The temporal layers of the last two go over `image_model` where one is named, in place of their own: a
-        fine-tuned one changes the look and keeps the motion. CheckpointError, listing the tensors, where a part is
-        missing, does not fit, or is not whole.
+        fine-tuned one changes the look and keeps the motion. An image model in a .safetensors file goes with a folder
+        that holds a `tokenizer`, and `prediction` says what it predicts, where the file does not tell.
+        CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
         """
+        if str(path).endswith(folders.SAFETENSORS):
+            refuse_other(path, image_model)
+            return cls._from_single_file(Path(path).expanduser(), tokenizer, prediction)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
-            return cls._over_image_model(folder, image_model)
+            return cls._over_image_model(folder, image_model, tokenizer, prediction)
         if image_model is not None:
-            return cls.load(folder).over(image_model)
+            return cls.load(folder).over(image_model, tokenizer, prediction)
+        refuse_of_file(path, tokenizer=tokenizer, prediction=prediction)
         kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
@@ -137,10 +148,20 @@ class VideoLDM(Encoding):
             clips = read_clips(folder / folders.SETTINGS_FILE)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
-            clips = Clips()
-            unet, report = inflate_unet(folders.load_parent(UNet2DConditionModel, folder / "unet"), VIDEO_LDM)
-            log.info("inflated the UNet\n%s", report.table())
-        return cls(unet, encoders.vae, encoders.text_encoder, encoders.tokenizer, noise, clips)
+            clips, unet = Clips(), inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
+        return cls(unet, encoders.vae, encoders.text, noise, clips)
+
+    @classmethod
+    def _from_single_file(
+        cls, file: Path, tokenizer: str | Path | None, prediction: single_file.Prediction | None
+    ) -> Self:
+        if not single_file.is_single_image_model(file):
+            raise CheckpointError(f"{file} holds no image model of Stable Diffusion; give one, or a model's folder")
+        tokenizer_folder(file, tokenizer)  # before anything slow
+        tensors = exchange.read_tensors(file)
+        image = single_file.load_image_model(file, prediction, lambda _: tensors)
+        text = load_text_encoders(file, tokenizer, lambda _: tensors)
+        return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
 
     @property
     def objective(self) -> DDPM:
@@ -151,7 +172,7 @@ class VideoLDM(Encoding):
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """The UNet and the frozen networks."""
-        return self.unet, self.vae, self.text_encoder
+        return self.unet, self.vae, *self.text.networks
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +199,8 @@ class VideoLDM(Encoding):
             network.to(device)
         return self
 
-    def predict(self, context: Tensor, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
-        """The network as objectives and samplers call it, for a context (B, L, D).
+    def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it, for a condition on prompts.
 
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed.
@@ -188,10 +209,19 @@ class VideoLDM(Encoding):
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
-            output: Tensor = network(noisy, timestep, context.to(noisy.dtype), image_only=marks).sample
+            context, added = condition.context.to(noisy.dtype), self.added(condition, noisy)
+            output: Tensor = network(noisy, timestep, context, image_only=marks, **added).sample
             return output  # (B, F, C, h, w)
 
         return predict
+
+    def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What the UNet adds to the time embedding of every frame of latents (B, F, C, h, w); nothing of SD 1 and 2."""
+        if condition.pooled is None:
+            return {}
+        frames, sizes = noisy.shape[1], time_ids(condition.origin, noisy, self.factor)
+        added = {"text_embeds": condition.pooled.to(noisy.dtype), "time_ids": sizes}  # (B, P), (B, 6)
+        return {"added_cond_kwargs": {name: each.repeat_interleave(frames, 0) for name, each in added.items()}}
 
     def scheduler(self, sampler: Sampler) -> DDIMScheduler | EulerDiscreteScheduler:
         """A sampler on the model's noise schedule."""
@@ -207,9 +237,14 @@ class VideoLDM(Encoding):
         """
         folders.write(Path(folder), self._write)
 
-    def over(self, image_model: str | Path) -> Self:
+    def over(
+        self,
+        image_model: str | Path,
+        tokenizer: str | Path | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> Self:
         """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
-        other = _image_model(image_model)
+        other = _image_model(image_model, tokenizer, prediction)
         theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
         shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
         if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
@@ -231,12 +266,19 @@ class VideoLDM(Encoding):
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the names of their folders."""
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
+        return {"unet": self.unet, "vae": self.vae, **text}
 
     @classmethod
-    def _over_image_model(cls, folder: Path, image_model: str | Path | None) -> Self:
+    def _over_image_model(
+        cls,
+        folder: Path,
+        image_model: str | Path | None,
+        tokenizer: str | Path | None,
+        prediction: single_file.Prediction | None,
+    ) -> Self:
         file = folder / folders.SETTINGS_FILE
-        family = _image_model(image_model or entry(file, "image_model"))
+        family = _image_model(image_model or entry(file, "image_model"), tokenizer, prediction)
         spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
@@ -245,22 +287,26 @@ class VideoLDM(Encoding):
         return family  # type: ignore[return-value]
 
     def _write(self, folder: Path) -> None:
-        parts = ("unet", "vae", "text_encoder", "tokenizer")
-        for name in parts:
-            getattr(self, name).save_pretrained(folder / name)
-        self.noise.save_pretrained(folder / "scheduler")
-        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self._settings(), indent=2) + "\n")
+        for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
+            part.save_pretrained(folder / name)
+        self.text.save_pretrained(folder)
+        settings = {**self._settings(), ZEROS: self.text.zeros_for_empty}
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def _settings(self) -> dict[str, Any]:
         return {"family": FAMILY, "clips": asdict(self.clips)}
 
 
-def _image_model(path: str | Path) -> VideoLDM:
+def _image_model(
+    path: str | Path, tokenizer: str | Path | None = None, prediction: single_file.Prediction | None = None
+) -> VideoLDM:
     """An image model, inflated; CheckpointError where it is a video model."""
+    if str(path).endswith(folders.SAFETENSORS):
+        return VideoLDM.load(path, None, tokenizer, prediction)
     folder = folders.resolve(path)
     if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
         raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
-    return VideoLDM.load(folder)
+    return VideoLDM.load(folder, None, tokenizer, prediction)
 
 
 @dataclass
@@ -268,11 +314,16 @@ class Model:
     """The model that training starts from."""
 
     path: str = "pocket"
-    """`pocket`; a Stable Diffusion 1 or 2 folder in diffusers' layout, or its name on the Hub; or an export of ours"""
+    """`pocket`; a Stable Diffusion 1, 2 or XL folder in diffusers' layout, or its name on the Hub; one in a
+    .safetensors file, as communities share them; or an export of ours"""
+    tokenizer: str | None = None
+    """for a single file, which holds none: folder of a tokenizer or of any Stable Diffusion, or its name on the Hub"""
+    prediction: single_file.Prediction | None = None
+    """what a Stable Diffusion 2 in a single file predicts, which it does not tell: the 768-pixel ones v_prediction"""
 
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
-        return VideoLDM.load(self.path)
+        return VideoLDM.load(self.path, None, self.tokenizer, self.prediction)
 
 
 _SHARED_WITH_EULER = (
@@ -281,43 +332,68 @@ _SHARED_WITH_EULER = (
 )  # fmt: skip
 
 
+def inflated(unet: UNet2DConditionModel) -> VideoUNet:
+    """An image model's UNet with temporal layers; the log says what was made."""
+    video, report = inflate_unet(unet, VIDEO_LDM)
+    log.info("inflated the UNet\n%s", report.table())
+    return video
+
+
+def refuse_of_file(path: str | Path, **given: object) -> None:
+    """Raise CheckpointError for a setting of a single file's that is given with a folder, which tells it itself."""
+    for name, value in given.items():
+        if value is not None:
+            raise CheckpointError(f"{path} is no single file, and its folder says its {name}: leave {name} out")
+
+
+def refuse_other(path: str | Path, image_model: str | Path | None) -> None:
+    """Raise CheckpointError where an image model, which has no temporal layers, is to go over another."""
+    if image_model is not None:
+        raise CheckpointError(f"{path} is an image model, without temporal layers to go over another one")
+
+
 def load_vae(folder: Path) -> AutoencoderKL:
     """The autoencoder of a folder, an image model's or one with a temporal decoder; CheckpointError."""
     kind = folders.unet_kind(folder, AutoencoderKL, VideoVAE)
     return folders.load_parent(kind, folder)
 
 
-def load_text_encoder(folder: Path) -> CLIPTextModel:
-    """The CLIP text encoder of a pipeline's folder, in float32; CheckpointError where it is missing or not whole."""
-    inside = folder / "text_encoder"
-    folders.read_json(inside / "config.json")
-    try:
-        return load_strictly(CLIPTextModel.from_pretrained, inside, {"dtype": torch.float32}, COUNTERS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{inside} cannot be read: {error}; download or copy it again") from error
+def check_added(unet: VideoUNet, pooled: int) -> None:
+    """Raise CheckpointError unless a UNet adds to its time embedding what encoders give: `pooled` numbers, or none."""
+    config = unet.config
+    if config.addition_embed_type not in (None, "text_time"):
+        raise CheckpointError(f"the UNet adds {config.addition_embed_type} to its time embedding; known is text_time")
+    if (config.addition_embed_type is None) != (pooled == 0):
+        raise CheckpointError("Stable Diffusion XL's UNet and a second text encoder belong together: one is missing")
+    width = SIZES * config.addition_time_embed_dim + pooled if pooled else None
+    if pooled and config.projection_class_embeddings_input_dim != width:
+        needed = config.projection_class_embeddings_input_dim
+        raise CheckpointError(f"the pooled text and {SIZES} sizes have {width} dimensions but the UNet adds {needed}")
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a pipeline's folder; CheckpointError where there is none."""
-    if not (folder / "tokenizer").is_dir():
-        raise CheckpointError(f"{folder / 'tokenizer'} is missing: text-to-video needs the image model's tokenizer")
-    try:
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'tokenizer'} cannot be read: {error}") from error
+def time_ids(origin: Tensor | None, latents: Tensor, factor: int) -> Tensor:
+    """The sizes (B, 6), float32, of the pixels of latents (B, F, C, h, w): origin (B, 4), else uncut, then own size."""
+    own = latents.new_tensor([side * factor for side in latents.shape[-2:]], dtype=torch.float32)
+    target = own.expand(len(latents), -1)  # (B, 2)
+    before = torch.cat([target, torch.zeros_like(target)], dim=1) if origin is None else origin.to(target)  # (B, 4)
+    return torch.cat([before, target], dim=1)  # (B, 6)
 
 
 def load_noise(folder: Path) -> DDIMScheduler:
-    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's.
+    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's."""
+    return noise_of(folders.read_json(folder / "scheduler_config.json"), folder)
+
+
+def noise_of(config: Mapping[str, Any], origin: Path) -> DDIMScheduler:
+    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not SD's.
 
     With zero terminal SNR sampling begins at the last timestep, which other spacings leave out.
     """
-    config = folders.read_json(folder / "scheduler_config.json")
     betas = tuple(config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
     if betas != (BETA_START, BETA_END, "scaled_linear", TRAIN_TIMESTEPS):
-        raise CheckpointError(f"{folder} has betas {betas}; only Stable Diffusion's schedule is known")
+        raise CheckpointError(f"{origin} has betas {betas}; only Stable Diffusion's schedule is known")
     if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise CheckpointError(f"{folder} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
+        raise CheckpointError(f"{origin} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
     spacing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
     known = {key: value for key, value in config.items() if key in _DDIM_SETTINGS}
     return DDIMScheduler.from_config({**known, **spacing, "clip_sample": False})
@@ -337,12 +413,3 @@ def read_clips(file: Path) -> Clips:
 def entry(file: Path, name: str) -> Any:
     """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
     return temporal_layers.entry(file, FAMILY, name)
-
-
-def refuse_two_text_encoders(folder: Path) -> None:
-    """Raise CheckpointError for Stable Diffusion XL."""
-    if (folder / "text_encoder_2").is_dir():
-        raise CheckpointError(
-            f"{folder} has two text encoders (Stable Diffusion XL), whose pooled states and image sizes the UNet adds "
-            "to its time embedding; text-to-video knows Stable Diffusion 1 and 2 only"
-        )

@@ -19,7 +19,10 @@ from inflate.models.unet import load_strictly
 
 HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
 SAFETENSORS = ".safetensors"
-PARTS = ("unet", "vae", "image_encoder", "text_encoder", "tokenizer", "feature_extractor", "scheduler")
+PARTS = (
+    "unet", "vae", "image_encoder", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "feature_extractor",
+    "scheduler",
+)  # fmt: skip
 PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 SETTINGS_FILE = "inflate.json"
 """What an export of ours holds of settings that diffusers' layout has no place for."""

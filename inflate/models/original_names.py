@@ -130,6 +130,12 @@ def _vae_attention(rest: str) -> str:
     return ".mid.attn_1." + rename_head(rest, _VAE_ATTENTION)
 
 
+def as_convolution(key: str, tensor: Tensor) -> Tensor:
+    """An autoencoder's tensor in the original's shape: linear layers of its attention are 1x1 convolutions there."""
+    linear = re.search(r"\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight$", key) and tensor.ndim == 2
+    return tensor[:, :, None, None] if linear else tensor
+
+
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The AutoencoderKL configuration that fits an autoencoder's tensors."""
     levels = count_of(tensors, r"encoder\.down\.(\d+)\.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,7 +25,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OTHERS = ("cond_stage_model.", "conditioner.", "model_ema.")
-"""Parts that are not read: text encoders, and averages beside the weights."""
+"""Parts that are not read here: text encoders (see `single_file_text`), and averages beside the weights."""
 BUFFERS = frozenset({
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar",
@@ -37,6 +37,8 @@ SCALES: dict[Generation, float] = {
     "Stable Diffusion 1": 0.18215, "Stable Diffusion 2": 0.18215, "Stable Diffusion XL": 0.13025
 }  # fmt: skip
 """What the autoencoder's latents are multiplied by."""
+SIDES: dict[Generation, int] = {"Stable Diffusion 1": 64, "Stable Diffusion 2": 64, "Stable Diffusion XL": 128}
+"""Height and width of the latents of training; 96 of a Stable Diffusion 2 that predicts v."""
 HEADS = 8
 """Attention heads of Stable Diffusion 1 at every level; later ones have heads of 64 channels."""
 
@@ -49,6 +51,11 @@ class ImageModel:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler: dict[str, Any]
+
+    @property
+    def noise(self) -> DDIMScheduler:
+        """The noise schedule, as a DDIM sampler's settings: its steps begin where those of published models do."""
+        return DDIMScheduler(**self.scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def is_single_image_model(file: Path) -> bool:
@@ -66,9 +73,11 @@ def load_image_model(file: Path, prediction: Prediction | None = None, read: Rea
     tensors = read(file)
     _refuse_surplus(tensors, file)
     parts = {prefix: _strip(tensors, prefix) for prefix in (UNET, VAE)}
-    generation = _generation(parts[UNET], file)
+    generation = generation_of(tensors, file)
     predicted = _prediction(tensors, generation, prediction, file)
     unet = _unet(parts[UNET], generation, str(file))
+    larger = generation == "Stable Diffusion 2" and predicted == "v_prediction"
+    unet.register_to_config(sample_size=96 if larger else SIDES[generation])
     scheduler = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": predicted,
         "rescale_betas_zero_snr": "ztsnr" in tensors,
@@ -79,7 +88,7 @@ def load_image_model(file: Path, prediction: Prediction | None = None, read: Rea
 def load_vae(file: Path) -> AutoencoderKL:
     """The autoencoder alone."""
     tensors = read_tensors(file)
-    return _vae(_strip(tensors, VAE), SCALES[_generation(_strip(tensors, UNET), file)], str(file))
+    return _vae(_strip(tensors, VAE), SCALES[generation_of(tensors, file)], str(file))
 
 
 def _keys(file: Path) -> list[str]:
@@ -100,7 +109,9 @@ def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _generation(unet: Mapping[str, Tensor], file: Path) -> Generation:
+def generation_of(tensors: Mapping[str, Tensor], file: Path) -> Generation:
+    """Which Stable Diffusion a file's tensors are of; CheckpointError where it has no UNet."""
+    unet = _strip(tensors, UNET)
     if not unet:
         raise CheckpointError(f"{file} holds no {UNET}*: it is not a whole Stable Diffusion checkpoint")
     if "label_emb.0.0.weight" in unet:

@@ -23,7 +23,7 @@ class Sampling:
     guidance: float = 7.5
     """guidance scale; up to 1 there is no guidance, at half the cost"""
     negative: str = ""
-    """prompt that guidance leads away from"""
+    """prompt that guidance leads away from; the empty one is the model's null condition"""
     sampler: Sampler = "ddim"
     """ddim, or euler"""
     frames: int | None = None
@@ -79,7 +79,7 @@ def sample_latents(
     scheduler = family.scheduler(settings.sampler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
     guided = settings.guidance > 1.0
-    with evaluating(family.unet, family.text_encoder):
-        context = family.embed([*[settings.negative] * len(prompts), *prompts] if guided else prompts)
+    with evaluating(family.unet, *family.text.networks):
+        condition = family.embed([*[settings.negative] * len(prompts), *prompts] if guided else prompts)
         scale = noise.new_full((noise.shape[1],), settings.guidance) if guided else None
-        return integrate(family.predict(context), noise, scheduler, scale, progress)
+        return integrate(family.predict(condition), noise, scheduler, scale, progress)

@@ -39,6 +39,7 @@ class Adapting:
         the model does not have or that would learn nothing.
         """
         names = targets.resolve(unet, settings)
+        targets.refuse_zero_rows(unet, names, settings)
         targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
         base = {"name": path, "sha256": bases.sha256(unet)}
         torch.manual_seed(seed_of(seed, "adapter"))
@@ -61,7 +62,7 @@ def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
     run = record.starts(output / record.NAME)[-1]
     told = {
         "config": config, "data": run["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
-        "licence": None, "hardware": ", ".join(run["devices"]),
+        "licence": None, "hardware": ", ".join(run["devices"]), "verified": None,
     }  # fmt: skip
     file.write(path, replace(adapter, about={**adapter.about, **told}), overwrite=True)
     verify.certify(path, adapter.about["family"], asdict(model))

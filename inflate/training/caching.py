@@ -20,8 +20,7 @@ from inflate.data.preflight import Preflight, Progress, preflight, refuse_droppe
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
-from inflate.families import svd_encoders, video_ldm
-from inflate.families.svd_model import Model
+from inflate.families import svd_encoders, svd_model, video_ldm
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
 from inflate.tables import aligned
@@ -32,6 +31,14 @@ from inflate.training.text_to_video import Stage
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
+
+
+@dataclass
+class Model(svd_model.Model):
+    """The model, of whatever family, whose encoders are used."""
+
+    tokenizer: str | None = None
+    """for a single file of text-to-video, as the recipe has it"""
 
 
 @dataclass
@@ -55,8 +62,8 @@ class Caching:
         return clip_encoder(encoders, self.data, self.image_to_video)
 
     def _text_encoder(self, device: torch.device) -> TextClipEncoder:
-        encoders = video_ldm.Encoders.load(self.model.path)
-        for network in (encoders.vae, encoders.text_encoder):
+        encoders = video_ldm.Encoders.load(self.model.path, self.model.tokenizer)
+        for network in (encoders.vae, *encoders.text.networks):
             network.requires_grad_(False).eval().to(device)
         return TextClipEncoder(encoders, self.data.cache_dtype)
 

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from inflate.data.settings import Data
 from inflate.families import video_ldm
 from inflate.families.svd_encoders import Encoding
+from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
 from inflate.training.image_to_video import ImageToVideo
@@ -23,6 +24,7 @@ from inflate.training.noise import seed_of
 Precision = Literal["float32", "bfloat16", "float16"]
 VAE_SETTINGS = ("act_fn", "norm_num_groups")
 TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+POOLED_SETTINGS = (*TEXT_SETTINGS, "eos_token_id")
 IMAGE_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 """Of the networks' configurations: what makes other results of the same weights."""
 
@@ -95,14 +97,12 @@ class TextClipEncoder:
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
-        """Hashes of the encoders, the length of prompts in tokens, and the precision."""
+        """Hashes and settings of the encoders, what of their tokenizers shows in tokens, and the precision."""
         family = self.family
         return {
             "vae": encoder_sha256(family.vae), "latent scale": str(family.vae.config.scaling_factor),
-            "vae settings": _settings(family.vae, VAE_SETTINGS), "text_encoder": weights_sha256(family.text_encoder),
-            "text settings": _settings(family.text_encoder, TEXT_SETTINGS),
-            "vocabulary": vocabulary_sha256(family.tokenizer),
-            "tokens": str(family.tokenizer.model_max_length), "precision": self.precision,
+            "vae settings": _settings(family.vae, VAE_SETTINGS), **text_identity(family.text),
+            "precision": self.precision,
         }  # fmt: skip
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -114,8 +114,24 @@ class TextClipEncoder:
         return {}
 
     def captions(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`caption_states` (N, L, D), the text encoder's states."""
-        return {"caption_states": self.family.embed(texts).to(self.dtype)}
+        """`caption_states` (N, L, D), the text encoders' states, and, where there are two, `caption_pooled` (N, P)."""
+        found = self.family.embed(texts)
+        states = {"caption_states": found.context.to(self.dtype)}
+        return states if found.pooled is None else {**states, "caption_pooled": found.pooled.to(self.dtype)}
+
+
+def text_identity(text: TextEncoders) -> dict[str, str]:
+    """All that the states of prompts depend on."""
+    found: dict[str, str] = {}
+    for one, network, tokenizer in zip(SUFFIXES, text.networks, text.tokenizers, strict=False):
+        found |= {
+            f"text_encoder{one}": weights_sha256(network), f"vocabulary{one}": vocabulary_sha256(tokenizer),
+            f"text settings{one}": _settings(network, POOLED_SETTINGS if one else TEXT_SETTINGS),
+            f"tokens{one}": str(tokenizer.model_max_length),
+        }  # fmt: skip
+        if tokenizer.pad_token != tokenizer.eos_token:
+            found[f"padding{one}"] = str(tokenizer.pad_token)
+    return found | ({"empty caption": "zeros"} if text.zeros_for_empty else {})
 
 
 def vocabulary_sha256(tokenizer: CLIPTokenizer) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from inflate.data import video
 from inflate.data.pixels import to_uint8, unit
 from inflate.errors import ConfigError, DataError
 from inflate.families.video_ldm import Sampler, VideoLDM
+from inflate.models.text_encoders import TextCondition
 from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
@@ -33,6 +35,9 @@ class TextToVideo:
 
     drop_caption: float = 0.1
     """share of samples with the empty prompt, the null condition of guidance"""
+    timestep_power: float = 1.0
+    """timesteps are the last one's share u ** power, u uniform: below 1, more of them are noisy, where it is decided
+    how a clip moves"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory for about a third more time"""
     held_out_clips: int = 32
@@ -47,6 +52,8 @@ class TextToVideo:
     def __post_init__(self) -> None:
         if not 0 <= self.drop_caption <= 1:
             raise ConfigError(f"text_to_video.drop_caption={self.drop_caption}: a share from 0 to 1")
+        if not 0 < self.timestep_power < math.inf:
+            raise ConfigError(f"text_to_video.timestep_power={self.timestep_power}: must be positive; 1 is uniform")
         if min(self.held_out_clips, self.bands, self.preview_clips) < 1 or self.train_clips < 0:
             raise ConfigError(
                 "text_to_video: held_out_clips, bands and preview_clips must be at least 1, train_clips at least 0"
@@ -74,9 +81,9 @@ class TextToVideoTask:
     layers, on clips, with the image model as it is; `joint` everything. A clip of one frame is an image: the temporal
     layers are bypassed.
 
-    `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`).
-    Where batches hold the clips' `latents` and `caption_states` (`cached`), the encoders are on the device only to look
-    at the model.
+    `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`, and
+    where they are known their `origin`). Where batches hold the clips' `latents` and what is encoded of captions
+    (`cached`), the encoders are on the device only to look at the model.
 
     Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
     """
@@ -100,11 +107,11 @@ class TextToVideoTask:
             family.unet.enable_gradient_checkpointing()
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
         self.adapter = adapter
-        encoders: list[nn.Module] = [family.vae, family.text_encoder]
+        encoders: list[nn.Module] = [family.vae, *family.text.networks]
         for module in encoders:
             module.requires_grad_(False).eval()
         self.frozen, self._visiting = ([], encoders) if cached else (encoders, [])
-        self.nothing = family.embed([""])  # (1, L, D)
+        self.nothing = family.embed([""])
         self.held_out = held_out[: settings.held_out_clips]
         self.training = [*training[: settings.train_clips]]
         self.shown = self.held_out[: settings.preview_clips]
@@ -116,9 +123,10 @@ class TextToVideoTask:
         """The loss per sample (B,), fp32, of one batch; logged for each band of the timestep."""
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
-        context = self.drop(self.context(batch, noise.device), noise.uniform("drop"))
-        timestep = objective.timestep(noise.uniform("timestep", *self._drawn_alone(clean)))  # (B,) or (B, F)
-        predict = family.predict(context, self.players[0].network, self._single(batch))
+        condition = self.drop(self.condition(batch, noise.device), noise.uniform("drop"))
+        share = noise.uniform("timestep", *self._drawn_alone(clean)) ** self.settings.timestep_power
+        timestep = objective.timestep(share)  # (B,) or (B, F)
+        predict = family.predict(condition, self.players[0].network, self._single(batch))
         loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
         band = (timestep * self.settings.bands // TRAIN_TIMESTEPS).reshape(len(clean), -1).expand_as(loss)
         told = {name: Selected(loss.flatten(), (band == n).flatten()) for n, name in enumerate(self._bands())}
@@ -131,17 +139,25 @@ class TextToVideoTask:
             return latents
         return self.family.encode(batch["pixels"].to(device))
 
-    def context(self, batch: Batch, device: torch.device) -> Tensor:
-        """The text encoder's states of the captions (B, L, D)."""
-        if "caption_states" in batch:
-            states: Tensor = batch["caption_states"].to(device, self.family.vae.dtype)
-            return states
-        return self.family.embed(batch["caption"])
+    def condition(self, batch: Batch, device: torch.device) -> TextCondition:
+        """What the UNet is told of the clips: their captions, and where their pixels come from."""
+        cached = "caption_states" in batch
+        text = self._cached_text(batch, device) if cached else self.family.embed(batch["caption"])
+        origin = batch.get("origin")
+        return text if origin is None else replace(text, origin=origin.to(device))
 
-    def drop(self, context: Tensor, draw: Tensor) -> Tensor:
-        """The context with the empty prompt's in place of those whose uniform draw (B,) says so."""
-        dropped = (draw < self.settings.drop_caption)[:, None, None]  # (B, 1, 1)
-        return torch.where(dropped, self.nothing.to(context), context)  # (B, L, D)
+    def _cached_text(self, batch: Batch, device: torch.device) -> TextCondition:
+        place, pooled = (device, self.family.vae.dtype), batch.get("caption_pooled")
+        return TextCondition(batch["caption_states"].to(*place), None if pooled is None else pooled.to(*place))
+
+    def drop(self, condition: TextCondition, draw: Tensor) -> TextCondition:
+        """The condition, of the empty prompt in place of those captions whose uniform draw (B,) says so."""
+        dropped, nothing = (draw < self.settings.drop_caption)[:, None], self.nothing  # (B, 1)
+        context = torch.where(dropped[..., None], nothing.context.to(condition.context), condition.context)  # (B, L, D)
+        if condition.pooled is None or nothing.pooled is None:
+            return replace(condition, context=context)
+        pooled = torch.where(dropped, nothing.pooled.to(condition.pooled), condition.pooled)  # (B, P)
+        return replace(condition, context=context, pooled=pooled)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -161,8 +177,8 @@ class TextToVideoTask:
         """The loss of each clip at each timestep (N, levels), float64, on noise fixed by the seed and its number."""
 
         def measure(batch: Batch, noise: Noise) -> Tensor:
-            clean, context = self.clean(batch, noise.device), self.context(batch, noise.device)
-            predict = self.family.predict(context, self.players[0].network, image_only or self._single(batch))
+            clean, condition = self.clean(batch, noise.device), self.condition(batch, noise.device)
+            predict = self.family.predict(condition, self.players[0].network, image_only or self._single(batch))
             fixed, objective = noise.normal("held-out", *clean.shape[1:]), self.family.objective
             steps = torch.tensor(self.levels(), device=noise.device)[:, None].expand(-1, len(clean))  # (levels, B)
             return torch.stack([objective.loss(predict, clean, one, fixed).mean(1) for one in steps], dim=1)

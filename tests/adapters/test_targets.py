@@ -1,10 +1,13 @@
 """Which layers patterns name, and which of them would learn nothing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from tiny_adapter import settings, video_unet
 
-from helpers import tiny_unet
+from helpers import tiny_unet, tiny_unet_sd1, tiny_unet_sdxl
 from inflate.adapters import targets
 from inflate.errors import ConfigError
 from inflate.models.unet import MODELSCOPE, VIDEO_LDM, VideoUNet
@@ -100,6 +103,15 @@ def test_temporal_layers_learn_nothing_from_single_images(unet: VideoUNet) -> No
     targets.refuse_inert(unet, named(unet, "attn1.to_q"), 1, image_only=True)
 
 
+def test_a_dora_does_not_divide_by_nothing(unet: VideoUNet, newborn: VideoUNet) -> None:
+    wanted = settings("dora", targets=["temporal.attn1.to_out.0"])
+    with pytest.raises(ConfigError, match=r"some of .*temporal.attn1.to_out.0 and 3 more are zero"):
+        targets.refuse_zero_rows(newborn, targets.resolve(newborn, wanted), wanted)
+    targets.refuse_zero_rows(unet, targets.resolve(unet, wanted), wanted)
+    wanted.kind = "lora"
+    targets.refuse_zero_rows(newborn, targets.resolve(newborn, wanted), wanted)
+
+
 def test_looking_changes_nothing(unet: VideoUNet) -> None:
     unet.requires_grad_(True)
     unet.conv_out.requires_grad_(False)
@@ -114,6 +126,7 @@ def test_looking_changes_nothing(unet: VideoUNet) -> None:
     assert not any(module._forward_hooks for module in unet.modules())
 
 
-def test_text_to_video_takes_part_too() -> None:
-    inflated, _ = inflate_unet(tiny_unet(True), VIDEO_LDM)
+@pytest.mark.parametrize("parent", [tiny_unet_sd1, tiny_unet_sdxl])
+def test_text_to_video_takes_part_too(parent: Callable[[], UNet2DConditionModel]) -> None:
+    inflated, _ = inflate_unet(parent(), VIDEO_LDM)
     targets.refuse_inert(inflated, named(inflated, "attn2.to_q"), 77)

@@ -76,6 +76,17 @@ def test_pixels_run_from_minus_one_to_one(make_clip, tmp_path):
     assert float(pixels[3].mean()) == pytest.approx(1, abs=0.01)
 
 
+def test_an_item_tells_where_its_pixels_come_from(make_clip, tmp_path):
+    whole = video.read(make_clip("clips/0.mp4", busy(8, 48, 64)))
+    item = ClipDataset(small(tmp_path / "clips", height=48, window="head"), shuffle=False)[0]
+    height, width, top, left = item["origin"].tolist()
+    assert (height, width) == whole.shape[1:3]
+    cut_out = torch.from_numpy(whole[:4, top : top + 48, left : left + 32]).permute(0, 3, 1, 2)
+    torch.testing.assert_close((item["pixels"] + 1) * 127.5, cut_out.float(), atol=1e-3, rtol=0)
+    scaled = ClipDataset(small(tmp_path / "clips", height=24, width=24), shuffle=False)[0]
+    assert scaled["origin"].tolist() == [48, 64, 0, 4]
+
+
 def test_a_sample_depends_on_seed_and_number_alone(folder):
     first, second = ClipDataset(small(folder), seed=3), ClipDataset(small(folder), seed=3)
     order = [17, 2, 40, 3]

@@ -106,9 +106,10 @@ def test_real_sizes_are_told_by_their_tensors(generation: str, tmp_path: Path, m
         unet = UNet2DConditionModel(**REAL[generation])
     names = unet_names(unet.state_dict(), UNetLayout.of(unet.config))
     tensors = {names[key]: tensor for key, tensor in unet.state_dict().items()}
-    assert single_file._generation(tensors, tmp_path) == generation
+    whole = {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()}
+    assert single_file.generation_of(whole, tmp_path) == generation
     monkeypatch.setattr(single_file, "adopt", lambda model, adopted: None)
-    found = single_file._unet(tensors, single_file._generation(tensors, tmp_path), "here")
+    found = single_file._unet(tensors, single_file.generation_of(whole, tmp_path), "here")
     assert {key: tensor.shape for key, tensor in found.state_dict().items()} == {
         key: tensor.shape for key, tensor in unet.state_dict().items()
     }

@@ -37,7 +37,8 @@ def family(folder: Path) -> VideoLDM:
 def image_pipeline(folder: Path, kind: Any) -> StableDiffusionPipeline:
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     family, scheduler = VideoLDM.load(folder), kind.from_pretrained(folder / "scheduler")
-    parts = {"vae": family.vae, "text_encoder": family.text_encoder, "tokenizer": family.tokenizer}
+    text = {"text_encoder": family.text.networks[0], "tokenizer": family.text.tokenizers[0]}
+    parts = {"vae": family.vae, **text}
     pipeline = StableDiffusionPipeline(unet=parents(folder)[0], scheduler=scheduler, **parts, **nothing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from original_files import write_whole_file
 
 from inflate.data import video
 from inflate.data.clips import ClipDataset
@@ -17,7 +18,7 @@ from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.data.store import Store
 from inflate.errors import ConfigError, DataError, InflateError
-from inflate.training.caching import Caching, cache_clips, show_cached
+from inflate.training.caching import Caching, Model, cache_clips, show_cached
 from launch import launch
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
@@ -126,12 +127,25 @@ def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:
     item = dict(dataset[3])
     assert {"latents", "caption_states"} <= item.keys()
     assert not {"pixels", "context"} & item.keys()
+    assert torch.equal(item["origin"], ClipDataset(replace(wanted.data, cache=None), shuffle=False)[3]["origin"])
     assert torch.equal(item["caption_states"], encoder.captions([dataset[3]["caption"]])["caption_states"][0])
     said: list[str] = []
     show_cached(wanted, tmp_path / "shown", 1, said.append)
     assert said[1].split()[-3:-2] == ["none"]
     with pytest.raises(DataError, match="encoded for other windows, sizes, draws, weights or precision"):
         dataset.read_encoded(replace(wanted, stage="image_to_video").encoder(torch.device("cpu")), "none")
+
+
+def test_both_encoders_of_a_single_file_are_cached(clips: Path, tmp_path: Path) -> None:
+    write_whole_file(tmp_path / "xl.safetensors", "Stable Diffusion XL")
+    model = Model(str(tmp_path / "xl.safetensors"), tokenizer="pocket")
+    wanted = replace(settings(clips, tmp_path / "cache"), stage="temporal", model=model)
+    cache_clips(wanted, False, False, lambda _: lambda done, whole: None, lambda _: None)
+    dataset = ClipDataset(wanted.data, shuffle=False)
+    dataset.read_encoded(encoder := wanted.encoder(torch.device("cpu")), "none")
+    item, told = dict(dataset[2]), encoder.captions([dataset[2]["caption"]])
+    assert set(told) == {"caption_states", "caption_pooled"}
+    assert all(torch.equal(item[name], rows[0]) for name, rows in told.items())
 
 
 def test_a_cache_needs_a_folder_that_can_be_written(clips: Path, tmp_path: Path) -> None:

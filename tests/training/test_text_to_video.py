@@ -1,12 +1,12 @@
 """Text-to-video training on a tiny model: what a step computes, what a stage trains, what is measured and shown."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_video_ldm import PROMPT, SIDE, write_text_model
+from tiny_video_ldm import PROMPT, SIDE, write_sdxl, write_text_model
 
 from helpers import randomise
 from inflate.data import video
@@ -35,6 +35,18 @@ def family(folder: Path) -> VideoLDM:
     return made
 
 
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def sdxl(sdxl_folder: Path) -> VideoLDM:
+    made = VideoLDM.load(sdxl_folder)
+    randomise(made.unet)
+    return made
+
+
 def clip(number: int, frames: int = FRAMES) -> dict[str, Any]:
     """A batch of one clip."""
     generator = torch.Generator().manual_seed(number)
@@ -49,10 +61,9 @@ class CachedClips:
 
     def __init__(self, family: VideoLDM) -> None:
         encoder = TextClipEncoder(family, "float32")
-        states = encoder.captions([PROMPT])["caption_states"][0]
+        text = {name: rows[0] for name, rows in encoder.captions([PROMPT]).items()}
         self.items = [
-            {"latents": encoder.latents(clip(n)["pixels"][0]), "caption_states": states, "number": torch.tensor(n)}
-            for n in range(4)
+            {"latents": encoder.latents(clip(n)["pixels"][0]), **text, "number": torch.tensor(n)} for n in range(4)
         ]
 
     def __len__(self) -> int:
@@ -68,11 +79,12 @@ def make(family: VideoLDM, stage: Stage = "temporal", cached: bool = False, **se
     return TextToVideoTask(family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached)
 
 
-def test_the_loss_is_the_objective_at_one_timestep_per_clip(family: VideoLDM) -> None:
-    task, data = make(family), join([clip(0), clip(1)])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_loss_is_the_objective_at_one_timestep_per_clip(family: VideoLDM, power: float) -> None:
+    task, data = make(family, timestep_power=power), join([clip(0), clip(1)])
     noise = Noise(3, data["number"])
     loss, logs = task.loss(data, noise, 0)
-    timestep, clean = (1000 * noise.uniform("timestep")).long(), family.encode(data["pixels"])
+    timestep, clean = (1000 * noise.uniform("timestep") ** power).long(), family.encode(data["pixels"])
     predict = family.predict(family.embed([PROMPT] * 2))
     frames = family.objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))
     torch.testing.assert_close(loss, frames.mean(1))
@@ -94,7 +106,11 @@ def test_the_spatial_stage_draws_a_timestep_per_frame_and_bypasses_temporal_laye
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_trains_its_own_layers(family: VideoLDM, stage: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["family", "sdxl"])
+def test_each_stage_trains_its_own_layers(
+    kind: str, stage: Stage, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    family: VideoLDM = request.getfixturevalue(kind)
     before = {name: value.clone() for name, value in family.unet.state_dict().items()}
     task = make(family, stage, cached=True)
     settings = Training(tmp_path / "run", steps=2, batch=2, workers=0, lr=1e-2, tracker="none", progress=False)
@@ -123,7 +139,9 @@ def test_a_run_shows_and_exports_what_it_trained(family: VideoLDM, tmp_path: Pat
         assert torch.equal(loaded.unet.temporal_parameters()[name], value)
 
 
-def test_what_is_cached_gives_the_loss_of_what_is_encoded(family: VideoLDM) -> None:
+@pytest.mark.parametrize("kind", ["family", "sdxl"])
+def test_what_is_cached_gives_the_loss_of_what_is_encoded(kind: str, request: pytest.FixtureRequest) -> None:
+    family: VideoLDM = request.getfixturevalue(kind)
     task, cached = make(family, drop_caption=0.5), CachedClips(family)
     whole = join([clip(0), clip(1)])
     stacked = {name: torch.stack([cached[n][name] for n in (0, 1)]) for name in cached[0]}
@@ -132,10 +150,51 @@ def test_what_is_cached_gives_the_loss_of_what_is_encoded(family: VideoLDM) -> N
 
 
 def test_dropped_captions_are_the_empty_prompt(family: VideoLDM) -> None:
-    task, context = make(family, drop_caption=0.3), family.embed([PROMPT] * 3)
-    dropped = task.drop(context, torch.tensor([0.1, 0.3, 0.9]))
-    torch.testing.assert_close(dropped[0], family.embed([""])[0])
-    assert torch.equal(dropped[1:], context[1:])
+    task, condition = make(family, drop_caption=0.3), family.embed([PROMPT] * 3)
+    dropped = task.drop(condition, torch.tensor([0.1, 0.3, 0.9])).context
+    torch.testing.assert_close(dropped[0], family.embed([""]).context[0])
+    assert torch.equal(dropped[1:], condition.context[1:])
+
+
+def test_a_dropped_caption_keeps_the_sizes_of_its_clip(sdxl: VideoLDM) -> None:
+    task, batch = make(sdxl, drop_caption=0.3), join([clip(0), clip(1)])
+    condition = task.condition({**batch, "origin": torch.tensor([[64, 96, 0, 3], [16, 16, 0, 0]])}, torch.device("cpu"))
+    dropped = task.drop(condition, torch.tensor([0.1, 0.9]))
+    assert dropped.pooled is not None
+    assert condition.pooled is not None
+    assert dropped.origin is condition.origin
+    assert not dropped.context[0].any()
+    assert not dropped.pooled[0].any()
+    assert torch.equal(dropped.context[1], condition.context[1])
+    assert torch.equal(dropped.pooled[1], condition.pooled[1])
+
+
+def test_the_loss_is_told_the_sizes_of_the_source(sdxl: VideoLDM) -> None:
+    task, batch = make(sdxl), clip(0)
+    losses = [
+        task.loss({**batch, "origin": torch.tensor([origin])}, Noise(3, batch["number"]), 0)[0]
+        for origin in ([SIDE, SIDE, 0, 0], [480, 640, 0, 3])
+    ]
+    assert torch.equal(losses[0], task.loss(batch, Noise(3, batch["number"]), 0)[0])
+    assert not torch.allclose(*losses, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_another_text_encoder_or_padding_is_another_entry_of_a_cache(sdxl: VideoLDM, place: int) -> None:
+    seen = [dict(TextClipEncoder(sdxl, "float32").identity)]
+    with torch.no_grad():
+        next(sdxl.text.networks[place].parameters()).view(-1)[0] += 1e-3
+    seen.append(dict(TextClipEncoder(sdxl, "float32").identity))
+    sdxl.text.tokenizers[place].pad_token = sdxl.text.tokenizers[place].convert_ids_to_tokens(5)
+    seen.append(dict(TextClipEncoder(sdxl, "float32").identity))
+    sdxl.text = replace(sdxl.text, zeros_for_empty=False)
+    seen.append(dict(TextClipEncoder(sdxl, "float32").identity))
+    assert all(one != another for number, one in enumerate(seen) for another in seen[number + 1 :])
+
+
+def test_a_run_on_stable_diffusion_xl_shows_what_it_trains(sdxl: VideoLDM, tmp_path: Path) -> None:
+    make(sdxl).preview(tmp_path)
+    assert video.probe(tmp_path / "01.mp4").frames == FRAMES
 
 
 def test_images_bypass_the_temporal_layers(family: VideoLDM) -> None:
@@ -154,7 +213,7 @@ def test_held_out_losses_are_told_with_the_temporal_layers_bypassed(family: Vide
     assert make(family).evaluate() == told
 
 
-@pytest.mark.parametrize("changes", [{"drop_caption": 1.5}, {"bands": 0}, {"train_clips": -1}])
+@pytest.mark.parametrize("changes", [{"drop_caption": 1.5}, {"timestep_power": 0.0}, {"bands": 0}, {"train_clips": -1}])
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="text_to_video"):
         TextToVideo(**{**asdict(TextToVideo()), **changes})

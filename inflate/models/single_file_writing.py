@@ -1,0 +1,84 @@
+"""Stable Diffusion 1, 2 and XL into a single file, without text encoders, where reading it gives the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inflate.errors import CheckpointError
+from inflate.files import new_file
+from inflate.models import folders
+from inflate.models.exchange import detached
+from inflate.models.original_names import UNetLayout, as_convolution, unet_names, vae_names
+from inflate.models.single_file import UNET, VAE, Generation, ImageModel, load_image_model
+
+SCHEDULER = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None}
+"""What a scheduler's settings are where its file leaves them out."""
+_NO_MATTER = ("sample_size", "upcast_attention", "force_upcast", "transformer_layers_per_block")
+"""Settings that change no result or, of the last, are told by the tensors where a level has transformers."""
+
+
+def save_image_model(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Mapping[str, Any], file: Path
+) -> Generation:
+    """Writes a .safetensors file in the original names, atomic; returns what is read from it.
+
+    CheckpointError, with nothing written, where a reader would take it for another model, naming the settings.
+    """
+    schedule = {**SCHEDULER, **scheduler}
+    tensors = {**image_tensors(unet, vae), **_marks(schedule)}
+    read = load_image_model(file, schedule["prediction_type"], lambda _: tensors)
+    wrong = untold(unet, vae, schedule, read)
+    if wrong:
+        raise CheckpointError(f"a single file of {read.generation} does not tell: {'; '.join(wrong)}")
+    with new_file(file) as aside:
+        save_file(tensors, aside)
+    return read.generation
+
+
+def untold(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Mapping[str, Any], read: ImageModel) -> list[str]:
+    """The settings of models that are others in what was `read` from their tensors, with their values."""
+    pairs = {
+        "unet": (unet.config, read.unet.config),
+        "vae": (vae.config, read.vae.config),
+        "scheduler": (scheduler, {**read.scheduler, "trained_betas": None}),
+    }
+    return [setting for part, (own, theirs) in pairs.items() for setting in _differing(part, own, theirs)]
+
+
+def image_tensors(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The tensors of both networks as latent diffusion's own files have them; they share the models' memory."""
+    names = unet_names(detached(unet), UNetLayout.of(unet.config))
+    tensors = {f"{UNET}{names[key]}": tensor for key, tensor in detached(unet).items()}
+    names = vae_names(detached(vae), len(vae.config.block_out_channels))
+    for key, tensor in detached(vae).items():
+        tensors[f"{VAE}{names[key]}"] = as_convolution(names[key], tensor)
+    return tensors
+
+
+def _marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors without values by whose names community models say how they predict."""
+    said = {
+        "v_pred": scheduler["prediction_type"] == "v_prediction",
+        "ztsnr": bool(scheduler["rescale_betas_zero_snr"]),
+    }
+    return {name: torch.zeros(0) for name, is_so in said.items() if is_so}
+
+
+def _differing(part: str, own: Mapping[str, Any], read: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in folders.plain(read).items():
+        if name not in _NO_MATTER and _uniform(own.get(name)) != _uniform(value):
+            yield f"{part} {name} {own.get(name)}"
+
+
+def _uniform(value: Any) -> Any:
+    """A setting per level as a tuple or, where all are alike, as the one value that it may be written as."""
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if len(set(value)) == 1 else tuple(value)
