@@ -37,7 +37,13 @@ def adapter(unet: VideoUNet, rank: int, seed: int = 0, kind: str = "lora", layer
         ones = [1] * (weight.ndim - 2)
         tensors[f"unet.{layer}.lora_A.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) / 10
         tensors[f"unet.{layer}.lora_B.weight"] = torch.randn(weight.shape[0], rank, *ones, generator=generator) / 10
-    about = {"targets": ["x"], "licence": "mine", "config": "of the run", "reference": {}, "base": {"name": "here", "sha256": "a"}}
+    about = {
+        "targets": ["x"],
+        "licence": "mine",
+        "config": "of the run",
+        "reference": {},
+        "base": {"name": "here", "sha256": "a"},
+    }
     return Adapter(tensors, kind, dict.fromkeys(layers, rank), dict.fromkeys(layers, 3.0), about)
 
 
