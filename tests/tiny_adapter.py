@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +25,11 @@ FLAT = ["temporal.attn1.to_*", "temporal.ff.*", "attn1.to_q", "resnets.*.conv1"]
 
 def video_unet(trained: bool = True) -> VideoUNet:
     """Stable Video Diffusion's layers, of one level each."""
+    return copy.deepcopy(_video_unet(trained))
+
+
+@cache
+def _video_unet(trained: bool) -> VideoUNet:
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     unet, _ = inflate_unet(
         tiny_unet(True, block_out_channels=(16,), norm_num_groups=4, cross_attention_dim=8, **kinds),
@@ -55,12 +63,35 @@ def train(unet: VideoUNet, steps: int = 2, lr: float = 0.05) -> None:
         optimizer.zero_grad()
 
 
-def trained(kind: Any = "lora", **changes: Any) -> tuple[VideoUNet, Adapter]:
-    """A UNet with an adapter beside it, and the adapter as it is kept."""
+@dataclass(frozen=True)
+class Trained:
+    """An adapter as it is kept, and what its UNet gave with it."""
+
+    adapter: Adapter
+    output: Tensor
+
+
+def trained(kind: Any = "lora", **changes: Any) -> Trained:
+    """An adapter whose tensors a test may change."""
+    made = _trained(kind, **changes)
+    return replace(made, adapter=copy.deepcopy(made.adapter))
+
+
+@cache
+def _trained(kind: Any, **changes: Any) -> Trained:
     unet, wanted = video_unet(), settings(kind, **changes)
     base = {"name": "tiny", "sha256": sha256(unet)}
     torch.manual_seed(5)
     attach.create(unet, wanted, targets.resolve(unet, wanted))
     train(unet)
     about = {"targets": wanted.targets, "family": "svd", "base": base, "reference": verify.reference(unet)}
-    return unet, attach.carried(unet, wanted, about)
+    return Trained(attach.carried(unet, wanted, about), output(unet))
+
+
+def adapted(kind: Any = "lora") -> VideoUNet:
+    """A UNet that carries a trained adapter, which goes on learning."""
+    unet = video_unet().requires_grad_(False)
+    attach.load(unet, trained(kind).adapter)
+    for name, value in unet.named_parameters():
+        value.requires_grad_(f".{attach.SLOT}" in name)
+    return unet

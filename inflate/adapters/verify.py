@@ -16,8 +16,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from inflate import __version__
 from inflate.adapters import attach, bases, file
+from inflate.adapters.bases import on_cpu
 from inflate.adapters.file import Adapter
 from inflate.adapters.targets import inputs
 from inflate.errors import CheckpointError, InflateError
@@ -57,7 +57,7 @@ class Outcome:
 @torch.no_grad()
 def output(unet: VideoUNet) -> Tensor:
     """What a UNet makes of fixed noise (1, 2, C, h, w), in float32 on the CPU; it is put back where it was."""
-    with _on_cpu(unet), evaluating(unet):
+    with on_cpu(unet), evaluating(unet):
         made: Tensor = unet(**inputs(unet, TOKENS, seed=SEED)).sample.float()
     return made
 
@@ -146,20 +146,6 @@ def _kept(adapter: Adapter, origin: object) -> Tensor:
 def _apart(made: Tensor, wanted: Tensor) -> float:
     """The largest difference; infinite where the shapes differ."""
     return float((made - wanted).abs().max()) if made.shape == wanted.shape else math.inf
-
-
-@contextmanager
-def _on_cpu(unet: VideoUNet) -> Iterator[None]:
-    """The UNet on the CPU in float32; its own tensors are put back, whatever is computed meanwhile."""
-    tensors = [tensor for tensor in (*unet.parameters(), *unet.buffers()) if tensor.is_floating_point()]
-    own = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to("cpu", torch.float32)
-        yield
-    finally:
-        for tensor, data in zip(tensors, own, strict=True):
-            tensor.data = data
 
 
 def main(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from tiny_adapter import output, settings, train, trained, video_unet
+from tiny_adapter import adapted, output, settings, train, trained, video_unet
 
-from helpers import CROSS, randomise, write_image_model
+from helpers import randomise, write_image_model
 from inflate.adapters import attach, file, targets
 from inflate.adapters.settings import KINDS
 from inflate.errors import CheckpointError
@@ -28,11 +29,11 @@ def tensors(unet: VideoUNet) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_is_what_was_trained(kind: str, tmp_path: Path) -> None:
-    unet, adapter = trained(kind)
-    file.write(tmp_path / "a.safetensors", adapter)
+    made = trained(kind)
+    file.write(tmp_path / "a.safetensors", made.adapter)
     fresh = video_unet()
     attach.load(fresh, file.read(tmp_path / "a.safetensors"))
-    assert float((output(fresh) - output(unet)).abs().max()) <= 1e-5
+    assert float((output(fresh) - made.output).abs().max()) <= 1e-5
     assert float((output(fresh) - output(video_unet())).abs().max()) > 1e-3
     frozen = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in fresh.named_parameters() if f".{attach.SLOT}" in name}
@@ -52,17 +53,18 @@ def test_an_adapter_is_born_without_effect_and_alone_learns(kind: str) -> None:
 
 
 def test_a_kept_adapter_is_honoured_in_alpha(tmp_path: Path) -> None:
-    unet, adapter = trained(alpha=8.0)
-    file.write(tmp_path / "a.safetensors", adapter)
+    made = trained(alpha=8.0)
+    file.write(tmp_path / "a.safetensors", made.adapter)
     read = file.read(tmp_path / "a.safetensors")
     assert set(read.alpha.values()) == {8.0}
     fresh = video_unet()
     attach.load(fresh, replace(read, alpha=dict.fromkeys(read.alpha, 4.0)))
-    assert float((output(fresh) - output(unet)).abs().max()) > 1e-3
+    assert float((output(fresh) - made.output).abs().max()) > 1e-3
 
 
 def test_each_layer_may_have_a_rank_and_an_alpha_of_its_own(tmp_path: Path) -> None:
-    unet, adapter = trained()
+    made = trained()
+    adapter = made.adapter
     first, *_ = adapter.rank
     wide = {f"unet.{first}.lora_A.weight": 0, f"unet.{first}.lora_B.weight": 1}
     doubled = {n: torch.cat([t, t], wide[n]) if n in wide else t for n, t in adapter.tensors.items()}
@@ -72,13 +74,13 @@ def test_each_layer_may_have_a_rank_and_an_alpha_of_its_own(tmp_path: Path) -> N
     file.write(tmp_path / "a.safetensors", same)
     fresh = video_unet()
     attach.load(fresh, file.read(tmp_path / "a.safetensors"))  # twice the rank, twice the product, the same alpha
-    assert float((output(fresh) - output(unet)).abs().max()) <= 1e-5
+    assert float((output(fresh) - made.output).abs().max()) <= 1e-5
 
 
 def test_taken_off_the_unet_is_what_it_was() -> None:
     unet, before = video_unet(), tensors(video_unet())
     memory = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data_ptr()
-    attach.load(unet, trained()[1])
+    attach.load(unet, trained().adapter)
     assert attach.carries(unet)
     attach.detach(unet)
     after = unet.state_dict()
@@ -86,7 +88,7 @@ def test_taken_off_the_unet_is_what_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data_ptr() == memory
     assert not attach.carries(unet)
-    attach.load(unet, trained("loha")[1])  # and takes another
+    attach.load(unet, trained("loha").adapter)  # and takes another
 
 
 def unfit(adapter: file.Adapter, change: str) -> file.Adapter:
@@ -114,13 +116,13 @@ def unfit(adapter: file.Adapter, change: str) -> file.Adapter:
 def test_what_does_not_fit_is_named_and_nothing_is_changed(change: str, message: str) -> None:
     unet, before = video_unet(), tensors(video_unet())
     with pytest.raises(CheckpointError, match=message):
-        attach.load(unet, unfit(trained()[1], change))
+        attach.load(unet, unfit(trained().adapter, change))
     assert unet.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
 def test_a_second_adapter_is_refused() -> None:
-    unet, adapter = trained()
+    unet, adapter = adapted(), trained().adapter
     with pytest.raises(CheckpointError, match="carries an adapter already"):
         attach.load(unet, adapter)
 
@@ -133,7 +135,7 @@ def gradients(unet: VideoUNet) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_are_the_same_where_activations_are_recomputed() -> None:
-    unet, _ = trained()
+    unet = adapted()
     kept = gradients(unet)
     unet.enable_gradient_checkpointing()
     assert recomputes(unet)
@@ -143,25 +145,30 @@ def test_gradients_are_the_same_where_activations_are_recomputed() -> None:
         torch.testing.assert_close(again[name], value)
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
-def test_diffusers_own_unet_takes_it_by_peft(kind: str, tmp_path: Path) -> None:
-    family = SVD.load(write_image_model(tmp_path / "image"), epsilon=1e-6)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[VideoUNet, UNetSpatioTemporalConditionModel]:
+    """A UNet with diffusers' epsilon, and diffusers' own of its export."""
+    root = tmp_path_factory.mktemp("exported")
+    family = SVD.load(write_image_model(root / "image"), epsilon=1e-6)
     randomise(family.unet)
-    family.save_pretrained(tmp_path / "base")
+    family.save_pretrained(root / "base")
+    return family.unet, UNetSpatioTemporalConditionModel.from_pretrained(root / "base" / "unet")
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_diffusers_own_unet_takes_it_by_peft(
+    kind: str, exported: tuple[VideoUNet, UNetSpatioTemporalConditionModel]
+) -> None:
+    ours, theirs = copy.deepcopy(exported)
     wanted = settings(kind, targets=["temporal.attn1.to_*", "temporal.conv1", "attn1.to_q", "proj_in"])
-    attach.create(family.unet, wanted, targets.resolve(family.unet, wanted))
-    train(family.unet)
-    adapter = attach.carried(family.unet, wanted, {})
-    theirs = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "base" / "unet")
-    load_by_peft(theirs, adapter)
-    given = targets.inputs(family.unet, 1)
-    ids, context = torch.tensor([[6.0, 127.0, 0.02]]), torch.randn(1, 1, CROSS)
+    attach.create(ours, wanted, targets.resolve(ours, wanted))
+    train(ours, lr=0.005)
+    given = targets.inputs(ours, 1)
+    inputs = (given["sample"], given["timestep"], given["encoder_hidden_states"], given["added_time_ids"])
     with torch.no_grad():
-        expected = family.unet(given["sample"], given["timestep"], context, ids).sample
-        found = theirs(given["sample"], given["timestep"], context, ids).sample
-        alone = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "base" / "unet")(
-            given["sample"], given["timestep"], context, ids
-        ).sample
+        alone = theirs(*inputs).sample
+        load_by_peft(theirs, attach.carried(ours, wanted, {}))
+        expected, found = ours(*inputs).sample, theirs(*inputs).sample
     assert float((found - expected).abs().max()) <= 1e-5
     assert float((alone - expected).abs().max()) > 1e-3
 

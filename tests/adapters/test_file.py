@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_read(kind: str, path: Path) -> None:
-    adapter = trained(kind)[1]
+    adapter = trained(kind).adapter
     file.write(path, adapter)
     read = file.read(path)
     assert (read.kind, read.rank, read.alpha, read.about) == (kind, adapter.rank, adapter.alpha, adapter.about)
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(kind: str, path: Path) -> None:
 
 
 def test_diffusers_learns_of_rank_and_alpha(path: Path) -> None:
-    adapter = trained("rslora")[1]
+    adapter = trained("rslora").adapter
     file.write(path, adapter)
     with safe_open(path, "pt") as opened:
         told = json.loads(opened.metadata()["lora_adapter_metadata"])

@@ -21,19 +21,18 @@ def kept(path: Path, adapter: file.Adapter) -> Weighted:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_is_unmerged(kind: str, tmp_path: Path) -> None:
-    beside, adapter = trained(kind)
-    unet = video_unet()
+    made, unet = trained(kind), video_unet()
+    adapter = made.adapter
     merge.merge_files(unet, [kept(tmp_path / "a.safetensors", adapter)])
-    assert float((output(unet) - output(beside)).abs().max()) <= merge.TOLERANCE
+    assert float((output(unet) - made.output).abs().max()) <= merge.TOLERANCE
     assert not attach.carries(unet)
     assert unet.state_dict().keys() == video_unet().state_dict().keys()
     assert bases.sha256(unet) != adapter.about["base"]["sha256"]
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5, -2.0])
-@pytest.mark.parametrize("kind", ["lora", "rslora", "lokr", "loha"])
+@pytest.mark.parametrize(("kind", "weight"), [("lora", 1.0), ("rslora", 0.5), ("lokr", -2.0), ("loha", 1.0)])
 def test_what_was_merged_is_taken_out_again(kind: str, weight: float, tmp_path: Path) -> None:
-    unet, adapter = video_unet(), trained(kind)[1]
+    unet, adapter = video_unet(), trained(kind).adapter
     merge.merge_files(unet, [replace(kept(tmp_path / "a.safetensors", adapter), weight=weight)])
     assert merge.unmerge(unet, adapter, weight) <= merge.TOLERANCE
     torch.testing.assert_close(unet.state_dict(), video_unet().state_dict(), atol=1e-6, rtol=0)
@@ -42,14 +41,14 @@ def test_what_was_merged_is_taken_out_again(kind: str, weight: float, tmp_path: 
 def test_what_was_not_merged_is_not_taken_out() -> None:
     unet, before = video_unet(), video_unet().state_dict()
     with pytest.raises(CheckpointError, match="does not hold the adapter merged in weight 1"):
-        merge.unmerge(unet, trained()[1])
+        merge.unmerge(unet, trained().adapter)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     with pytest.raises(CheckpointError, match="is a DoRA"):
-        merge.unmerge(unet, trained("dora")[1])
+        merge.unmerge(unet, trained("dora").adapter)
 
 
 def test_a_weak_adapter_that_was_not_merged_is_told_from_rounding() -> None:
-    adapter = trained()[1]
+    adapter = trained().adapter
     weak = replace(adapter, tensors={n: 1e-3 * t for n, t in adapter.tensors.items()})
     unet = video_unet()
     attach.load(unet, weak)
@@ -59,7 +58,7 @@ def test_a_weak_adapter_that_was_not_merged_is_told_from_rounding() -> None:
 
 
 def test_adapters_of_any_kinds_add_up_in_their_weights(tmp_path: Path) -> None:
-    adapters = {kind: trained(kind)[1] for kind in ("lora", "dora", "loha")}
+    adapters = {kind: trained(kind).adapter for kind in ("lora", "dora", "loha")}
     files = {kind: kept(tmp_path / f"{kind}.safetensors", each) for kind, each in adapters.items()}
     weights = {"lora": 0.5, "dora": -1.0, "loha": 2.0}
     wanted = [replace(files[kind], weight=weight) for kind, weight in weights.items()]
@@ -74,12 +73,12 @@ def test_adapters_of_any_kinds_add_up_in_their_weights(tmp_path: Path) -> None:
 
 def test_weight_zero_is_the_base(tmp_path: Path) -> None:
     unet = video_unet()
-    merge.merge_files(unet, [replace(kept(tmp_path / "a.safetensors", trained("dora")[1]), weight=0.0)])
+    merge.merge_files(unet, [replace(kept(tmp_path / "a.safetensors", trained("dora").adapter), weight=0.0)])
     assert torch.equal(output(unet), output(video_unet()))
 
 
 def test_another_base_is_refused_unless_told_and_nothing_is_changed(tmp_path: Path) -> None:
-    first, second = trained()[1], trained("loha")[1]
+    first, second = trained().adapter, trained("loha").adapter
     stranger = replace(second, about={**second.about, "base": {"name": "other", "sha256": "0" * 64}})
     files = [kept(tmp_path / "a.safetensors", first), kept(tmp_path / "b.safetensors", stranger)]
     unet, before = video_unet(), video_unet().state_dict()

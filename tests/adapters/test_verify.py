@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_adapter import train, trained, video_unet
+from tiny_adapter import adapted, train, trained, video_unet
 
 from inflate.adapters import attach, file, verify
 from inflate.errors import CheckpointError
@@ -17,7 +17,7 @@ from inflate.errors import CheckpointError
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    file.write(tmp_path / "a.safetensors", trained()[1])
+    file.write(tmp_path / "a.safetensors", trained().adapter)
     return tmp_path / "a.safetensors"
 
 
@@ -82,13 +82,15 @@ def test_the_output_is_in_float32_and_the_model_is_put_back() -> None:
 
 
 def test_training_goes_on_after_a_look() -> None:
-    unet, _ = trained()
+    unet = adapted()
     unet.train()
     verify.reference(unet)
     assert unet.training
     train(unet, 1)
 
 
-def test_a_process_that_fails_is_told_in_its_words(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"a new process cannot load it: .*no-family"):
-        verify.in_new_process(tmp_path / "a.safetensors", "no-family", {"path": "pocket"})
+def test_a_process_that_fails_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        verify.main([str(tmp_path / "a.safetensors"), "no-family", "{}"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: adapters of family no-family are not known")
