@@ -51,8 +51,8 @@ def resolve(unet: nn.Module, settings: AdapterSettings) -> list[str]:
     over_time = [name for name in chosen if isinstance(layers[name], nn.Conv3d)]
     if over_time and settings.kind in FLAT:
         raise ConfigError(
-            f"adapter.kind={settings.kind} cannot sit on convolutions over time: {listing(over_time, 1)}; exclude them by "
-            "adapter.exclude=[temporal.conv*], or set kind to lora, dora or rslora"
+            f"adapter.kind={settings.kind} cannot sit on convolutions over time: {listing(over_time, 1)}; exclude them "
+            "by adapter.exclude=[temporal.conv*], or set kind to lora, dora or rslora"
         )
     return chosen
 
@@ -63,8 +63,8 @@ def refuse_zero_rows(unet: nn.Module, names: Sequence[str], settings: AdapterSet
     zero = [name for name, weight in weights.items() if not bool(weight.flatten(1).any(1).all())]
     if zero:
         raise ConfigError(
-            f"adapter.kind=dora divides by the lengths of weights, and some of {listing(zero, 1)} are zero, as in a model "
-            "freshly inflated; set kind to lora, or name other layers"
+            f"adapter.kind=dora divides by the lengths of weights, and some of {listing(zero, 1)} are zero, as in a "
+            "model freshly inflated; set kind to lora, or name other layers"
         )
 
 
