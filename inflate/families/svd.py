@@ -30,6 +30,7 @@ from inflate.families import svd_files, svd_original
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
+    FAMILY,
     TENSORS_FILE,
     Encoding,
     encoder_of,
@@ -49,7 +50,6 @@ from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
-FAMILY = "svd"
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
@@ -196,17 +196,18 @@ class SVD(Encoding):
         model in a single file predicts, where the file does not tell. Temporal layers alone go over `image_model` where
         one is named, in place of the one that they were trained on.
         """
-        if image_model is not None:
-            return cls._over_image_model(folders.resolve(path), image_model)
-        if str(path).endswith(folders.SAFETENSORS):
+        if image_model is None and str(path).endswith(folders.SAFETENSORS):
             file = Path(path).expanduser()
             if not is_single_image_model(file):
+                refuse_prediction(path, prediction)
                 return cls.from_sgm(file, image_encoder)
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_single_file(file, needed_encoder(path, image_encoder), spec, prediction, frames)
         folder = folders.resolve(path)
-        if temporal_layers.are_in(folder):
-            return cls._over_image_model(folder, None)
+        refuse_prediction(path, prediction)
+        if image_model is not None or temporal_layers.are_in(folder):
+            refuse_another_encoder(path, image_encoder)
+            return cls._over_image_model(folder, image_model)
         if svd_files.is_image_model(folder):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
             return cls.from_image_model(folder, image_encoder, spec, frames=frames)
@@ -285,10 +286,20 @@ class SVD(Encoding):
             )
         file = folder / folders.SETTINGS_FILE
         config = temporal_layers.entry(file, FAMILY, "unet")
-        parent = image_model or temporal_layers.entry(file, FAMILY, "image_model")
-        family = cls.from_image_model(parent, spec=TemporalSpec.from_dict(config["temporal"]))
+        if not isinstance(config.get("temporal"), dict):
+            raise CheckpointError(f"{file} lacks unet.temporal; copy or export the temporal layers again")
+        parent = image_model or temporal_layers.image_model_of(file, FAMILY)
+        family = cls._born(parent, TemporalSpec.from_dict(config["temporal"]))
         temporal_layers.load(folder, family.parts, check=image_model is None)
         return replace(family, **_remembered(folders.read_json(file), file))
+
+    @classmethod
+    def _born(cls, image_model: str | Path, spec: TemporalSpec) -> Self:
+        """An image model, inflated; CheckpointError where it is a video model."""
+        folder = folders.resolve(image_model)
+        if temporal_layers.are_in(folder) or not svd_files.is_image_model(folder):
+            raise CheckpointError(f"{image_model} is no image model; name a Stable Diffusion folder as image_model")
+        return cls.from_image_model(folder, spec=spec)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -300,7 +311,7 @@ class SVD(Encoding):
 
         CheckpointError, with nothing written, where the image model is not this one's, to the bit.
         """
-        born = SVD.from_image_model(image_model, spec=self.unet.spec)
+        born = SVD._born(image_model, self.unet.spec)
         temporal_layers.save(Path(folder), self.parts, born.parts, image_model, self._settings())
 
     @classmethod
@@ -521,6 +532,12 @@ def euler_scheduler(
         sigma_min=sigma_min,
         sigma_max=sigma_max,
     )
+
+
+def refuse_prediction(path: str | Path, prediction: Prediction | None) -> None:
+    """Raise CheckpointError for what an image model's single file predicts, where `path` is something else."""
+    if prediction is not None:
+        raise CheckpointError(f"{path} is no image model's single file, and says what it predicts: leave prediction out")
 
 
 def objective_of(scheduler: dict[str, Any], folder: Path) -> EDM:

@@ -20,6 +20,7 @@ from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
+FAMILY = "svd"
 TENSORS_FILE = "inflate.safetensors"
 """What an export holds of weights beside diffusers' layout."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -81,6 +82,7 @@ class Encoders(Encoding):
             return cls._of_file(Path(path).expanduser(), image_encoder)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
+            refuse_another_encoder(path, image_encoder)
             return cls._over_image_model(folder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
@@ -105,8 +107,7 @@ class Encoders(Encoding):
     @classmethod
     def _over_image_model(cls, folder: Path) -> Self:
         """The encoders below temporal layers alone, with the decoder's own."""
-        settings = folders.read_json(folder / folders.SETTINGS_FILE)
-        encoders = cls.load(settings["image_model"])
+        encoders = cls.load(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY))
         temporal_layers.adopt({"vae": encoders.vae}, temporal_layers.read(folder, "vae."), folder)
         return encoders
 

@@ -42,21 +42,35 @@ def entry(file: Path, family: str, name: str) -> Any:
     return settings[name]
 
 
+def image_model_of(file: Path, family: str) -> str:
+    """The image model that a settings file names; CheckpointError as of `entry`, and where it is not there."""
+    name = str(entry(file, family, "image_model"))
+    try:
+        folders.check_place(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the image_model of {file} is not there: {error}; mend that entry, or name another by --image-model"
+        ) from error
+    return name
+
+
 def save(folder: Path, trained: Networks, born: Networks, image_model: str, settings: Mapping[str, Any]) -> None:
     """Writes the temporal layers of `trained`; `born` are the same networks, freshly inflated from `image_model`.
 
-    CheckpointError, with nothing written, where the two differ in an image layer, or the folder holds other files.
+    CheckpointError, with nothing written, where the two differ in an image layer or in which layers are temporal, half
+    precision cannot hold a tensor, or the folder holds other files.
     """
-    own = _own(trained)
-    before, after = _others(born, own), _others(trained, own)
+    own, theirs = _own(trained), _own(born)
+    before, after = _others(born, theirs), _others(trained, own)
     changed = [name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))]
+    changed += own.keys() ^ theirs.keys()
     if changed:
         raise CheckpointError(
             f"{image_model} has other image layers ({len(changed)} tensors, such as {min(changed)}): temporal layers "
             "are kept alone over the image model that they were trained on; keep the whole export instead"
         )
-    tensors = {name: value.detach().half().cpu().contiguous() for name, value in own.items()}
-    told = {**settings, "image_model": image_model, "image_sha256": _sha256(before)}
+    tensors = _halved(own)
+    told = {**settings, "image_model": _lasting(image_model), "image_sha256": _sha256(before)}
     folders.write(folder, lambda aside: _write(aside, tensors, told))
 
 
@@ -90,6 +104,23 @@ def adopt(born: Networks, tensors: Mapping[str, Tensor], folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+
+
+def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in tensors.items()}
+    wrong = [name for name, value in halves.items() if not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"half precision cannot hold {exchange.listing(wrong)}: temporal layers are kept alone in it; keep the "
+            "whole export instead"
+        )
+    return halves
+
+
+def _lasting(image_model: str) -> str:
+    """An image model's name in any working directory: a path of this machine as a whole one."""
+    place = Path(image_model).expanduser()
+    return str(place.absolute()) if image_model not in folders.SHIPPED and place.exists() else image_model
 
 
 def _own(networks: Networks) -> dict[str, Tensor]:

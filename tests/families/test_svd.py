@@ -111,6 +111,53 @@ def test_temporal_layers_are_kept_alone_over_their_image_model(
         SVD.load(tmp_path / "alone")
 
 
+def test_temporal_layers_find_their_image_model_from_any_directory(
+    temporal: SVD, image_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(image_model, tmp_path / "image")
+    monkeypatch.chdir(tmp_path)
+    temporal.save_temporal("alone", "image")
+    monkeypatch.chdir("/")
+    assert same_weights(SVD.load(tmp_path / "alone"), temporal)
+    (tmp_path / "image").rename(tmp_path / "moved")
+    for load in (SVD.load, Encoders.load):
+        with pytest.raises(CheckpointError, match=r"image_model of .*inflate\.json is not there: .*image does not exist"):
+            load(tmp_path / "alone")
+
+
+def test_temporal_layers_refuse_what_they_would_not_heed(
+    temporal: SVD, image_model: Path, tmp_path: Path, exported: Path
+) -> None:
+    temporal.save_temporal(tmp_path / "alone", str(image_model))
+    for load in (SVD.load, Encoders.load):
+        with pytest.raises(CheckpointError, match="leave image_encoder out"):
+            load(tmp_path / "alone", image_model)
+    for path in (tmp_path / "alone", image_model, exported):
+        with pytest.raises(CheckpointError, match="leave prediction out"):
+            SVD.load(path, prediction="epsilon")
+    for other in (exported, tmp_path / "alone"):
+        with pytest.raises(CheckpointError, match="is no image model"):
+            SVD.load(tmp_path / "alone", image_model=other)
+    settings = tmp_path / "alone" / "inflate.json"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**told, "unet": {}}))
+    with pytest.raises(CheckpointError, match="lacks unet.temporal"):
+        SVD.load(tmp_path / "alone")
+    settings.write_text(json.dumps({**told, "family": "video_ldm"}))
+    with pytest.raises(CheckpointError, match="is of family video_ldm, not svd"):
+        Encoders.load(tmp_path / "alone")
+
+
+def test_temporal_layers_that_half_precision_cannot_hold_are_refused(
+    temporal: SVD, image_model: Path, tmp_path: Path
+) -> None:
+    name = next(iter(temporal.unet.temporal_parameters()))
+    temporal.unet.get_parameter(name).data.view(-1)[0] = 1e5
+    with pytest.raises(CheckpointError, match=f"half precision cannot hold unet.{name}"):
+        temporal.save_temporal(tmp_path / "alone", str(image_model))
+    assert not (tmp_path / "alone").exists()
+
+
 def test_temporal_layers_go_over_another_image_model_only_where_it_is_named(
     temporal: SVD, image_model: Path, tmp_path: Path
 ) -> None:
