@@ -67,11 +67,12 @@ TEMPORAL = "temporal-layers"
 EXPORTS: dict[str, Callable[[Path], SVD | VideoLDM]] = {"svd": SVD.load, "video-unet": VideoLDM.load}
 """Formats whose models can leave their image model out."""
 _OF_USE = {
-    "image_model": ("motion-adapter", "motion-module", *EXPORTS),
+    "image_model": ("motion-adapter", "motion-module", TEMPORAL),
     "image_encoder": ("svd-file",),
     "prediction": ("stable-diffusion-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
 }
+"""The formats that are read with an extra, or written: temporal layers alone."""
 
 
 def convert(path: str, target: Path, to: str | None = None, extra: Extra | None = None, overwrite: bool = False) -> str:
@@ -83,13 +84,13 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     """
     source, place = recognise(path)
     wanted, given = _wanted(source, to, path), extra or Extra()
-    _refuse_useless(source, given)
+    _refuse_useless(source, wanted, given)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
         if wanted == TEMPORAL:
             return _temporal_layers(source, place, target, given)
         if source == TEMPORAL and wanted == "svd":
-            return _saved(SVD.load(place), target)
+            return _saved(SVD.load(place, image_model=given.image_model), target)
         if source in PIPELINES:
             return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
@@ -113,11 +114,12 @@ def _wanted(source: str, to: str | None, path: str) -> str:
     return wanted
 
 
-def _refuse_useless(source: str, extra: Extra) -> None:
-    for name, sources in _OF_USE.items():
-        if getattr(extra, name) and source not in sources:
+def _refuse_useless(source: str, wanted: str, extra: Extra) -> None:
+    about = TEMPORAL if wanted == TEMPORAL else source
+    for name, formats in _OF_USE.items():
+        if getattr(extra, name) and about not in formats:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}: leave it out"
+                f"--{name.replace('_', '-')} is for {' and '.join(formats)}, not for {about}: leave it out"
             )
 
 
@@ -223,7 +225,7 @@ def _our_unet(folder: Path, _: Extra) -> VideoUNet:
 
 READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
-    "temporal-layers": lambda folder, _: _family_of(folder).load(folder).unet,
+    "temporal-layers": lambda folder, extra: _family_of(folder).load(folder, image_model=extra.image_model).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
     "vgen": _from_vgen,
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),

@@ -151,7 +151,9 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
     converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
     assert equal(VideoUNet.from_pretrained(tmp_path / "unet").state_dict(), found)
     if kind == "image-to-video":
-        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd")
+        useless = refused("convert", tmp_path / "export", tmp_path / "x.safetensors", "--image-model", image)
+        assert "--image-model is for motion-adapter and motion-module and temporal-layers, not for svd" in useless
+        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd", "--image-model", image)
         assert equal(SVD.load(tmp_path / "whole").unet.state_dict(), found)
     else:
         assert "is of family video_ldm" in refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")

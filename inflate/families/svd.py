@@ -537,7 +537,7 @@ def euler_scheduler(
 def refuse_prediction(path: str | Path, prediction: Prediction | None) -> None:
     """Raise CheckpointError for what an image model's single file predicts, where `path` is something else."""
     if prediction is not None:
-        raise CheckpointError(f"{path} is no image model's single file, and says what it predicts: leave prediction out")
+        raise CheckpointError(f"{path} is no image model's single file and says what it predicts: leave prediction out")
 
 
 def objective_of(scheduler: dict[str, Any], folder: Path) -> EDM:

@@ -247,7 +247,7 @@ class VideoLDM(Encoding):
     ) -> Self:
         """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
         if isinstance(self.vae, VideoVAE):
-            raise CheckpointError(f"a temporal decoder belongs over its own autoencoder, not over that of {image_model}")
+            raise CheckpointError(f"a temporal decoder belongs over its own autoencoder, not that of {image_model}")
         other = _image_model(image_model, tokenizer, prediction)
         theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
         shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]

@@ -121,7 +121,7 @@ def test_temporal_layers_find_their_image_model_from_any_directory(
     assert same_weights(SVD.load(tmp_path / "alone"), temporal)
     (tmp_path / "image").rename(tmp_path / "moved")
     for load in (SVD.load, Encoders.load):
-        with pytest.raises(CheckpointError, match=r"image_model of .*inflate\.json is not there: .*image does not exist"):
+        with pytest.raises(CheckpointError, match=r"image_model of .*inflate\.json is not there: .*does not exist"):
             load(tmp_path / "alone")
 
 
