@@ -82,8 +82,7 @@ class Encoders(Encoding):
             return cls._of_file(Path(path).expanduser(), image_encoder)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
-            refuse_another_encoder(path, image_encoder)
-            return cls._over_image_model(folder)
+            return cls._over_image_model(folder, image_encoder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
@@ -105,9 +104,11 @@ class Encoders(Encoding):
         return cls(original.load_vae(), encoder, **statistics)
 
     @classmethod
-    def _over_image_model(cls, folder: Path) -> Self:
+    def _over_image_model(cls, folder: Path, image_encoder: str | Path | None) -> Self:
         """The encoders below temporal layers alone, with the decoder's own."""
-        encoders = cls.load(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY))
+        file = folder / folders.SETTINGS_FILE
+        parent = temporal_layers.image_model_of(file, FAMILY)
+        encoders = cls.load(parent, temporal_layers.source(file, "image_encoder", image_encoder))
         temporal_layers.adopt({"vae": encoders.vae}, temporal_layers.read(folder, "vae."), folder)
         return encoders
 

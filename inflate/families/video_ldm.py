@@ -92,7 +92,9 @@ class Encoders(Encoding):
             return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
-            return cls.load(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY), tokenizer)
+            file = folder / folders.SETTINGS_FILE
+            parent = temporal_layers.image_model_of(file, FAMILY)
+            return cls.load(parent, temporal_layers.source(file, "tokenizer", tokenizer))
         refuse_of_file(path, tokenizer=tokenizer)
         return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
@@ -259,13 +261,22 @@ class VideoLDM(Encoding):
         other.clips = self.clips
         return other  # type: ignore[return-value]
 
-    def save_temporal(self, folder: str | Path, image_model: str) -> None:
+    def save_temporal(
+        self,
+        folder: str | Path,
+        image_model: str,
+        tokenizer: str | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> None:
         """Writes the temporal layers alone, in half precision, and the name of the image model that they belong over.
 
-        CheckpointError, with nothing written, where the image model is not this one's, to the bit.
+        That is read with a tokenizer and a prediction, as by `load`, which are kept. CheckpointError, with nothing
+        written, where the image model is not this one's, to the bit.
         """
-        settings = {**self._settings(), "spec": self.unet.spec.to_dict()}
-        temporal_layers.save(Path(folder), self.parts, _image_model(image_model).parts, image_model, settings)
+        born = _image_model(image_model, tokenizer, prediction)
+        spec = {"spec": self.unet.spec.to_dict()}
+        settings = {**self._settings(), **spec, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
+        temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -283,6 +294,10 @@ class VideoLDM(Encoding):
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
         parent = image_model or temporal_layers.image_model_of(file, FAMILY)
+        if str(parent).endswith(folders.SAFETENSORS):
+            tokenizer = temporal_layers.source(file, "tokenizer", tokenizer)
+        if image_model is None:
+            prediction = temporal_layers.source(file, "prediction", prediction)
         family = _image_model(parent, tokenizer, prediction)
         spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:

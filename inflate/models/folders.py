@@ -57,6 +57,11 @@ def local_folder(path: str | Path) -> Path | None:
     return None
 
 
+def place_of(path: str | Path) -> Path:
+    """The .safetensors file that `path` is, or else the folder of `resolve`; CheckpointError as there."""
+    return Path(path).expanduser() if str(path).endswith(SAFETENSORS) else resolve(path)
+
+
 def check_place(path: str | Path) -> None:
     """Raise CheckpointError for a path of a model that does not exist; nothing is read or downloaded."""
     if not str(path).endswith(SAFETENSORS):

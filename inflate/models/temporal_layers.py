@@ -54,6 +54,23 @@ def image_model_of(file: Path, family: str) -> str:
     return name
 
 
+def source(file: Path, name: str, given: str | Path | None) -> Any:
+    """What an image model is read with beside its path: what is given or, where nothing is, a settings file tells."""
+    return folders.read_json(file).get(name) if given is None else given
+
+
+def sources(prediction: str | None, **places: str | Path | None) -> dict[str, str]:
+    """The entries of a settings file that `source` reads, of those that are given."""
+    given = {name: lasting(place) for name, place in places.items() if place is not None}
+    return given if prediction is None else {**given, "prediction": prediction}
+
+
+def lasting(path: str | Path) -> str:
+    """The name of a model in any working directory: a path of this machine as a whole one."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if str(path) not in folders.SHIPPED and place.exists() else str(path)
+
+
 def save(folder: Path, trained: Networks, born: Networks, image_model: str, settings: Mapping[str, Any]) -> None:
     """Writes the temporal layers of `trained`; `born` are the same networks, freshly inflated from `image_model`.
 
@@ -70,7 +87,7 @@ def save(folder: Path, trained: Networks, born: Networks, image_model: str, sett
             "are kept alone over the image model that they were trained on; keep the whole export instead"
         )
     tensors = _halved(own)
-    told = {**settings, "image_model": _lasting(image_model), "image_sha256": _sha256(before)}
+    told = {**settings, "image_model": lasting(image_model), "image_sha256": _sha256(before)}
     folders.write(folder, lambda aside: _write(aside, tensors, told))
 
 
@@ -115,12 +132,6 @@ def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "whole export instead"
         )
     return halves
-
-
-def _lasting(image_model: str) -> str:
-    """An image model's name in any working directory: a path of this machine as a whole one."""
-    place = Path(image_model).expanduser()
-    return str(place.absolute()) if image_model not in folders.SHIPPED and place.exists() else image_model
 
 
 def _own(networks: Networks) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-from original_files import write_sgm
+from original_files import write_sgm, write_single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
@@ -129,9 +129,6 @@ def test_temporal_layers_refuse_what_they_would_not_heed(
     temporal: SVD, image_model: Path, tmp_path: Path, exported: Path
 ) -> None:
     temporal.save_temporal(tmp_path / "alone", str(image_model))
-    for load in (SVD.load, Encoders.load):
-        with pytest.raises(CheckpointError, match="leave image_encoder out"):
-            load(tmp_path / "alone", image_model)
     for path in (tmp_path / "alone", image_model, exported):
         with pytest.raises(CheckpointError, match="leave prediction out"):
             SVD.load(path, prediction="epsilon")
@@ -596,6 +593,23 @@ def test_encoders_alone_are_those_of_the_whole_model(
 
 
 # ---- an image model in a single file
+
+
+def test_temporal_layers_over_a_single_file_know_its_image_encoder(tmp_path: Path, image_model: Path) -> None:
+    write_single_file(tmp_path / "sd.safetensors", cross_attention_dim=CROSS)
+    inside = image_model / "image_encoder"
+    family = SVD.load(tmp_path / "sd.safetensors", inside, frames=3)
+    for parameter in [*family.unet.created_parameters().values(), *family.unet.conv_in.parameters()]:
+        parameter.data.copy_(parameter.half())
+    for parameter in family.vae.temporal_parameters().values():
+        parameter.data.copy_((parameter + 0.05 * torch.randn(parameter.shape)).half())
+    with pytest.raises(CheckpointError, match="holds no image encoder: give its folder"):
+        family.save_temporal(tmp_path / "alone", str(tmp_path / "sd.safetensors"))
+    family.save_temporal(tmp_path / "alone", str(tmp_path / "sd.safetensors"), str(inside))
+    assert same_weights(SVD.load(tmp_path / "alone"), family)
+    assert same_weights(SVD.load(tmp_path / "alone", image_model=tmp_path / "sd.safetensors"), family)
+    latents = torch.randn(1, 2, 4, 4, 4)
+    assert torch.equal(Encoders.load(tmp_path / "alone").decode(latents), family.decode(latents))
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -141,16 +141,16 @@ def test_a_temporal_decoder_stays_with_its_own_autoencoder(folder: Path, tmp_pat
         family.over(folder)
 
 
-def test_encoders_below_temporal_layers_may_be_a_single_files(tmp_path: Path) -> None:
+def test_temporal_layers_over_a_single_file_know_its_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     write_whole_file(file, "Stable Diffusion 1")
     family = VideoLDM.load(file, None, "pocket")
-    settings = {"family": "video_ldm", "clips": {}, "spec": family.unet.spec.to_dict(), "image_model": str(file)}
-    (tmp_path / "alone").mkdir()
-    save_file({}, tmp_path / "alone" / "temporal.safetensors")
-    (tmp_path / "alone" / "inflate.json").write_text(json.dumps(settings))
-    alone = Encoders.load(tmp_path / "alone", "pocket")
-    assert torch.equal(alone.embed([PROMPT]).context, family.embed([PROMPT]).context)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        family.save_temporal(tmp_path / "alone", str(file))
+    family.save_temporal(tmp_path / "alone", str(file), "pocket")
+    for kind in (VideoLDM, Encoders):
+        alone = kind.load(tmp_path / "alone")
+        assert torch.equal(alone.embed([PROMPT]).context, family.embed([PROMPT]).context)
 
 
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:
