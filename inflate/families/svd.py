@@ -31,7 +31,6 @@ from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
     FAMILY,
-    TENSORS_FILE,
     Encoding,
     encoder_of,
     image_statistics,
@@ -475,7 +474,7 @@ class SVD(Encoding):
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         exact = svd_files.exact_vae_tensors(self.vae)
         if exact:
-            save_file(exact, folder / TENSORS_FILE)
+            save_file(exact, folder / folders.TENSORS_FILE)
 
     def _settings(self) -> dict[str, Any]:
         return {

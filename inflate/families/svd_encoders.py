@@ -21,8 +21,6 @@ from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
 FAMILY = "svd"
-TENSORS_FILE = "inflate.safetensors"
-"""What an export holds of weights beside diffusers' layout."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -115,7 +113,7 @@ class Encoders(Encoding):
 
 def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
-    own, extra = folder / folders.SETTINGS_FILE, folder / TENSORS_FILE
+    own, extra = folder / folders.SETTINGS_FILE, folder / folders.TENSORS_FILE
     settings = folders.read_json(own) if own.is_file() else {}
     overrides = exchange.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)

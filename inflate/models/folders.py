@@ -23,9 +23,13 @@ PARTS = (
     "unet", "vae", "image_encoder", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "feature_extractor",
     "scheduler",
 )  # fmt: skip
-PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 SETTINGS_FILE = "inflate.json"
 """What an export of ours holds of settings that diffusers' layout has no place for."""
+TENSORS_FILE = "inflate.safetensors"
+"""What it holds of weights beside that layout."""
+TEMPORAL_FILE = "temporal.safetensors"
+"""Temporal layers alone."""
+PIPELINE_FILES = ("*.json", TENSORS_FILE, TEMPORAL_FILE, *(f"{part}/*" for part in PARTS))
 SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v", "pocket-svd")}
 """The models that come with the package, by the names that stand for their folders."""
 

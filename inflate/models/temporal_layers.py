@@ -21,15 +21,13 @@ from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.models.weights import tensors_sha256
 
-FILE = "temporal.safetensors"
-
 Networks = Mapping[str, nn.Module]
 """All networks of a family, by the names of their parts."""
 
 
 def are_in(folder: Path) -> bool:
     """Whether a folder holds temporal layers alone."""
-    return (folder / FILE).is_file()
+    return (folder / folders.TEMPORAL_FILE).is_file()
 
 
 def entry(file: Path, family: str, name: str) -> Any:
@@ -107,7 +105,7 @@ def load(folder: Path, born: Networks, check: bool) -> None:
 
 def read(folder: Path, part: str = "") -> dict[str, Tensor]:
     """The tensors of a folder, or of one part; CheckpointError where they cannot be read."""
-    tensors = exchange.read_tensors(folder / FILE)
+    tensors = exchange.read_tensors(folder / folders.TEMPORAL_FILE)
     return {name: value for name, value in tensors.items() if name.startswith(part)}
 
 
@@ -117,7 +115,7 @@ def adopt(born: Networks, tensors: Mapping[str, Tensor], folder: Path) -> None:
     differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
     if differing:
         names = exchange.listing(sorted({name for name, _ in differing}))
-        raise CheckpointError(f"{folder / FILE} does not hold this model's temporal layers: {names}")
+        raise CheckpointError(f"{folder / folders.TEMPORAL_FILE} does not hold this model's temporal layers: {names}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
@@ -165,5 +163,5 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
-    save_file(tensors, folder / FILE)
+    save_file(tensors, folder / folders.TEMPORAL_FILE)
     (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")

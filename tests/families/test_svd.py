@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from huggingface_hub.utils import filter_repo_objects
 from original_files import write_sgm, write_single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.models.folders import PIPELINE_FILES
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
@@ -42,6 +44,7 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def born(image_model: Path) -> SVD:
+    torch.manual_seed(0)  # the new layers' weights are the same whatever ran before
     return SVD.from_image_model(image_model, spec=DIFFUSERS, frames=4)
 
 
@@ -95,6 +98,8 @@ def test_temporal_layers_are_kept_alone_over_their_image_model(
     temporal: SVD, image_model: Path, tmp_path: Path
 ) -> None:
     temporal.save_temporal(tmp_path / "alone", str(image_model))
+    files = [file.name for file in (tmp_path / "alone").iterdir()]
+    assert list(filter_repo_objects(files, allow_patterns=list(PIPELINE_FILES))) == files, "downloaded from the Hub"
     loaded = SVD.load(tmp_path / "alone")
     assert same_weights(loaded, temporal)
     assert (loaded.objective, loaded.motion, loaded.frames, loaded.fps) == (
