@@ -112,6 +112,8 @@ def _file_format(file: Path) -> str:
     for mark, found in MARKS.items():
         if any(mark in key for key in keys):
             return found
+    if any(".lora_" in key or key.startswith("lora_") for key in keys):
+        raise CheckpointError(f"{file} is an adapter, not a model: `inflate adapter show` says of what")
     raise CheckpointError(
         f"{file} is of no known format: no tensor's name has {', '.join(MARKS)}; it holds {exchange.listing(keys)}"
     )

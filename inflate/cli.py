@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from inflate import __version__, shelves
+from inflate.adapter_cli import AnyBase, adapter_app
+from inflate.adapters.settings import Weighted
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
 from inflate.formats import WRITTEN
 
@@ -33,6 +35,7 @@ app = typer.Typer(
 
 data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(adapter_app, name="adapter")
 
 SIGNALLED = 128
 """Exit status of a command that a signal stopped, less the signal's number."""
@@ -43,6 +46,11 @@ ModelPath = Annotated[
 OtherImageModel = Annotated[
     str | None,
     typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
+]
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="FILE[:WEIGHT]", help="An adapter, as trained or in a weight; may be repeated."),
 ]
 
 Settings = Annotated[
@@ -270,9 +278,12 @@ def sample(
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
     image_model: OtherImageModel = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Animate IMAGE with the model in PATH."""
+    wanted = [Weighted.parse(text) for text in adapter or ()]
     _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if (height is None) != (width is None):
         raise ConfigError("--height and --width: give both or neither")
@@ -282,6 +293,7 @@ def sample(
     from inflate.sampling.svd import Sampling
 
     family = _load(path, image_model)
+    _adapt(family, wanted, any_base)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
         steps=steps,
@@ -364,6 +376,8 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     image_model: OtherImageModel = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
     ] = None,
@@ -373,6 +387,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Draw a clip of PROMPT with the text-to-video model in PATH."""
+    wanted = [Weighted.parse(text) for text in adapter or ()]
     _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if sampler not in ("ddim", "euler"):
         raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
@@ -382,6 +397,7 @@ def generate(
 
     family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
+    _adapt(family, wanted, any_base)
     settings = Sampling(
         steps=steps,
         guidance=guidance,
@@ -500,6 +516,14 @@ def _load(path: str, image_model: str | None = None) -> "SVD":
 
     _note_image_model(path)
     return SVD.load(path, image_model=image_model).to(_device())
+
+
+def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool) -> None:
+    """Merge adapters into the UNet, for as long as this command runs."""
+    if wanted:
+        from inflate.adapters.merge import merge_files
+
+        merge_files(family.unet, wanted, any_base)
 
 
 def _note_image_model(path: str) -> None:

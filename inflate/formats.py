@@ -22,3 +22,14 @@ WRITTEN = ("stable-diffusion", "stable-diffusion-file", "svd", "svd-file", "temp
 """The formats that are written."""
 FILES = ("stable-diffusion-file", "svd-file", "vgen", "motion-module")
 """Those of them that are one file."""
+
+ADAPTERS = {
+    "inflate": "PEFT, over the layers of our UNets, which are their image model's and those called temporal",
+    "svd": "PEFT, over the layers of diffusers' UNetSpatioTemporalConditionModel",
+    "unet3d": "PEFT, over the layers of diffusers' UNet3DConditionModel",
+    "unet-motion": "PEFT, over the layers of diffusers' UNetMotionModel",
+    "comfyui": "ComfyUI, over the original names of the layers",
+    "kohya": "kohya's scripts and what reads their files: lora_unet_..., lora_down, lora_up, alpha",
+    "attention-processors": "diffusers before it used PEFT: ....lora.down.weight, ....lora.up.weight",
+}
+"""Every format of an adapter's file, and what it is."""

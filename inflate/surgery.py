@@ -157,22 +157,22 @@ def _unet_pair(video: Any, parent: Any, generator: torch.Generator) -> tuple[Ten
     batch, frames, side = 2, 3, 4 * 2 ** len(video.config.block_out_channels)
     sample = random(batch, frames, video.config.in_channels, side, side)  # (B, F, C, h, w)
     steps = random(batch, frames).abs() * 300  # (B, F)
-    context = random(batch, 5, _context_width(parent))  # (B, L, D)
+    context = random(batch, 5, context_width(parent))  # (B, L, D)
     ids = random(batch, video.spec.added_ids).abs() if video.spec.added_ids else None  # (B, ids)
-    added = _added_conditions(parent, batch * frames, random)
+    added = added_conditions(parent, batch * frames, random)
     ours = video(sample, steps, context, ids, added_cond_kwargs=added).sample.flatten(0, 1)  # (B*F, C, h, w)
     flat = sample.flatten(0, 1)[:, : parent.config.in_channels]  # (B*F, C, h, w)
     theirs = parent(flat, steps.flatten(), context.repeat_interleave(frames, 0), added_cond_kwargs=added).sample
     return ours, theirs
 
 
-def _context_width(unet: Any) -> int:
+def context_width(unet: Any) -> int:
     """Width of the context that a UNet takes."""
     width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
     return int(width if isinstance(width, int) else width[0])
 
 
-def _added_conditions(unet: Any, rows: int, random: Any) -> dict[str, Tensor] | None:
+def added_conditions(unet: Any, rows: int, random: Any) -> dict[str, Tensor] | None:
     """Random text embedding and sizes for Stable Diffusion XL, which adds them to the time embedding."""
     if unet.config.addition_embed_type != "text_time":
         return None

@@ -20,13 +20,18 @@ from typing import Literal
 import torch
 
 from inflate import config as configuration
+from inflate.adapters.card import facts as facts_of
+from inflate.adapters.card import use
+from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import Batch, ClipDataset, Frames, collate
 from inflate.data.demo_clips import build
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, DataError, report_errors
-from inflate.families.svd import SVD, MotionBuckets
+from inflate.families.svd import FAMILY, SVD, MotionBuckets
 from inflate.families.svd_model import Model
+from inflate.training import adapting
+from inflate.training.adapting import Adapting
 from inflate.training.card import image_use, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
@@ -58,6 +63,7 @@ class Config:
     training: Training = field(default_factory=Training)
     decoder: Decoder = field(default_factory=Decoder)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
@@ -67,6 +73,10 @@ class Config:
             raise ConfigError(f"data: bucket {single[0]} has one frame; stage={self.stage} needs two or more")
         if self.stage == "decoder":
             refuse_draws(self.data, self.stage)
+        if self.stage != "image_to_video":
+            adapting.refuse_beside(self.adapter, "stage", self.stage)
+        if self.image_to_video.trainable != "all":
+            adapting.refuse_beside(self.adapter, "image_to_video.trainable", self.image_to_video.trainable)
         if len(single) == len(self.data.sizes):
             raise ConfigError(f"data: no bucket has two frames or more, only {', '.join(map(str, single))}")
 
@@ -146,9 +156,12 @@ def make_task(
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
+    adapter = None
+    if config.adapter.kind != "none":
+        adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
     task = ImageToVideoTask(
         family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
-        frames_encoded(config) if config.data.cache else "all",
+        frames_encoded(config) if config.data.cache else "all", adapter,
     )  # fmt: skip
     family.frames, family.height, family.width = main.frames, main.height, main.width
     family.fps = float(task.shown[0]["fps"][0])
@@ -177,20 +190,32 @@ def finish(config: Config, result: Result) -> None:
     last = output / "samples" / f"step-{result.step:06}"
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
     scores = last / "scores.json"
-    exported = json.loads((output / "export" / "inflate.json").read_text())
-    gap = exported["export_gap"]
+    exported, how = proved_adapter(config, result) if config.adapter.kind != "none" else exported_model(output)
     facts = {
         "stage": config.stage,
         "starts from": config.model.path,
         "clips": config.data.path,
         "steps": f"{result.step} ({result.stopped})",
-        "largest difference from diffusers' classes": f"UNet {gap['unet']:.1e}, decoder {gap['decoder']:.1e}",
+        **exported,
     }
     write_card(
         output, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", facts, result.held_out,
-        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config),
-        image_use(exported["decode_chunk"]),
+        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config), how,
     )  # fmt: skip
+
+
+def exported_model(output: Path) -> tuple[dict[str, str], str]:
+    """What the card tells of an exported model, and how to use it."""
+    exported = json.loads((output / "export" / "inflate.json").read_text())
+    gap = exported["export_gap"]
+    told = f"UNet {gap['unet']:.1e}, decoder {gap['decoder']:.1e}"
+    return {"largest difference from diffusers' classes": told}, image_use(exported["decode_chunk"])
+
+
+def proved_adapter(config: Config, result: Result) -> tuple[dict[str, str], str]:
+    """What the card tells of an exported adapter, which is proved now, and how to use it."""
+    adapter = adapting.finish(config.training.output, result, config.model, configuration.dump(config))
+    return facts_of(adapter), use(FAMILY, config.model.path)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,16 @@ from dataclasses import dataclass, field
 import torch
 
 from inflate import config as configuration
+from inflate.adapters.card import facts as facts_of
+from inflate.adapters.card import use
+from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, report_errors
-from inflate.families.video_ldm import Clips, Model, VideoLDM
+from inflate.families.video_ldm import FAMILY, Clips, Model, VideoLDM
+from inflate.training import adapting
+from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.encoding import TextClipEncoder
@@ -42,11 +47,12 @@ class Config:
 
     stage: Stage = "temporal"
     """spatial: the image model's layers, on single frames; temporal: the temporal layers, on clips; joint: all, on
-    clips and images"""
+    clips and images; beside an adapter, which of these ways the clips are shown to it"""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     text_to_video: TextToVideo = field(default_factory=TextToVideo)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
@@ -92,9 +98,13 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
+    adapter = None
+    if config.adapter.kind != "none":
+        place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
+        adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
     return TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
-        cached=dataset.cache is not None,
+        cached=dataset.cache is not None, adapter=adapter,
     )  # fmt: skip
 
 
@@ -109,9 +119,11 @@ def finish(config: Config, result: Result) -> None:
         "clips": config.data.path,
         "steps": f"{result.step} ({result.stopped})",
     }
-    write_card(
-        output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), TEXT_USE
-    )
+    how = TEXT_USE
+    if config.adapter.kind != "none":
+        facts |= facts_of(adapting.finish(output, result, config.model, configuration.dump(config)))
+        how = use(FAMILY, config.model.path)
+    write_card(output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), how)
 
 
 if __name__ == "__main__":

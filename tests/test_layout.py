@@ -43,7 +43,9 @@ ARROWS = {
     "metrics": MIDDLE | {"measures"},
     "families": MIDDLE | {"families"},
     "sampling": MIDDLE | {"families", "sampling"},
-    "training": MIDDLE | {"families", "sampling", "training", "curves", "measures", "__init__"},
+    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "__init__"},
+    "training": MIDDLE | {"families", "sampling", "training", "adapters", "curves", "measures", "__init__"},
+    "adapter_cli": {"adapters", "formats"} | BASE,
     "aliases": {"errors"},
     "curves": {"files", "measures"},
     "measures": set(),
@@ -59,6 +61,8 @@ ARROWS = {
     "conversion": MIDDLE | {"families", "catalogue", "formats"},
     "cli": MIDDLE
     | {
+        "adapters",
+        "adapter_cli",
         "catalogue",
         "conversion",
         "formats",

@@ -50,7 +50,7 @@ def convert(
     surplus = [key for key in tensors if names.get(key) not in shapes]
     if missing or surplus:
         raise CheckpointError(f"{origin} does not fit the model: {_difference(missing, surplus)}; nothing was loaded")
-    fitted = {target: _fit(tensors[sources[target]], shape) for target, shape in shapes.items()}
+    fitted = {target: fit(tensors[sources[target]], shape) for target, shape in shapes.items()}
     wrong = [
         f"{sources[target]} {tuple(tensors[sources[target]].shape)} instead of {tuple(shapes[target])}"
         for target, tensor in fitted.items()
@@ -72,7 +72,8 @@ def _difference(missing: list[str], surplus: list[str]) -> str:
     return "; ".join(parts + ([f"{len(surplus)} left over ({listing(surplus)})"] if surplus else []))
 
 
-def _fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
+def fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """A tensor in a shape that differs at most as a pointwise convolution from a linear layer; None for others."""
     if tensor.shape == shape:
         return tensor
     longer, shorter = (tensor.shape, shape) if tensor.ndim > len(shape) else (shape, tensor.shape)

@@ -23,6 +23,7 @@ from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
 from inflate.sampling.svd import Sampling, sample
+from inflate.training.adapting import Adapting
 from inflate.training.held_out import (
     REMEDY,
     band_name,
@@ -107,6 +108,8 @@ class ImageToVideoTask:
     `frames` says which frames a step encodes: all; the first alone, whose noise is on its pixels, where batches hold
     the clips' `latents` and `context` and the `first` frame; or none, where they also hold `image_latents` (B, K, ...)
     at the noise levels `augs` (B, K). An encoder that no step needs is on the device only to look at the model.
+
+    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
     """
 
     def __init__(
@@ -119,11 +122,13 @@ class ImageToVideoTask:
         seed: int,
         training: Sequence[Batch] = (),
         frames: Frames = "all",
+        adapter: Adapting | None = None,
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
         if settings.gradient_checkpointing:
             family.unet.enable_gradient_checkpointing()
         self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
+        self.adapter = adapter
         needed: dict[Frames, list[nn.Module]] = {"all": [family.vae, family.image_encoder], "first": [family.vae]}
         self.frozen = needed.get(frames, [])
         self._visiting = [one for one in needed["all"] if one not in self.frozen]
@@ -135,7 +140,8 @@ class ImageToVideoTask:
             raise DataError("the held-out clips (data.held_out) are images: previews need clips of two frames or more")
         for module in needed["all"]:
             module.requires_grad_(False).eval()
-        choose_trainable(family.unet, settings.trainable)
+        if adapter is None:
+            choose_trainable(family.unet, settings.trainable)
         self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY)]
 
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Selected]]:
@@ -282,8 +288,11 @@ class ImageToVideoTask:
         return {name: float(value.mean()) for name, value in scores.items()}
 
     def export(self, folder: Path) -> None:
-        """Write the whole model as a folder that diffusers' StableVideoDiffusionPipeline loads."""
-        self.family.save_pretrained(folder)
+        """Write the adapter or, without one, the whole model as diffusers' StableVideoDiffusionPipeline loads it."""
+        if self.adapter is None:
+            self.family.save_pretrained(folder)
+        else:
+            self.adapter.export(self.family.unet, folder)
 
     def _device(self) -> torch.device:
         return next(self.players[0].network.parameters()).device

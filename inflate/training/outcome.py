@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from inflate.adapters.file import NAME as ADAPTER
 from inflate.measures import remark
 from inflate.training.log import found_overfitting
 from inflate.training.loop import Result
@@ -30,10 +31,11 @@ def say(result: Result, stage: str, output: Path) -> None:
             print(f"  {name}: {first[name]:.4g} -> {last[name]:.4g} {remark(name)}".rstrip())
     for one in found_overfitting(output, result.held_out):
         print(f"  {one}")
+    adapter = result.export / ADAPTER
     for name, path in (
         ("before/after video", output / "before_after.mp4"), ("as a picture", output / "before_after.png"),
         ("plot", output / "metrics.png"), ("numbers", output / "metrics.json"), ("card", output / "README.md"),
-        ("model", result.export),
+        ("adapter", adapter) if adapter.is_file() else ("model", result.export),
     ):  # fmt: skip
         if path.exists():
             print(f"  {name}: {path}")

@@ -20,6 +20,7 @@ from inflate.models.text_encoders import TextCondition
 from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
+from inflate.training.adapting import Adapting
 from inflate.training.held_out import REMEDY, fixed_losses, is_image, named_losses, same_size, size_of, visiting
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
@@ -83,6 +84,8 @@ class TextToVideoTask:
     `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`, and
     where they are known their `origin`). Where batches hold the clips' `latents` and what is encoded of captions
     (`cached`), the encoders are on the device only to look at the model.
+
+    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
     """
 
     def __init__(
@@ -96,12 +99,14 @@ class TextToVideoTask:
         seed: int,
         training: Sequence[Batch] = (),
         cached: bool = False,
+        adapter: Adapting | None = None,
     ) -> None:
         if not held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
         if settings.gradient_checkpointing:
             family.unet.enable_gradient_checkpointing()
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
+        self.adapter = adapter
         encoders: list[nn.Module] = [family.vae, *family.text.networks]
         for module in encoders:
             module.requires_grad_(False).eval()
@@ -110,7 +115,8 @@ class TextToVideoTask:
         self.held_out = held_out[: settings.held_out_clips]
         self.training = [*training[: settings.train_clips]]
         self.shown = self.held_out[: settings.preview_clips]
-        choose_trainable(family.unet, stage)
+        if adapter is None:
+            choose_trainable(family.unet, stage)
         self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY)]
 
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Selected]]:
@@ -201,8 +207,11 @@ class TextToVideoTask:
         return sample(self.family, prompts, [self.seed + place for place in places], settings).cpu()
 
     def export(self, folder: Path) -> None:
-        """Write the whole model as a folder that `VideoLDM.load` reads."""
-        self.family.save_pretrained(folder)
+        """Write the adapter or, without one, the whole model as a folder that `VideoLDM.load` reads."""
+        if self.adapter is None:
+            self.family.save_pretrained(folder)
+        else:
+            self.adapter.export(self.family.unet, folder)
 
     def _bands(self) -> list[str]:
         edges = [band * TRAIN_TIMESTEPS // self.settings.bands for band in range(self.settings.bands + 1)]

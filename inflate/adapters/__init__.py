@@ -1,0 +1,1 @@
+"""Adapters: small weights beside a frozen UNet, made, kept in files, proved, merged."""

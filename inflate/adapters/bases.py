@@ -1,0 +1,110 @@
+"""The model that an adapter belongs on: told by a hash of its UNet, loaded by its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inflate.adapters.file import Adapter
+from inflate.adapters.targets import inputs
+from inflate.errors import CheckpointError
+from inflate.families import svd, svd_model, video_ldm
+from inflate.families.svd import SVD
+from inflate.families.video_ldm import VideoLDM
+from inflate.models import folders
+from inflate.models.unet import VideoUNet
+from inflate.models.weights import tensors_sha256
+from inflate.surgery import evaluating
+
+Family = SVD | VideoLDM
+TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77}
+"""Length of each family's contexts."""
+
+
+def sha256(unet: VideoUNet) -> str:
+    """SHA-256 of the tensors of a UNet that carries no adapter.
+
+    Temporal layers that do nothing yet are left out: inflation draws them at random, and the same image model inflated
+    again is the same base.
+    """
+    born = unet.created_parameters().keys() if is_newborn(unet) else ()
+    tensors = unet.state_dict()
+    return tensors_sha256((name, tensors[name]) for name in sorted(tensors) if name not in born)
+
+
+@torch.no_grad()
+def is_newborn(unet: VideoUNet) -> bool:
+    """Whether what inflation created changes nothing: a clip's output is, to the bit, that of its frames as images."""
+    ids = unet.class_embedding.linear_2 if unet.spec.added_ids else None
+    if ids is not None and any(bool(parameter.any()) for parameter in ids.parameters()):
+        return False
+    with on_cpu(unet), evaluating(unet):  # where equal sums are equal to the bit
+        clip, images = (unet(**inputs(unet, 2, image_only)).sample for image_only in (False, True))
+    return torch.equal(clip, images)
+
+
+@contextmanager
+def on_cpu(unet: VideoUNet) -> Iterator[None]:
+    """The UNet on the CPU in float32; its own tensors are put back, whatever is computed meanwhile."""
+    tensors = [tensor for tensor in (*unet.parameters(), *unet.buffers()) if tensor.is_floating_point()]
+    own = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to("cpu", torch.float32)
+        yield
+    finally:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data
+
+
+def load(family: str, settings: Mapping[str, Any]) -> Family:
+    """The model of a family by its recipe's settings `model`; CheckpointError."""
+    if family == svd.FAMILY:
+        return svd_model.Model(**settings).load(frames=1)
+    if family == video_ldm.FAMILY:
+        return video_ldm.Model(**settings).load()
+    raise CheckpointError(f"adapters of family {family} are not known, only of {' and '.join(TOKENS)}")
+
+
+def family_of(path: str | Path, adapter: Adapter) -> str:
+    """The family that a model is to be loaded as: the adapter's or, where it does not tell, the export's own."""
+    told = adapter.about.get("family")
+    if isinstance(told, str):
+        return told
+    file = folders.resolve(path) / folders.SETTINGS_FILE
+    family = folders.read_json(file).get("family") if file.is_file() else None
+    if family not in TOKENS:
+        raise CheckpointError(f"neither the adapter nor {path} tells of which family they are ({' or '.join(TOKENS)})")
+    return str(family)
+
+
+def name_of(adapter: Adapter, origin: object) -> str:
+    """The base that an adapter names, if it is here: what a stranger's file names is not downloaded."""
+    name = _told(adapter, "name")
+    if name is None or not (Path(name).expanduser().is_file() or folders.local_folder(name)):
+        known = "does not name its base" if name is None else f"belongs on {name}, which is not on this disk"
+        raise CheckpointError(f"{origin} {known}: name it by --base")
+    return name
+
+
+def refuse_another(unet: VideoUNet, adapter: Adapter, origin: object) -> None:
+    """CheckpointError unless a UNet without an adapter is the one that the adapter was made on, to the bit."""
+    told = _told(adapter, "sha256")
+    anyway = "add --any-base to use it all the same"
+    if told is None:
+        raise CheckpointError(f"{origin} does not say which model it was made on; {anyway}")
+    if told != sha256(unet):
+        raise CheckpointError(
+            f"{origin} was made on {_told(adapter, 'name')} ({told[:12]}), and this model's weights are others "
+            f"({sha256(unet)[:12]}); load that one, or {anyway}"
+        )
+
+
+def _told(adapter: Adapter, name: str) -> str | None:
+    base = adapter.about.get("base")
+    value = base.get(name) if isinstance(base, dict) else None
+    return value if isinstance(value, str) else None

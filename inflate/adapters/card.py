@@ -1,0 +1,103 @@
+"""The README.md beside an adapter's file, made of what the file says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from inflate.adapters import file
+from inflate.adapters.file import Adapter
+from inflate.tables import aligned
+
+COMMANDS = {
+    "svd": "inflate sample {base} photo.png --adapter {name} -o out.mp4",
+    "video_ldm": 'inflate generate {base} "a prompt" --adapter {name} -o out.mp4',
+}
+CLASSES = {"svd": ("inflate.families.svd", "SVD"), "video_ldm": ("inflate.families.video_ldm", "VideoLDM")}
+TAGS = {"svd": "image-to-video", "video_ldm": "text-to-video"}
+
+
+def text(adapter: Adapter) -> str:
+    """The card; every number in it stands in the file."""
+    about = adapter.about
+    family, base = about["family"], about["base"]["name"]
+    head = ["---", "library_name: diffusers", f"tags: [{adapter.kind}, {TAGS[family]}, inflate]"]
+    head += [f"license: {about['licence']}"] if about.get("licence") else []
+    sections = [
+        "\n".join([*head, "---"]),
+        f"# {adapter.kind} adapter of {base}",
+        "\n".join(f"- {name}: {value}" for name, value in facts(adapter).items()),
+        "## Use\n\n" + use(family, base),
+        _measured(about.get("held_out") or []),
+        f"## Settings\n\n```yaml\n{about['config'].strip()}\n```" if about.get("config") else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def facts(adapter: Adapter) -> dict[str, str]:
+    """What a file says of itself, in words."""
+    about, verified = adapter.about, adapter.about.get("verified")
+    base = about.get("base") or {}
+    every = {
+        "kind": adapter.kind,
+        "layers": f"{len(adapter.rank)} ({adapter.parameters:,} parameters)",
+        "rank": _span(adapter.rank.values()),
+        "alpha": _span(adapter.alpha.values()),
+        "targets": ", ".join(about.get("targets") or []),
+        "family": str(about.get("family") or ""),
+        "base": f"{base['name']} (SHA-256 {base['sha256']})" if base else "not told",
+        "data": str(about.get("data") or ""),
+        "hardware": str(about.get("hardware") or ""),
+        "licence": str(about.get("licence") or "not told"),
+        "verified": _proof(verified) if verified else "not yet: `inflate adapter verify` loads it on its base",
+    }
+    return {name: _plain(value) for name, value in every.items() if value}
+
+
+def table(adapter: Adapter) -> str:
+    """The facts and the held-out curve as aligned lines."""
+    rows = aligned([*facts(adapter).items()])
+    return "\n".join([*rows, *_curve(adapter.about.get("held_out") or [])])
+
+
+def use(family: str, base: str) -> str:
+    """How to load an adapter, in a shell and in Python."""
+    module, kind = CLASSES[family]
+    command = COMMANDS[family].format(base=base, name=file.NAME)
+    return (
+        f"```bash\n{command}\n```\n\n"
+        f"```python\nfrom inflate.adapters import attach, file\nfrom {module} import {kind}\n\n"
+        f'family = {kind}.load("{base}")\nattach.load(family.unet, file.read("{file.NAME}"))\n```'
+    )
+
+
+def _proof(verified: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in verified["versions"].items())
+    return (
+        f"a new process that loaded the file on its base came within {verified['max_abs_diff']:.1e} of the trained "
+        f"model's output, which is up to {verified['effect']:.1e} from the base's ({versions})"
+    )
+
+
+def _measured(held_out: Sequence[Mapping[str, float | None]]) -> str:
+    lines = _curve(held_out)
+    return "\n".join(["## Measured", "", "```", *lines, "```"]) if lines else ""
+
+
+def _curve(held_out: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """The held-out measurements, a row for each look."""
+    if not held_out:
+        return []
+    names = [name for name in held_out[0] if all(name in row for row in held_out)]
+    rows = [["-" if row[name] is None else f"{row[name]:.4g}" for name in names] for row in held_out]
+    return aligned([[_plain(name) for name in names], *rows])
+
+
+def _plain(text: str) -> str:
+    """A text of a stranger's without what a terminal or a card would take for a command."""
+    return "".join(each if each.isprintable() else " " for each in text)
+
+
+def _span(values: Any) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -1,0 +1,82 @@
+"""Training an adapter in place of the model: what a run adds before its first step and to its export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inflate.adapters import attach, bases, card, file, targets, verify
+from inflate.adapters.file import Adapter
+from inflate.adapters.settings import AdapterSettings
+from inflate.errors import ConfigError
+from inflate.files import write_text
+from inflate.models.unet import VideoUNet
+from inflate.training import record
+from inflate.training.loop import Result
+from inflate.training.noise import seed_of
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """The new adapter of a run, on its UNet."""
+
+    settings: AdapterSettings
+    about: dict[str, Any]
+    """what its file says of itself from the start: targets, family, base"""
+
+    @classmethod
+    def on(
+        cls, unet: VideoUNet, settings: AdapterSettings, family: str, path: str, seed: int, image_only: bool = False
+    ) -> Adapting:
+        """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on.
+
+        `image_only` says that all frames are trained as images. ConfigError, with the UNet as it was, for layers that
+        the model does not have or that would learn nothing.
+        """
+        names = targets.resolve(unet, settings)
+        targets.refuse_zero_rows(unet, names, settings)
+        targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
+        base = {"name": path, "sha256": bases.sha256(unet)}
+        torch.manual_seed(seed_of(seed, "adapter"))
+        attach.create(unet, settings, names)
+        return cls(settings, {"targets": settings.targets, "exclude": settings.exclude, "family": family, "base": base})
+
+    def export(self, unet: VideoUNet, folder: Path) -> None:
+        """Write the adapter's file, not yet verified, into an existing folder."""
+        about = {**self.about, "reference": verify.reference(unet), "verified": None}
+        file.write(folder / file.NAME, attach.carried(unet, self.settings, about))
+
+
+def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
+    """Complete a run's exported adapter by what is known at its end, prove it in a new process, and write its card.
+
+    `model` are the recipe's settings `model`. CheckpointError where what is loaded is not what was trained.
+    """
+    path = output / "export" / file.NAME
+    adapter = file.read(path)
+    run = record.starts(output / record.NAME)[-1]
+    told = {
+        "config": config, "data": run["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
+        "licence": None, "hardware": ", ".join(run["devices"]), "verified": None,
+    }  # fmt: skip
+    file.write(path, replace(adapter, about={**adapter.about, **told}), overwrite=True)
+    verify.certify(path, adapter.about["family"], asdict(model))
+    adapter = file.read(path)
+    write_text(path.with_name("README.md"), card.text(adapter))
+    return adapter
+
+
+def refuse_beside(settings: AdapterSettings, setting: str, value: str) -> None:
+    """ConfigError where a run has an adapter and another setting that says what learns."""
+    if settings.kind != "none":
+        raise ConfigError(f"{setting}={value} says what of the model learns, but beside an adapter it stays as it is")
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """Measurements as JSON can hold them."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from original_files import equal, write_single_file, write_svd_file
+
+from helpers import tiny_unet, tiny_unet_sd2, write_image_model
+from inflate import catalogue
+from inflate.adapters import outlines
+from inflate.errors import CheckpointError
+from inflate.families import animatediff, modelscope
+from inflate.families.modelscope import ImageToVideo
+from inflate.families.svd import SVD
+from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
+
+Written = tuple[Path, UNet2DConditionModel]
+
+
+def image_model(folder: Path) -> Written:
+    unet = tiny_unet()
+    unet.save_pretrained(folder / "model" / "unet")
+    return folder / "model", unet
+
+
+def image_file(folder: Path) -> Written:
+    return folder / "a.safetensors", write_single_file(folder / "a.safetensors")[0]
+
+
+def svd(folder: Path) -> Written:
+    family = SVD.load(write_image_model(folder / "parent"))
+    family.save_pretrained(folder / "export")
+    return folder / "export", family.unet
+
+
+def svd_file(folder: Path) -> Written:
+    file, _, unet, _ = write_svd_file(folder)
+    return file, unet
+
+
+def video_unet(folder: Path) -> Written:
+    unet = VideoUNet.from_2d(tiny_unet(), VIDEO_LDM)
+    unet.save_pretrained(folder / "unet")
+    return folder, unet
+
+
+def _modelscope() -> VideoUNet:
+    return VideoUNet.from_2d(tiny_unet_sd2(attention_head_dim=(2, 4), norm_num_groups=32), MODELSCOPE)
+
+
+def unet3d(folder: Path) -> Written:
+    unet = _modelscope()
+    modelscope.to_diffusers(unet).save_pretrained(folder)
+    return folder, unet
+
+
+def vgen(folder: Path) -> Written:
+    unet = _modelscope()
+    modelscope.save_vgen(ImageToVideo(unet, None), folder / "a.safetensors")
+    return folder / "a.safetensors", unet
+
+
+def unet_motion(folder: Path) -> Written:
+    unet = VideoUNet.from_2d(tiny_unet(norm_num_groups=32), replace(ANIMATEDIFF_V2, motion_norm="clip"))
+    animatediff.to_diffusers(unet).save_pretrained(folder)
+    return folder, unet
+
+
+WRITERS: dict[str, Callable[[Path], Written]] = {
+    "stable-diffusion": image_model,
+    "stable-diffusion-file": image_file,
+    "svd": svd,
+    "svd-file": svd_file,
+    "video-unet": video_unet,
+    "unet3d": unet3d,
+    "vgen": vgen,
+    "unet-motion": unet_motion,
+}
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_the_unet_of_every_format_is_read(format: str, tmp_path: Path) -> None:
+    path, unet = WRITERS[format](tmp_path)
+    assert catalogue.recognise(path)[0] == format
+    assert equal(outlines.load_unet(str(path)).state_dict(), unet.state_dict())
+    outline = outlines.outline(str(path))
+    assert {key: value.shape for key, value in outline.state_dict().items()} == {
+        key: value.shape for key, value in unet.state_dict().items()
+    }
+    assert {value.device.type for value in outline.state_dict().values()} == {"meta"}
+
+
+def test_an_image_model_is_outlined_as_its_family_inflates_it(tmp_path: Path) -> None:
+    path, _ = image_model(tmp_path)
+    for family, spec, channels in (("svd", TemporalSpec(), 8), ("video_ldm", VIDEO_LDM, 4)):
+        born = VideoUNet.from_2d(tiny_unet(), spec, channels)
+        outline = outlines.outline(str(path), family)
+        assert {key: value.shape for key, value in outline.state_dict().items()} == {
+            key: value.shape for key, value in born.state_dict().items()
+        }
+    with pytest.raises(CheckpointError, match="family dit is not made"):
+        outlines.outline(str(path), "dit")
+
+
+def test_motion_modules_alone_are_no_unet(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = VideoUNet.from_2d(tiny_unet(norm_num_groups=32), replace(ANIMATEDIFF_V2, motion_norm="clip"))
+    animatediff.save_adapter(unet, tmp_path / "motion")
+    with pytest.raises(CheckpointError, match="is motion-adapter, which holds no whole UNet"):
+        outlines.load_unet(str(tmp_path / "motion"))

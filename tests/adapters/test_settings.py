@@ -1,0 +1,41 @@
+"""What an adapter's settings may be, and how a weight is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inflate.adapters.settings import AdapterSettings, Weighted
+from inflate.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "adapter.rank=0"),
+        ({"alpha": 0.0}, "adapter.alpha=0.0: must be positive"),
+        ({"alpha": float("nan")}, "adapter.alpha=nan"),
+        ({"dropout": 1.0}, "adapter.dropout=1.0"),
+        ({"targets": []}, "adapter.kind=lora needs adapter.targets"),
+        ({"kind": "none"}, "adapter.kind is none: set one of lora, dora"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AdapterSettings(**{"kind": "lora", "targets": ["to_q"], **changes})
+
+
+def test_alpha_is_the_rank_where_none_is_set() -> None:
+    assert AdapterSettings("lora", rank=8, targets=["to_q"]).strength == 8
+    assert AdapterSettings("lora", rank=8, alpha=2, targets=["to_q"]).strength == 2
+
+
+def test_a_weight_stands_behind_a_colon(tmp_path: Path) -> None:
+    assert Weighted.parse("a.safetensors") == Weighted(Path("a.safetensors"), 1.0)
+    assert Weighted.parse("b/a.safetensors:-0.5") == Weighted(Path("b/a.safetensors"), -0.5)
+    strange = tmp_path / "a:2"
+    strange.touch()
+    assert Weighted.parse(str(strange)) == Weighted(strange, 1.0)
+    for text in ("a.safetensors:much", "a.safetensors:nan", "a.safetensors:"):
+        with pytest.raises(ConfigError, match="write FILE or FILE:WEIGHT"):
+            Weighted.parse(text)

@@ -1,0 +1,111 @@
+"""The commands of adapters and the option that samples with them: answers, files, one line for each mistake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import inflate, refused
+from tiny_adapter import settings, train
+
+from helpers import randomise, write_image_model
+from inflate.adapters import attach, bases, file, targets, verify
+from inflate.families.svd import SVD
+
+
+@dataclass(frozen=True)
+class Made:
+    """A base, and an adapter of it."""
+
+    base: Path
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("made")
+    family, wanted = SVD.load(write_image_model(root / "image")), settings()
+    randomise(family.unet)
+    family.save_pretrained(root / "base")
+    about = {"family": "svd", "base": {"name": str(root / "base"), "sha256": bases.sha256(family.unet)}}
+    attach.create(family.unet, wanted, targets.resolve(family.unet, wanted))
+    train(family.unet)
+    adapter = attach.carried(family.unet, wanted, {**about, "reference": verify.reference(family.unet)})
+    file.write(root / "a.safetensors", adapter)
+    return Made(root / "base", root / "a.safetensors")
+
+
+def told(result: object) -> str:
+    assert result.exit_code == 0, result.output  # type: ignore[attr-defined]
+    return result.stdout  # type: ignore[attr-defined]
+
+
+def test_show_tells_what_the_file_tells(made: Made) -> None:
+    lines = told(inflate("adapter", "show", made.adapter)).splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert facts["kind"] == "lora"
+    assert facts["base"].startswith(f"{made.base} (SHA-256 ")
+    assert facts["verified"].startswith("not yet")
+
+
+def test_show_prints_no_strangers_control_characters(made: Made, tmp_path: Path) -> None:
+    adapter = file.read(made.adapter)
+    base = {"name": "x\x1b[2J\x07\nverified  yes", "sha256": "0"}
+    file.write(tmp_path / "a.safetensors", replace(adapter, about={"base": base, "licence": "MIT\r"}))
+    text = told(inflate("adapter", "show", tmp_path / "a.safetensors"))
+    assert text.replace("\n", "").isprintable()
+    assert not any(line.startswith("verified  yes") for line in text.splitlines())
+
+
+def test_verify_repeats_the_proof(made: Made, tmp_path: Path) -> None:
+    assert "from what was trained" in told(inflate("adapter", "verify", made.adapter))
+    assert "which is not on this disk: name it by --base" in refused(
+        "adapter", "verify", moved(made, tmp_path / "a.safetensors", {"name": "owner/name", "sha256": "0"})
+    )
+    other = moved(made, tmp_path / "b.safetensors", {"name": str(made.base), "sha256": "0" * 64})
+    assert "add --any-base" in refused("adapter", "verify", other)
+    assert inflate("adapter", "verify", other, "--any-base").exit_code == 0
+
+
+def moved(made: Made, path: Path, base: dict[str, str]) -> Path:
+    adapter = file.read(made.adapter)
+    file.write(path, replace(adapter, about={**adapter.about, "base": base}))
+    return path
+
+
+def test_merged_and_unmerged_models_are_written(made: Made, tmp_path: Path) -> None:
+    merged, again = tmp_path / "merged", tmp_path / "again"
+    told(inflate("adapter", "merge", made.base, made.adapter, "-o", merged))
+    beside = SVD.load(made.base)
+    attach.load(beside.unet, file.read(made.adapter))
+    apart = verify.output(SVD.load(merged).unet) - verify.output(beside.unet)
+    assert float(apart.abs().max()) <= 1e-4
+    told(inflate("adapter", "unmerge", merged, made.adapter, "-o", again))
+    torch.testing.assert_close(
+        SVD.load(again).unet.state_dict(), SVD.load(made.base).unet.state_dict(), atol=1e-6, rtol=0
+    )
+    assert "does not hold" in refused("adapter", "unmerge", made.base, made.adapter, "-o", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert "exists already" in refused("adapter", "merge", made.base, made.adapter, "-o", merged)
+    assert "add --any-base" in refused("adapter", "merge", merged, made.adapter, "-o", tmp_path / "none")
+
+
+def test_sampling_takes_adapters_in_weights(made: Made, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(photo)
+    common = ("sample", made.base, photo, "--steps", 2, "--frames", 2, "--height", 16, "--width", 16)
+    weights = {"none": (), "zero": (":0",), "whole": ("",), "two": (":0.5", ":0.5")}
+    for name, each in weights.items():
+        named = [option for weight in each for option in ("--adapter", f"{made.adapter}{weight}")]
+        told(inflate(*common, "-o", tmp_path / f"{name}.mp4", *named))
+    sheets = {name: (tmp_path / f"{name}.png").read_bytes() for name in weights}
+    assert sheets["zero"] == sheets["none"] != sheets["whole"]
+    assert sheets["two"] == sheets["whole"]
+    assert "write FILE or FILE:WEIGHT" in refused(*common, "-o", tmp_path / "x.mp4", "--adapter", f"{made.adapter}:big")
+    other = moved(made, tmp_path / "b.safetensors", {"name": "other", "sha256": "0" * 64})
+    assert "was made on other" in refused(*common, "-o", tmp_path / "x.mp4", "--adapter", other)
+    told(inflate(*common, "-o", tmp_path / "x.mp4", "--adapter", other, "--any-base"))
