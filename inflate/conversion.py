@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import animatediff, modelscope, svd_encoders
+from inflate.families import animatediff, modelscope, svd
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
@@ -204,7 +204,7 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
 
 def _family_of(folder: Path) -> type[SVD | VideoLDM]:
     """The family of temporal layers alone."""
-    is_svd = folders.read_json(folder / folders.SETTINGS_FILE).get("family") == svd_encoders.FAMILY
+    is_svd = folders.read_json(folder / folders.SETTINGS_FILE).get("family") == svd.FAMILY
     return SVD if is_svd else VideoLDM
 
 

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
-from inflate.families import svd_files, svd_original
+from inflate.families import svd_encoders, svd_files, svd_original
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
-    FAMILY,
     Encoding,
     encoder_of,
     image_statistics,
@@ -49,6 +48,7 @@ from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
+FAMILY = svd_encoders.FAMILY
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
