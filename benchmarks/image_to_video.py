@@ -192,7 +192,7 @@ def draw(curves: dict[str, Any], found: dict[str, Any], target: Path) -> None:
             )  # fmt: skip
             named.add(label)
     born = [one["inflated comes to the latter after steps"] for one in found.values()]
-    if born and not any(born):
+    if born and all(step == 0 for step in born):
         axes.set_title(f"no run from scratch comes to the newborn inflated model ({len(born)} seeds)", fontsize=10)
     if ratios:
         spread = f"{min(ratios):.1f}" if len(ratios) == 1 else f"{min(ratios):.1f} to {max(ratios):.1f}"

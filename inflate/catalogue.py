@@ -19,7 +19,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope, svd_files
-from inflate.families.svd_encoders import TENSORS_FILE
 from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
 from inflate.models import exchange, folders, single_file, temporal_layers
@@ -129,7 +128,7 @@ def _folder_format(folder: Path) -> str:
     if not file.is_file():
         there = exchange.listing(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise CheckpointError(
-            f"{folder} is of no known format: it has no unet/config.json, config.json, {temporal_layers.FILE} or "
+            f"{folder} is of no known format: it has no unet/config.json, config.json, {folders.TEMPORAL_FILE} or "
             f"state.json; it holds {there}"
         )
     name = folders.read_json(file).get("_class_name")
@@ -188,7 +187,7 @@ def _temporal_layers(folder: Path) -> Found:
     settings = folders.read_json(folder / folders.SETTINGS_FILE)
     told = settings.get("spec") or settings.get("unet", {}).get("temporal", {})
     spec = TemporalSpec.from_dict(told)
-    tensors = exchange.read_headers(folder / temporal_layers.FILE)
+    tensors = exchange.read_headers(folder / folders.TEMPORAL_FILE)
     unet = {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
     decoder = [value for name, value in tensors.items() if name.startswith("vae.")]
     facts = {"family": str(settings.get("family")), "over": str(settings.get("image_model")), **_temporal(spec)}
@@ -267,7 +266,7 @@ def _kind(key: str, spec: TemporalSpec) -> str:
 def _parts(folder: Path) -> dict[str, list[Tensor]]:
     """The tensors of the networks beside a pipeline's UNet."""
     groups = {part: _part(folder / part) for part in PARTS if (folder / part).is_dir()}
-    exact = folder / TENSORS_FILE
+    exact = folder / folders.TENSORS_FILE
     return {**groups, "vae, exactly": list(exchange.read_headers(exact).values())} if exact.is_file() else groups
 
 

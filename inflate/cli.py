@@ -193,12 +193,12 @@ def verify(path: ModelPath) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from inflate.families import svd_files
-    from inflate.models import folders
+    from inflate.models import folders, temporal_layers
     from inflate.models.unet import TemporalSpec
     from inflate.surgery import IDENTITY, inflate_unet, inflate_vae, verify_identity
 
     folder = folders.resolve(path)
-    if not svd_files.is_image_model(folder):
+    if temporal_layers.are_in(folder) or not svd_files.is_image_model(folder):
         raise CheckpointError(f"{path} is a video model already; verify compares an image model with its inflation")
     unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
     vae = folders.load_parent(AutoencoderKL, folder / "vae")
@@ -235,7 +235,10 @@ def convert_model(
         str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
     image_encoder: Annotated[
-        str | None, typer.Option(help="Folder of the image encoder, where the original's file holds none.")
+        str | None, typer.Option(help="Folder of the image encoder, where the original's file or image model has none.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer, where the image model is a single file.")
     ] = None,
     prediction: Annotated[
         Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
@@ -245,10 +248,13 @@ def convert_model(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,
 ) -> None:
-    """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused."""
+    """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused.
+
+    Temporal layers alone are written in half precision.
+    """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, prediction, norm_per_frame)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, norm_per_frame)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 

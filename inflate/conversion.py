@@ -1,4 +1,7 @@
-"""From one format of a model to another, through our own: bit for bit, in float32, or refused."""
+"""From one format of a model to another, through our own: bit for bit, in float32, or refused.
+
+Temporal layers alone are in half precision.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ class Extra:
     image_model: str | None = None
     """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over"""
     image_encoder: str | None = None
-    """folder of the CLIP image encoder of Stable Video Diffusion, where the original's file holds none"""
+    """folder of the CLIP image encoder, where the original's file of Stable Video Diffusion, or the image model of
+    temporal layers alone, holds none"""
+    tokenizer: str | None = None
+    """folder of the tokenizer, where the image model of temporal layers alone is a single file"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     norm_per_frame: bool = False
@@ -67,11 +73,13 @@ TEMPORAL = "temporal-layers"
 EXPORTS: dict[str, Callable[[Path], SVD | VideoLDM]] = {"svd": SVD.load, "video-unet": VideoLDM.load}
 """Formats whose models can leave their image model out."""
 _OF_USE = {
-    "image_model": ("motion-adapter", "motion-module", *EXPORTS),
-    "image_encoder": ("svd-file",),
-    "prediction": ("stable-diffusion-file",),
+    "image_model": ("motion-adapter", "motion-module", TEMPORAL, *EXPORTS),
+    "image_encoder": ("svd-file", "svd"),
+    "tokenizer": ("video-unet",),
+    "prediction": ("stable-diffusion-file", *EXPORTS),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
 }
+"""The formats that are read with an extra or, of exports, that become temporal layers alone with it."""
 
 
 def convert(path: str, target: Path, to: str | None = None, extra: Extra | None = None, overwrite: bool = False) -> str:
@@ -83,13 +91,13 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     """
     source, place = recognise(path)
     wanted, given = _wanted(source, to, path), extra or Extra()
-    _refuse_useless(source, given)
+    _refuse_useless(source, wanted, given)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
         if wanted == TEMPORAL:
             return _temporal_layers(source, place, target, given)
         if source == TEMPORAL and wanted == "svd":
-            return _saved(SVD.load(place), target)
+            return _saved(SVD.load(place, image_model=given.image_model), target)
         if source in PIPELINES:
             return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
@@ -113,12 +121,12 @@ def _wanted(source: str, to: str | None, path: str) -> str:
     return wanted
 
 
-def _refuse_useless(source: str, extra: Extra) -> None:
-    for name, sources in _OF_USE.items():
-        if getattr(extra, name) and source not in sources:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is for {' and '.join(sources)}, not for {source}: leave it out"
-            )
+def _refuse_useless(source: str, wanted: str, extra: Extra) -> None:
+    for name, formats in _OF_USE.items():
+        given, about = getattr(extra, name), f"{source} to {wanted}" if source in EXPORTS else source
+        if given and (source not in formats or (source in EXPORTS and wanted != TEMPORAL)):
+            told = [f"{one} to {TEMPORAL}" if one in EXPORTS else one for one in formats]
+            raise ConfigError(f"--{name.replace('_', '-')} is for {' and '.join(told)}, not for {about}: leave it out")
 
 
 def _check_target(place: Path, target: Path, wanted: str, overwrite: bool) -> None:
@@ -189,7 +197,8 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
     """What an export has beyond the image model that it was trained over."""
     if extra.image_model is None:
         raise ConfigError(f"--to {TEMPORAL}: name the image model that they were trained over as --image-model")
-    EXPORTS[source](folder).save_temporal(target, extra.image_model)
+    family, beside = EXPORTS[source](folder), extra.image_encoder or extra.tokenizer
+    family.save_temporal(target, extra.image_model, beside, extra.prediction)
     return f"{target} goes over {extra.image_model}, in half precision"
 
 
@@ -223,7 +232,7 @@ def _our_unet(folder: Path, _: Extra) -> VideoUNet:
 
 READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
-    "temporal-layers": lambda folder, _: _family_of(folder).load(folder).unet,
+    "temporal-layers": lambda folder, extra: _family_of(folder).load(folder, image_model=extra.image_model).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
     "vgen": _from_vgen,
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),

@@ -289,7 +289,7 @@ class ImageTask:
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         draw = noise.uniform("kind")
         shares = torch.tensor([self.config.text_share, self.config.text_share + self.config.image_share])
-        timestep = (1000 * noise.uniform("timestep") ** self.config.timestep_power).long()
+        timestep = (1000 * noise.uniform("timestep") ** self.config.timestep_power).long().clamp(max=999)
         gaussian = noise.normal("noise", 4, SIDE // 4, SIDE // 4)
         return self.error(self.data, batch["index"], gaussian, timestep, torch.bucketize(draw, shares)), {}
 

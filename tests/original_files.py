@@ -46,9 +46,9 @@ def original_names(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, 
     return {key: tensor.clone() for key, tensor in image_tensors(unet, vae).items()}
 
 
-def write_single_file(file: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+def write_single_file(file: Path, **settings: Any) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """Write a tiny Stable Diffusion 1 as communities share it; returns its networks."""
-    unet, vae = tiny_unet(False, **LEVELS, attention_head_dim=8), tiny_vae(**VAE)
+    unet, vae = tiny_unet(False, **LEVELS, attention_head_dim=8, **settings), tiny_vae(**VAE)
     save_file({**original_names(unet, vae), "cond_stage_model.transformer.x": torch.zeros(1)}, file)
     return unet, vae
 

@@ -146,12 +146,15 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
     assert "name the image model" in refused("convert", tmp_path / "export", tmp_path / "alone", "--to", TEMPORAL)
     said = converted(tmp_path / "export", tmp_path / "alone", "--to", TEMPORAL, "--image-model", image)
     assert "in half precision" in said
+    assert "is a video model already" in refused("verify", tmp_path / "alone")
     assert str(image) in inflate("show", tmp_path / "alone").output
     found, expected = load(tmp_path / "alone").unet.state_dict(), load(tmp_path / "export").unet.state_dict()
     converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
     assert equal(VideoUNet.from_pretrained(tmp_path / "unet").state_dict(), found)
     if kind == "image-to-video":
-        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd")
+        useless = refused("convert", tmp_path / "export", tmp_path / "x.safetensors", "--image-model", image)
+        assert "svd to temporal-layers and video-unet to temporal-layers, not for svd to svd-file" in useless
+        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd", "--image-model", image)
         assert equal(SVD.load(tmp_path / "whole").unet.state_dict(), found)
     else:
         assert "is of family video_ldm" in refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")
@@ -243,7 +246,11 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "unet3d"), "is unet3d, of which no unet3d is made"),
         (("--to", "checkpoint"), "--to checkpoint: is read, not written: only a run writes its checkpoints"),
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
-        (("--to", "video-unet", "--image-encoder", "x"), "--image-encoder is for svd-file, not for unet3d"),
+        (
+            ("--to", "video-unet", "--image-encoder", "x"),
+            "--image-encoder is for svd-file and svd to temporal-layers, not for unet3d",
+        ),
+        (("--to", "video-unet", "--tokenizer", "x"), "--tokenizer is for video-unet to temporal-layers, not for"),
     ):
         assert message in refused("convert", unet3d, target, *arguments)
     assert "what it can become: stable-diffusion-file" in refused("convert", "pocket", target, "--to", "svd")

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
-from inflate.families import svd_files, svd_original
+from inflate.families import svd_encoders, svd_files, svd_original
 from inflate.families.svd_encoders import (
     CLIP_MEAN,
     CLIP_STD,
-    TENSORS_FILE,
     Encoding,
     encoder_of,
     image_statistics,
@@ -49,7 +48,7 @@ from inflate.surgery import evaluating, inflate_unet, inflate_vae
 
 log = logging.getLogger(__name__)
 
-FAMILY = "svd"
+FAMILY = svd_encoders.FAMILY
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
@@ -196,22 +195,17 @@ class SVD(Encoding):
         model in a single file predicts, where the file does not tell. Temporal layers alone go over `image_model` where
         one is named, in place of the one that they were trained on.
         """
-        if image_model is not None:
-            return cls._over_image_model(folders.resolve(path), image_model)
-        if str(path).endswith(folders.SAFETENSORS):
-            file = Path(path).expanduser()
-            if not is_single_image_model(file):
-                return cls.from_sgm(file, image_encoder)
+        place = folders.place_of(path)
+        if image_model is not None or temporal_layers.are_in(place):
+            return cls._over_image_model(place, image_model, image_encoder, prediction)
+        if is_image_model(place):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
-            return cls.from_single_file(file, needed_encoder(path, image_encoder), spec, prediction, frames)
-        folder = folders.resolve(path)
-        if temporal_layers.are_in(folder):
-            return cls._over_image_model(folder, None)
-        if svd_files.is_image_model(folder):
-            spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
-            return cls.from_image_model(folder, image_encoder, spec, frames=frames)
+            return cls._inflated(place, image_encoder, prediction, spec, frames)
+        refuse_prediction(path, prediction)
+        if place.suffix == folders.SAFETENSORS:
+            return cls.from_sgm(place, image_encoder)
         refuse_another_encoder(path, image_encoder)
-        return cls.from_pretrained(folder)
+        return cls.from_pretrained(place)
 
     @classmethod
     def from_image_model(
@@ -277,7 +271,13 @@ class SVD(Encoding):
         return cls(unet, vae, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @classmethod
-    def _over_image_model(cls, folder: Path, image_model: str | Path | None) -> Self:
+    def _over_image_model(
+        cls,
+        folder: Path,
+        image_model: str | Path | None,
+        image_encoder: str | Path | None,
+        prediction: Prediction | None,
+    ) -> Self:
         if not temporal_layers.are_in(folder):
             raise CheckpointError(
                 f"{folder} holds no temporal layers alone, which is what goes over an image model: make them of an "
@@ -285,23 +285,51 @@ class SVD(Encoding):
             )
         file = folder / folders.SETTINGS_FILE
         config = temporal_layers.entry(file, FAMILY, "unet")
-        parent = image_model or temporal_layers.entry(file, FAMILY, "image_model")
-        family = cls.from_image_model(parent, spec=TemporalSpec.from_dict(config["temporal"]))
+        if not isinstance(config.get("temporal"), dict):
+            raise CheckpointError(f"{file} lacks unet.temporal; copy or export the temporal layers again")
+        parent = image_place(image_model or temporal_layers.image_model_of(file, FAMILY))
+        encoder = temporal_layers.source(file, "image_encoder", image_encoder)
+        if parent.suffix == folders.SAFETENSORS:
+            prediction = temporal_layers.source(file, "prediction", prediction)
+        family = cls._inflated(parent, encoder, prediction, TemporalSpec.from_dict(config["temporal"]))
         temporal_layers.load(folder, family.parts, check=image_model is None)
         return replace(family, **_remembered(folders.read_json(file), file))
+
+    @classmethod
+    def _inflated(
+        cls,
+        place: Path,
+        image_encoder: str | Path | None,
+        prediction: Prediction | None,
+        spec: TemporalSpec,
+        frames: int = 14,
+    ) -> Self:
+        """An image model in a folder or a file, inflated."""
+        if place.suffix == folders.SAFETENSORS:
+            return cls.from_single_file(place, needed_encoder(place, image_encoder), spec, prediction, frames)
+        refuse_prediction(place, prediction)
+        return cls.from_image_model(place, image_encoder, spec, frames=frames)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the names of their folders."""
         return {"unet": self.unet, "vae": self.vae, "image_encoder": self.image_encoder}
 
-    def save_temporal(self, folder: str | Path, image_model: str) -> None:
+    def save_temporal(
+        self,
+        folder: str | Path,
+        image_model: str,
+        image_encoder: str | None = None,
+        prediction: Prediction | None = None,
+    ) -> None:
         """Writes the temporal layers and the input convolution alone, in half precision, for over `image_model`.
 
-        CheckpointError, with nothing written, where the image model is not this one's, to the bit.
+        That is read with an image encoder and a prediction, as by `load`, which are kept. CheckpointError, with nothing
+        written, where the image model is not this one's, to the bit.
         """
-        born = SVD.from_image_model(image_model, spec=self.unet.spec)
-        temporal_layers.save(Path(folder), self.parts, born.parts, image_model, self._settings())
+        born = SVD._inflated(image_place(image_model), image_encoder, prediction, self.unet.spec)
+        settings = {**self._settings(), **temporal_layers.sources(prediction, image_encoder=image_encoder)}
+        temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
 
     @classmethod
     def from_sgm(
@@ -446,7 +474,7 @@ class SVD(Encoding):
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         exact = svd_files.exact_vae_tensors(self.vae)
         if exact:
-            save_file(exact, folder / TENSORS_FILE)
+            save_file(exact, folder / folders.TENSORS_FILE)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -521,6 +549,27 @@ def euler_scheduler(
         sigma_min=sigma_min,
         sigma_max=sigma_max,
     )
+
+
+def is_image_model(place: Path) -> bool:
+    """Whether a file or a folder holds an image model, which is to be inflated; CheckpointError for an unknown one."""
+    if place.suffix == folders.SAFETENSORS:
+        return is_single_image_model(place)
+    return not temporal_layers.are_in(place) and svd_files.is_image_model(place)
+
+
+def image_place(path: str | Path) -> Path:
+    """The file or the folder of an image model; CheckpointError where it is a video model."""
+    place = folders.place_of(path)
+    if not is_image_model(place):
+        raise CheckpointError(f"{path} is no image model; name a Stable Diffusion as image_model")
+    return place
+
+
+def refuse_prediction(path: str | Path, prediction: Prediction | None) -> None:
+    """Raise CheckpointError for what an image model's single file predicts, where `path` is something else."""
+    if prediction is not None:
+        raise CheckpointError(f"{path} is no image model's single file and says what it predicts: leave prediction out")
 
 
 def objective_of(scheduler: dict[str, Any], folder: Path) -> EDM:

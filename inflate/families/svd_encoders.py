@@ -20,8 +20,7 @@ from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.surgery import inflate_vae
 
-TENSORS_FILE = "inflate.safetensors"
-"""What an export holds of weights beside diffusers' layout."""
+FAMILY = "svd"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -81,7 +80,7 @@ class Encoders(Encoding):
             return cls._of_file(Path(path).expanduser(), image_encoder)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
-            return cls._over_image_model(folder)
+            return cls._over_image_model(folder, image_encoder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
@@ -103,17 +102,18 @@ class Encoders(Encoding):
         return cls(original.load_vae(), encoder, **statistics)
 
     @classmethod
-    def _over_image_model(cls, folder: Path) -> Self:
+    def _over_image_model(cls, folder: Path, image_encoder: str | Path | None) -> Self:
         """The encoders below temporal layers alone, with the decoder's own."""
-        settings = folders.read_json(folder / folders.SETTINGS_FILE)
-        encoders = cls.load(settings["image_model"])
+        file = folder / folders.SETTINGS_FILE
+        parent = temporal_layers.image_model_of(file, FAMILY)
+        encoders = cls.load(parent, temporal_layers.source(file, "image_encoder", image_encoder))
         temporal_layers.adopt({"vae": encoders.vae}, temporal_layers.read(folder, "vae."), folder)
         return encoders
 
 
 def load_video_vae(folder: Path) -> VideoVAE:
     """The autoencoder of diffusers' Stable Video Diffusion folder, or of an export of ours; CheckpointError."""
-    own, extra = folder / folders.SETTINGS_FILE, folder / TENSORS_FILE
+    own, extra = folder / folders.SETTINGS_FILE, folder / folders.TENSORS_FILE
     settings = folders.read_json(own) if own.is_file() else {}
     overrides = exchange.read_tensors(extra) if extra.is_file() else {}
     return svd_files.load_diffusers_vae(folder / "vae", settings.get("vae"), overrides)

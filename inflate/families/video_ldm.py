@@ -90,10 +90,12 @@ class Encoders(Encoding):
         if str(path).endswith(folders.SAFETENSORS):
             file = Path(path).expanduser()
             return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
-        refuse_of_file(path, tokenizer=tokenizer)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
-            return cls.load(entry(folder / folders.SETTINGS_FILE, "image_model"))
+            file = folder / folders.SETTINGS_FILE
+            parent = temporal_layers.image_model_of(file, FAMILY)
+            return cls.load(parent, temporal_layers.source(file, "tokenizer", tokenizer))
+        refuse_of_file(path, tokenizer=tokenizer)
         return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
 
@@ -138,10 +140,12 @@ class VideoLDM(Encoding):
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             return cls._over_image_model(folder, image_model, tokenizer, prediction)
+        kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
+        if kind is UNet2DConditionModel:
+            refuse_other(path, image_model)
         if image_model is not None:
             return cls.load(folder).over(image_model, tokenizer, prediction)
         refuse_of_file(path, tokenizer=tokenizer, prediction=prediction)
-        kind = folders.unet_kind(folder / "unet", UNet2DConditionModel, VideoUNet)
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
         if kind is VideoUNet:
@@ -244,6 +248,8 @@ class VideoLDM(Encoding):
         prediction: single_file.Prediction | None = None,
     ) -> Self:
         """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
+        if isinstance(self.vae, VideoVAE):
+            raise CheckpointError(f"a temporal decoder belongs over its own autoencoder, not that of {image_model}")
         other = _image_model(image_model, tokenizer, prediction)
         theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
         shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
@@ -255,13 +261,22 @@ class VideoLDM(Encoding):
         other.clips = self.clips
         return other  # type: ignore[return-value]
 
-    def save_temporal(self, folder: str | Path, image_model: str) -> None:
+    def save_temporal(
+        self,
+        folder: str | Path,
+        image_model: str,
+        tokenizer: str | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> None:
         """Writes the temporal layers alone, in half precision, and the name of the image model that they belong over.
 
-        CheckpointError, with nothing written, where the image model is not this one's, to the bit.
+        That is read with a tokenizer and a prediction, as by `load`, which are kept. CheckpointError, with nothing
+        written, where the image model is not this one's, to the bit.
         """
-        settings = {**self._settings(), "spec": self.unet.spec.to_dict()}
-        temporal_layers.save(Path(folder), self.parts, _image_model(image_model).parts, image_model, settings)
+        born = _image_model(image_model, tokenizer, prediction)
+        spec = {"spec": self.unet.spec.to_dict()}
+        settings = {**self._settings(), **spec, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
+        temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -278,7 +293,12 @@ class VideoLDM(Encoding):
         prediction: single_file.Prediction | None,
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
-        family = _image_model(image_model or entry(file, "image_model"), tokenizer, prediction)
+        parent = image_model or temporal_layers.image_model_of(file, FAMILY)
+        if str(parent).endswith(folders.SAFETENSORS):
+            tokenizer = temporal_layers.source(file, "tokenizer", tokenizer)
+        if image_model is None:
+            prediction = temporal_layers.source(file, "prediction", prediction)
+        family = _image_model(parent, tokenizer, prediction)
         spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")

@@ -23,9 +23,13 @@ PARTS = (
     "unet", "vae", "image_encoder", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "feature_extractor",
     "scheduler",
 )  # fmt: skip
-PIPELINE_FILES = ("*.json", *(f"{part}/*" for part in PARTS))
 SETTINGS_FILE = "inflate.json"
 """What an export of ours holds of settings that diffusers' layout has no place for."""
+TENSORS_FILE = "inflate.safetensors"
+"""What it holds of weights beside that layout."""
+TEMPORAL_FILE = "temporal.safetensors"
+"""Temporal layers alone."""
+PIPELINE_FILES = ("*.json", TENSORS_FILE, TEMPORAL_FILE, *(f"{part}/*" for part in PARTS))
 SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v", "pocket-svd")}
 """The models that come with the package, by the names that stand for their folders."""
 
@@ -55,6 +59,11 @@ def local_folder(path: str | Path) -> Path | None:
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
     return None
+
+
+def place_of(path: str | Path) -> Path:
+    """The .safetensors file that `path` is, or else the folder of `resolve`; CheckpointError as there."""
+    return Path(path).expanduser() if str(path).endswith(SAFETENSORS) else resolve(path)
 
 
 def check_place(path: str | Path) -> None:

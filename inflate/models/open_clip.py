@@ -118,10 +118,9 @@ def _name(key: str) -> str:
 def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """transformers' tensors with queries, keys and values in one, (3 W, W) and (3 W), and the projection (W, D)."""
     joined = {key: tensor for key, tensor in tensors.items() if not re.search(r"\.[qkv]_proj\.", key)}
-    for key in tensors:
-        if ".q_proj." in key:
-            parts = [tensor_of(tensors, key.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-            joined[key.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    for name in sorted({re.sub(r"\.[qkv]_proj\.", ".in_proj_", key) for key in tensors.keys() - joined.keys()}):
+        parts = [tensor_of(tensors, name.replace(".in_proj_", f".{part}_proj.")) for part in "qkv"]
+        joined[name] = torch.cat(parts)
     return {**joined, _PROJECTION: tensors[_PROJECTION].T.contiguous()}
 
 

@@ -143,6 +143,8 @@ def _unet(tensors: Mapping[str, Tensor], generation: Generation, origin: str) ->
     config = original_names.unet_config(tensors)
     if generation == "Stable Diffusion 1":
         config["attention_head_dim"] = HEADS  # which diffusers takes for their number
+    elif 0 in config["attention_head_dim"]:
+        raise CheckpointError(f"{origin} has levels narrower than a head of {generation}, which has 64 channels")
     if generation == "Stable Diffusion XL":
         config |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,

@@ -16,9 +16,11 @@ from inflate.files import new_file
 from inflate.models import folders
 from inflate.models.exchange import detached
 from inflate.models.original_names import UNetLayout, as_convolution, unet_names, vae_names
-from inflate.models.single_file import UNET, VAE, Generation, ImageModel, load_image_model
+from inflate.models.single_file import UNET, VAE, Generation, ImageModel, load_image_model, told_prediction
 
-SCHEDULER = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None}
+SCHEDULER = {
+    "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None, "num_train_timesteps": 1000
+}  # fmt: skip
 """What a scheduler's settings are where its file leaves them out."""
 _NO_MATTER = ("sample_size", "upcast_attention", "force_upcast", "transformer_layers_per_block")
 """Settings that change no result or, of the last, are told by the tensors where a level has transformers."""
@@ -35,6 +37,8 @@ def save_image_model(
     tensors = {**image_tensors(unet, vae), **_marks(schedule)}
     read = load_image_model(file, schedule["prediction_type"], lambda _: tensors)
     wrong = untold(unet, vae, schedule, read)
+    if told_prediction(tensors, read.generation) not in (None, schedule["prediction_type"]):
+        wrong.append(f"scheduler prediction_type {schedule['prediction_type']}")
     if wrong:
         raise CheckpointError(f"a single file of {read.generation} does not tell: {'; '.join(wrong)}")
     with new_file(file) as aside:
@@ -47,7 +51,7 @@ def untold(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Mapping[st
     pairs = {
         "unet": (unet.config, read.unet.config),
         "vae": (vae.config, read.vae.config),
-        "scheduler": (scheduler, {**read.scheduler, "trained_betas": None}),
+        "scheduler": (scheduler, {**SCHEDULER, **read.scheduler}),
     }
     return [setting for part, (own, theirs) in pairs.items() for setting in _differing(part, own, theirs)]
 

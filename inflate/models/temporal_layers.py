@@ -21,15 +21,13 @@ from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.models.weights import tensors_sha256
 
-FILE = "temporal.safetensors"
-
 Networks = Mapping[str, nn.Module]
 """All networks of a family, by the names of their parts."""
 
 
 def are_in(folder: Path) -> bool:
     """Whether a folder holds temporal layers alone."""
-    return (folder / FILE).is_file()
+    return (folder / folders.TEMPORAL_FILE).is_file()
 
 
 def entry(file: Path, family: str, name: str) -> Any:
@@ -42,21 +40,52 @@ def entry(file: Path, family: str, name: str) -> Any:
     return settings[name]
 
 
+def image_model_of(file: Path, family: str) -> str:
+    """The image model that a settings file names; CheckpointError as of `entry`, and where it is not there."""
+    name = str(entry(file, family, "image_model"))
+    try:
+        folders.check_place(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the image_model of {file} is not there: {error}; mend that entry, or name another by --image-model"
+        ) from error
+    return name
+
+
+def source(file: Path, name: str, given: str | Path | None) -> Any:
+    """What an image model is read with beside its path: what is given or, where nothing is, a settings file tells."""
+    return folders.read_json(file).get(name) if given is None else given
+
+
+def sources(prediction: str | None, **places: str | Path | None) -> dict[str, str]:
+    """The entries of a settings file that `source` reads, of those that are given."""
+    given = {name: lasting(place) for name, place in places.items() if place is not None}
+    return given if prediction is None else {**given, "prediction": prediction}
+
+
+def lasting(path: str | Path) -> str:
+    """The name of a model in any working directory: a path of this machine as a whole one."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if str(path) not in folders.SHIPPED and place.exists() else str(path)
+
+
 def save(folder: Path, trained: Networks, born: Networks, image_model: str, settings: Mapping[str, Any]) -> None:
     """Writes the temporal layers of `trained`; `born` are the same networks, freshly inflated from `image_model`.
 
-    CheckpointError, with nothing written, where the two differ in an image layer, or the folder holds other files.
+    CheckpointError, with nothing written, where the two differ in an image layer or in which layers are temporal, half
+    precision cannot hold a tensor, or the folder holds other files.
     """
-    own = _own(trained)
-    before, after = _others(born, own), _others(trained, own)
+    own, theirs = _own(trained), _own(born)
+    before, after = _others(born, theirs), _others(trained, own)
     changed = [name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))]
+    changed += own.keys() ^ theirs.keys()
     if changed:
         raise CheckpointError(
             f"{image_model} has other image layers ({len(changed)} tensors, such as {min(changed)}): temporal layers "
             "are kept alone over the image model that they were trained on; keep the whole export instead"
         )
-    tensors = {name: value.detach().half().cpu().contiguous() for name, value in own.items()}
-    told = {**settings, "image_model": image_model, "image_sha256": _sha256(before)}
+    tensors = _halved(own)
+    told = {**settings, "image_model": lasting(image_model), "image_sha256": _sha256(before)}
     folders.write(folder, lambda aside: _write(aside, tensors, told))
 
 
@@ -76,7 +105,7 @@ def load(folder: Path, born: Networks, check: bool) -> None:
 
 def read(folder: Path, part: str = "") -> dict[str, Tensor]:
     """The tensors of a folder, or of one part; CheckpointError where they cannot be read."""
-    tensors = exchange.read_tensors(folder / FILE)
+    tensors = exchange.read_tensors(folder / folders.TEMPORAL_FILE)
     return {name: value for name, value in tensors.items() if name.startswith(part)}
 
 
@@ -86,10 +115,21 @@ def adopt(born: Networks, tensors: Mapping[str, Tensor], folder: Path) -> None:
     differing = {(name, value.shape) for name, value in tensors.items()} ^ {(n, p.shape) for n, p in wanted.items()}
     if differing:
         names = exchange.listing(sorted({name for name, _ in differing}))
-        raise CheckpointError(f"{folder / FILE} does not hold this model's temporal layers: {names}")
+        raise CheckpointError(f"{folder / folders.TEMPORAL_FILE} does not hold this model's temporal layers: {names}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+
+
+def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in tensors.items()}
+    wrong = [name for name, value in halves.items() if not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"half precision cannot hold {exchange.listing(wrong)}: temporal layers are kept alone in it; keep the "
+            "whole export instead"
+        )
+    return halves
 
 
 def _own(networks: Networks) -> dict[str, Tensor]:
@@ -123,5 +163,5 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
-    save_file(tensors, folder / FILE)
+    save_file(tensors, folder / folders.TEMPORAL_FILE)
     (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")

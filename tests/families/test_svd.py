@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-from original_files import write_sgm
+from huggingface_hub.utils import filter_repo_objects
+from original_files import write_sgm, write_single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
@@ -23,6 +24,7 @@ from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.models.folders import PIPELINE_FILES
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
@@ -42,6 +44,7 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def born(image_model: Path) -> SVD:
+    torch.manual_seed(0)  # the new layers' weights are the same whatever ran before
     return SVD.from_image_model(image_model, spec=DIFFUSERS, frames=4)
 
 
@@ -95,6 +98,8 @@ def test_temporal_layers_are_kept_alone_over_their_image_model(
     temporal: SVD, image_model: Path, tmp_path: Path
 ) -> None:
     temporal.save_temporal(tmp_path / "alone", str(image_model))
+    files = [file.name for file in (tmp_path / "alone").iterdir()]
+    assert list(filter_repo_objects(files, allow_patterns=list(PIPELINE_FILES))) == files, "downloaded from the Hub"
     loaded = SVD.load(tmp_path / "alone")
     assert same_weights(loaded, temporal)
     assert (loaded.objective, loaded.motion, loaded.frames, loaded.fps) == (
@@ -109,6 +114,50 @@ def test_temporal_layers_are_kept_alone_over_their_image_model(
     save_file(tensors, tmp_path / "alone" / "temporal.safetensors")
     with pytest.raises(CheckpointError, match=f"temporal layers: {name}"):
         SVD.load(tmp_path / "alone")
+
+
+def test_temporal_layers_find_their_image_model_from_any_directory(
+    temporal: SVD, image_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(image_model, tmp_path / "image")
+    monkeypatch.chdir(tmp_path)
+    temporal.save_temporal("alone", "image")
+    monkeypatch.chdir("/")
+    assert same_weights(SVD.load(tmp_path / "alone"), temporal)
+    (tmp_path / "image").rename(tmp_path / "moved")
+    for load in (SVD.load, Encoders.load):
+        with pytest.raises(CheckpointError, match=r"image_model of .*inflate\.json is not there: .*does not exist"):
+            load(tmp_path / "alone")
+
+
+def test_temporal_layers_refuse_what_they_would_not_heed(
+    temporal: SVD, image_model: Path, tmp_path: Path, exported: Path
+) -> None:
+    temporal.save_temporal(tmp_path / "alone", str(image_model))
+    for path in (tmp_path / "alone", image_model, exported):
+        with pytest.raises(CheckpointError, match="leave prediction out"):
+            SVD.load(path, prediction="epsilon")
+    for other in (exported, tmp_path / "alone"):
+        with pytest.raises(CheckpointError, match="is no image model"):
+            SVD.load(tmp_path / "alone", image_model=other)
+    settings = tmp_path / "alone" / "inflate.json"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**told, "unet": {}}))
+    with pytest.raises(CheckpointError, match="lacks unet.temporal"):
+        SVD.load(tmp_path / "alone")
+    settings.write_text(json.dumps({**told, "family": "video_ldm"}))
+    with pytest.raises(CheckpointError, match="is of family video_ldm, not svd"):
+        Encoders.load(tmp_path / "alone")
+
+
+def test_temporal_layers_that_half_precision_cannot_hold_are_refused(
+    temporal: SVD, image_model: Path, tmp_path: Path
+) -> None:
+    name = next(iter(temporal.unet.temporal_parameters()))
+    temporal.unet.get_parameter(name).data.view(-1)[0] = 1e5
+    with pytest.raises(CheckpointError, match=f"half precision cannot hold unet.{name}"):
+        temporal.save_temporal(tmp_path / "alone", str(image_model))
+    assert not (tmp_path / "alone").exists()
 
 
 def test_temporal_layers_go_over_another_image_model_only_where_it_is_named(
@@ -549,6 +598,23 @@ def test_encoders_alone_are_those_of_the_whole_model(
 
 
 # ---- an image model in a single file
+
+
+def test_temporal_layers_over_a_single_file_know_its_image_encoder(tmp_path: Path, image_model: Path) -> None:
+    write_single_file(tmp_path / "sd.safetensors", cross_attention_dim=CROSS)
+    inside = image_model / "image_encoder"
+    family = SVD.load(tmp_path / "sd.safetensors", inside, frames=3)
+    for parameter in [*family.unet.created_parameters().values(), *family.unet.conv_in.parameters()]:
+        parameter.data.copy_(parameter.half())
+    for parameter in family.vae.temporal_parameters().values():
+        parameter.data.copy_((parameter + 0.05 * torch.randn(parameter.shape)).half())
+    with pytest.raises(CheckpointError, match="holds no image encoder: give its folder"):
+        family.save_temporal(tmp_path / "alone", str(tmp_path / "sd.safetensors"))
+    family.save_temporal(tmp_path / "alone", str(tmp_path / "sd.safetensors"), str(inside))
+    assert same_weights(SVD.load(tmp_path / "alone"), family)
+    assert same_weights(SVD.load(tmp_path / "alone", image_model=tmp_path / "sd.safetensors"), family)
+    latents = torch.randn(1, 2, 4, 4, 4)
+    assert torch.equal(Encoders.load(tmp_path / "alone").decode(latents), family.decode(latents))
 
 
 @pytest.mark.parametrize("linear", [False, True])

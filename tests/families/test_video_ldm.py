@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
+from original_files import write_whole_file
 from safetensors.torch import load_file, save_file
 from tiny_video_ldm import PROMPT, parents, write_text_model
 
@@ -124,6 +125,32 @@ def test_temporal_layers_change_their_image_model(
         VideoLDM.load(tmp_path / "changed")
     with pytest.raises(CheckpointError, match="is no image model"):
         VideoLDM.load(tmp_path / "alone", export)
+
+
+def test_an_image_model_goes_over_no_other_one(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is an image model, without temporal layers"):
+        VideoLDM.load(folder, folder)
+
+
+def test_a_temporal_decoder_stays_with_its_own_autoencoder(folder: Path, tmp_path: Path) -> None:
+    family = VideoLDM.load(folder)
+    family.vae = VideoVAE.from_2d(family.vae)
+    with pytest.raises(CheckpointError, match=r"such as vae\.decoder\..*\.temporal\."):
+        family.save_temporal(tmp_path / "alone", str(folder))
+    with pytest.raises(CheckpointError, match="a temporal decoder belongs over its own"):
+        family.over(folder)
+
+
+def test_temporal_layers_over_a_single_file_know_its_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_whole_file(file, "Stable Diffusion 1")
+    family = VideoLDM.load(file, None, "pocket")
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        family.save_temporal(tmp_path / "alone", str(file))
+    family.save_temporal(tmp_path / "alone", str(file), "pocket")
+    for kind in (VideoLDM, Encoders):
+        alone = kind.load(tmp_path / "alone")
+        assert torch.equal(alone.embed([PROMPT]).context, family.embed([PROMPT]).context)
 
 
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:

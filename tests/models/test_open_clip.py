@@ -103,10 +103,12 @@ def test_an_encoder_under_transformers_names_is_read(encoder: CLIPVisionModelWit
     tensors = encoder.state_dict()
     assert equal(open_clip.load_image_encoder(tensors, "the file").state_dict(), tensors)
     attention = "vision_model.encoder.layers.0.self_attn"
-    with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.bias is missing"):
-        open_clip.load_image_encoder(_without(tensors, f"{attention}.k_proj.bias"), "the file")
-    with pytest.raises(CheckpointError, match=r"1 missing \(transformer\.resblocks\.0\.attn\.in_proj_bias\)"):
-        open_clip.load_image_encoder(_without(tensors, f"{attention}.q_proj.bias"), "the file")
+    for part in "qkv":
+        with pytest.raises(CheckpointError, match=rf"self_attn\.{part}_proj\.bias is missing"):
+            open_clip.load_image_encoder(_without(tensors, f"{attention}.{part}_proj.bias"), "the file")
+    surplus = {attention.replace("0", "1") + ".k_proj.bias": torch.zeros(1280)}
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.bias is missing"):
+        open_clip.load_image_encoder({**tensors, **surplus}, "the file")
 
 
 def test_an_encoder_under_unknown_names_is_refused_with_the_remedy() -> None:

@@ -56,6 +56,20 @@ def test_what_is_written_is_what_is_read(generation: str, prediction: str, tmp_p
     assert found.scheduler.items() >= {"prediction_type": prediction, "rescale_betas_zero_snr": zero}.items()
 
 
+def test_a_prediction_that_a_file_cannot_tell_is_refused(tmp_path: Path) -> None:
+    unet, vae = tiny_unet(**LEVELS, **KINDS["Stable Diffusion 1"]), tiny_vae(**VAE, scaling_factor=0.18215)
+    schedule = {**SCHEDULE, "prediction_type": "sample", "num_train_timesteps": 500}
+    with pytest.raises(CheckpointError, match="num_train_timesteps 500; scheduler prediction_type sample"):
+        save_image_model(unet, vae, schedule, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_levels_narrower_than_a_head_are_refused(tmp_path: Path) -> None:
+    unet, vae = tiny_unet(True), tiny_vae(**VAE, scaling_factor=0.18215)
+    with pytest.raises(CheckpointError, match="narrower than a head of Stable Diffusion 2"):
+        save_image_model(unet, vae, SCHEDULE, tmp_path / "model.safetensors")
+
+
 def test_settings_that_change_nothing_are_no_reason_to_refuse() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**PUBLISHED_XL, upcast_attention=True, sample_size=96)
