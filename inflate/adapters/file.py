@@ -29,6 +29,7 @@ from torch import Tensor
 from inflate.adapters.settings import KINDS, LORA_KINDS, Kind
 from inflate.errors import CheckpointError
 from inflate.files import new_file
+from inflate.models.exchange import listing
 
 NAME = "pytorch_lora_weights.safetensors"
 """What others look for in an adapter's folder."""
@@ -310,7 +311,7 @@ def _number(value: Any) -> TypeGuard[float]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return listing([*names], 1)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

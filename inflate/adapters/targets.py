@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inflate.adapters.settings import AdapterSettings
 from inflate.errors import ConfigError
+from inflate.models.exchange import listing
 from inflate.models.unet import VideoUNet
 from inflate.surgery import added_conditions, context_width, evaluating
 
@@ -39,23 +40,19 @@ def resolve(unet: nn.Module, settings: AdapterSettings) -> list[str]:
     ConfigError for a pattern that names none, with the nearest name, and for layers that the kind cannot sit on.
     """
     layers = adaptable(unet)
-    for setting, patterns in (("targets", settings.targets), ("exclude", settings.exclude)):
+    for setting, patterns, fits in (("targets", settings.targets, means), ("exclude", settings.exclude, matches)):
         for pattern in patterns:
-            if not any(matches(name, pattern) for name in layers):
+            if not any(fits(name, pattern) for name in layers):
                 raise ConfigError(f"adapter.{setting}: {pattern} names no layer{_hint(unet, layers, pattern)}")
-    chosen = [
-        name
-        for name in layers
-        if any(matches(name, pattern) and _same_side(name, pattern) for pattern in settings.targets)
-        and not any(matches(name, pattern) for pattern in settings.exclude)
-    ]
+    wanted = [name for name in layers if any(means(name, pattern) for pattern in settings.targets)]
+    chosen = [name for name in wanted if not any(matches(name, pattern) for pattern in settings.exclude)]
     if not chosen:
         raise ConfigError("adapter.targets: no layer is left; name temporal layers as temporal..., or exclude less")
     over_time = [name for name in chosen if isinstance(layers[name], nn.Conv3d)]
     if over_time and settings.kind in FLAT:
         raise ConfigError(
-            f"adapter.kind={settings.kind} cannot sit on convolutions over time: {_some(over_time)}; exclude them by "
-            "adapter.exclude=[temporal.conv*], or set kind to lora, dora or rslora"
+            f"adapter.kind={settings.kind} cannot sit on convolutions over time: {listing(over_time, 1)}; exclude them "
+            "by adapter.exclude=[temporal.conv*], or set kind to lora, dora or rslora"
         )
     return chosen
 
@@ -66,8 +63,8 @@ def refuse_zero_rows(unet: nn.Module, names: Sequence[str], settings: AdapterSet
     zero = [name for name, weight in weights.items() if not bool(weight.flatten(1).any(1).all())]
     if zero:
         raise ConfigError(
-            f"adapter.kind=dora divides by the lengths of weights, and some of {_some(zero)} are zero, as in a model "
-            "freshly inflated; set kind to lora, or name other layers"
+            f"adapter.kind=dora divides by the lengths of weights, and some of {listing(zero, 1)} are zero, as in a "
+            "model freshly inflated; set kind to lora, or name other layers"
         )
 
 
@@ -76,12 +73,14 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(f".{name}", f"*.{pattern}")
 
 
-def _same_side(name: str, pattern: str) -> bool:
-    """Whether a pattern may mean a layer: temporal ones are asked for as such."""
-    return ".temporal." not in name or "temporal" in pattern
+def means(name: str, pattern: str) -> bool:
+    """Whether a pattern asks for a layer: for temporal ones it says so."""
+    return matches(name, pattern) and (".temporal." not in name or "temporal" in pattern)
 
 
 def _hint(unet: nn.Module, layers: dict[str, nn.Module], pattern: str) -> str:
+    if any(matches(name, pattern) for name in layers):
+        return f" of the image model; for those between frames, say temporal.{pattern}"
     other = [name for name, _ in unet.named_modules() if name and name not in layers and matches(name, pattern)]
     if other:
         kind = type(unet.get_submodule(other[0])).__name__
@@ -107,7 +106,7 @@ def refuse_inert(unet: VideoUNet, names: Sequence[str], tokens: int, image_only:
         if not arriving[name]:
             reasons.setdefault(_reason(name, arriving[name], tokens, image_only), []).append(name)
     if reasons:
-        told = "; ".join(f"{_some(found)}: {reason}" for reason, found in reasons.items())
+        told = "; ".join(f"{listing(found, 1)}: {reason}" for reason, found in reasons.items())
         raise ConfigError(f"adapter.targets: an adapter would learn nothing on {told}; {_remedy(reasons)}")
 
 
@@ -175,7 +174,3 @@ def _remedy(reasons: dict[str, list[str]]) -> str:
         ZERO: "start from a model whose temporal layers are trained, or train them first (adapters/temporal.yaml)",
     }
     return "; ".join(dict.fromkeys(remedies.get(reason, "name other layers") for reason in reasons))
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

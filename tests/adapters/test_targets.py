@@ -57,6 +57,12 @@ def test_a_pattern_that_names_no_layer_is_refused(unet: VideoUNet, pattern: str,
         named(unet, "temporal.attn1.to_q", exclude=[pattern])
 
 
+def test_a_pattern_of_temporal_layers_alone_says_so(unet: VideoUNet) -> None:
+    with pytest.raises(ConfigError, match=r"ff_in.net.2 names no layer of the image model; .*say temporal.ff_in.net.2"):
+        named(unet, "attn1.to_q", "ff_in.net.2")
+    assert len(named(unet, "attn1.to_q", "temporal.ff_in.net.2")) == 8
+
+
 def test_nothing_left_is_refused(unet: VideoUNet) -> None:
     with pytest.raises(ConfigError, match="no layer is left"):
         named(unet, "attn1.to_q", exclude=["attn1.*"])
