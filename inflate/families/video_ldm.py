@@ -274,8 +274,8 @@ class VideoLDM(Encoding):
         written, where the image model is not this one's, to the bit.
         """
         born = _image_model(image_model, tokenizer, prediction)
-        spec = {"spec": self.unet.spec.to_dict()}
-        settings = {**self._settings(), **spec, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
+        trained = {"spec": self.unet.spec.to_dict(), "objective": asdict(self.objective)}
+        settings = {**self._settings(), **trained, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
         temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
 
     @property
@@ -303,6 +303,7 @@ class VideoLDM(Encoding):
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
         temporal_layers.load(folder, family.parts, check=image_model is None)
+        _compare_objectives(file, family, parent, refuse=image_model is None)
         family.clips = read_clips(file)
         return family  # type: ignore[return-value]
 
@@ -327,6 +328,17 @@ def _image_model(
     if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
         raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
     return VideoLDM.load(folder, None, tokenizer, prediction)
+
+
+def _compare_objectives(file: Path, family: VideoLDM, image_model: str | Path, refuse: bool) -> None:
+    """Say, or raise CheckpointError, where an image model predicts otherwise than temporal layers were trained with."""
+    trained, own = folders.read_json(file).get("objective"), asdict(family.objective)
+    if trained in (None, own):
+        return
+    told = f"{file} is of temporal layers trained with {trained}, but {image_model} has {own}"
+    if refuse:
+        raise CheckpointError(f"{told}: mend its scheduler, or say what it predicts")
+    log.warning("%s: its samples may fall apart", told)
 
 
 @dataclass

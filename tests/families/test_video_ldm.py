@@ -127,6 +127,17 @@ def test_temporal_layers_change_their_image_model(
         VideoLDM.load(tmp_path / "alone", export)
 
 
+def test_temporal_layers_know_what_they_predicted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_text_model(tmp_path / "image")
+    VideoLDM.load(folder).save_temporal(tmp_path / "alone", str(folder))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+    with pytest.raises(CheckpointError, match="trained with .*epsilon.*, but .*image has .*v_prediction"):
+        VideoLDM.load(tmp_path / "alone")
+    VideoLDM.load(tmp_path / "alone", folder)
+    assert "its samples may fall apart" in caplog.text
+
+
 def test_an_image_model_goes_over_no_other_one(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="is an image model, without temporal layers"):
         VideoLDM.load(folder, folder)
