@@ -39,7 +39,8 @@ LEAST = 0.01
 
 def distance(frame: Tensor, colour: str, shades: tuple[float, ...], look: demo.Look) -> Tensor:
     """Squared distance of each pixel of a frame (3, H, W) in [0, 1] to the nearest shade of a colour (H, W)."""
-    tones = torch.tensor([[demo.painted(shade * value, look) for value in demo.COLOURS[colour]] for shade in shades])
+    own = [demo.COLOURS[colour][channel] for channel in demo.CHANNELS[look]]
+    tones = torch.tensor([[shade * value for value in own] for shade in shades])
     return (frame[None] - tones[:, :, None, None]).square().sum(1).amin(0)  # (H, W)
 
 
@@ -80,7 +81,7 @@ def right_headings(masks: list[Tensor], scenes: list[demo.Scene]) -> list[bool]:
 
 def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> float:
     """The share of the first frames' pixels that are nearer to a look's colours than to the other look's."""
-    other: demo.Look = "pastel" if look == "vivid" else "vivid"
+    other: demo.Look = "swapped" if look == "vivid" else "vivid"
     shares = []
     for clip, scene in zip(clips, scenes, strict=True):
         own, theirs = (torch.stack(distances(unit(clip[0]), scene, one)).amin(0) for one in (look, other))

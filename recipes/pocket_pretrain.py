@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from inflate import config as configuration
-from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, painted, render
+from inflate.data.demo import CHANNELS, COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, render
 from inflate.errors import ConfigError, report_errors
 from inflate.families.svd_encoders import CLIP_MEAN, CLIP_STD
 from inflate.metrics.video import psnr
@@ -64,7 +64,7 @@ class Config:
     held_out: int = 256
     """frames rendered to measure on"""
     look: Look = "vivid"
-    """how the frames are painted: pastel makes another image model for the same temporal layers"""
+    """how the frames are painted: swapped makes another image model for the same temporal layers"""
     text_share: float = 0.57
     """share of samples whose context is the caption"""
     image_share: float = 0.33
@@ -96,7 +96,8 @@ class Frames:
         rng = np.random.default_rng(seed)
         scenes = [draw_scene(rng) for _ in range(count)]
         frames = np.stack([render(scene, [rng.uniform(0, 2)], SIDE)[0] for scene in scenes])
-        self.seed, self.look, self.captions = seed, look, [scene.caption for scene in scenes]
+        self.seed, self.captions = seed, [scene.caption for scene in scenes]
+        frames = frames[..., CHANNELS[look]]
         self.frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
 
     def __len__(self) -> int:
@@ -108,8 +109,7 @@ class Frames:
 
     def pixels(self, index: Any) -> Tensor:
         """Frames (B, 3, H, W) in [-1, 1]."""
-        light: Tensor = painted(self.frames[index].float() / 255, self.look)
-        return light * 2 - 1
+        return self.frames[index].float() / 127.5 - 1
 
     def parts(self, size: int = 100) -> Iterator[Tensor]:
         """Ranges that cover all frames."""

@@ -46,8 +46,10 @@ SPEEDS: dict[str, float] = {"slow": 0.08, "medium": 0.14, "fast": 0.20}
 FOLLOW = 0.4
 """Share of a followed dart's velocity that the camera takes."""
 FPS = 8
-Look = Literal["vivid", "pastel"]
-"""How a scene is painted: in its colours, or in these mixed with as much white."""
+Look = Literal["vivid", "swapped"]
+"""How a scene is painted: in the colours that its caption names, or with red for blue and blue for red."""
+CHANNELS: dict[Look, tuple[int, int, int]] = {"vivid": (0, 1, 2), "swapped": (2, 1, 0)}
+"""Which channel of a scene's own colours each channel of a look is."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,6 @@ def render(scene: Scene, times: npt.ArrayLike, size: int = 64) -> Pixels:
     paint = np.asarray(COLOURS[scene.colour], dtype=np.float32) * tone[..., None]
     image = image + alpha[..., None] * (paint - image)
     return np.asarray(np.rint(np.clip(image, 0, 1) * 255), dtype=np.uint8)
-
-
-def painted(light: Any, look: Look) -> Any:
-    """Light in [0, 1], of a scene in its own colours, in a look."""
-    return light if look == "vivid" else 0.5 + 0.5 * light
 
 
 def _background(scene: Scene, x: Floats, y: Floats, pixel: Floats) -> Floats:
