@@ -92,7 +92,12 @@ def check(path: Path, unet: VideoUNet, any_base: bool = False) -> Outcome:
     attach.load(unet, adapter, path)
     effect = _apart(output(unet), alone)
     attach.detach(unet)
-    return Outcome(found, effect, {"inflate": __version__, **{name: version(name) for name in PACKAGES}})
+    return Outcome(found, effect, versions())
+
+
+def versions() -> dict[str, str]:
+    """Of what computes here, by name."""
+    return {"inflate": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def certify(path: Path, family: str, settings: Mapping[str, Any]) -> Outcome:
