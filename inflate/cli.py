@@ -430,7 +430,7 @@ def compare_adapters(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the grid.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Rows of each input: of this seed and the next ones.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: sample's, or generate's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the clips [default: the model's]")] = None,
     any_base: AnyBase = False,
 ) -> None:
@@ -460,7 +460,7 @@ def _are_images(inputs: list[str]) -> bool:
 
 
 def _animations(
-    path: str, images: list[str], seeds: "Sequence[int]", steps: int, frames: int | None
+    path: str, images: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
 ) -> "tuple[SVD, Callable[[], list[npt.NDArray[np.uint8]]], float]":
     """Return the model in `path`, what animates each image with each seed, and the rate; all as large as the first."""
     from inflate.data.video import read_image
@@ -470,13 +470,13 @@ def _animations(
     family = _load(path)
     size = _fitting(first[0], first[1], family)
     shown = [read_image(image, size) for image in images]
-    settings = Sampling(steps=steps, fps=family.fps, frames=frames)
+    settings = Sampling(steps=steps or Sampling.steps, fps=family.fps, frames=frames)
     pairs = [(image, replace(settings, seed=seed)) for image in shown for seed in seeds]
     return family, lambda: [_animate(family, image, each) for image, each in pairs], family.fps
 
 
 def _drawings(
-    path: str, prompts: list[str], seeds: "Sequence[int]", steps: int, frames: int | None
+    path: str, prompts: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
 ) -> "tuple[VideoLDM, Callable[[], list[npt.NDArray[np.uint8]]], float]":
     """Return the model in `path`, what draws each prompt with each seed, and the rate."""
     from inflate.families.video_ldm import VideoLDM
@@ -484,7 +484,7 @@ def _drawings(
 
     family = VideoLDM.load(path).to(_device())
     _note_image_model(path)
-    settings = Sampling(steps=steps, frames=frames)
+    settings = Sampling(steps=steps or Sampling.steps, frames=frames)
     return family, lambda: [clip for one in prompts for clip in _draw(family, one, seeds, settings)], family.clips.fps
 
 

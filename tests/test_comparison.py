@@ -10,10 +10,13 @@ from PIL import Image
 from test_adapter_cli import Made, made, moved, told
 from test_cli import inflate, refused
 
+from helpers import randomise
 from inflate import comparison
-from inflate.adapters.settings import Weighted
+from inflate.adapters import attach, bases, file, targets
+from inflate.adapters.settings import AdapterSettings, Weighted
 from inflate.data import video
 from inflate.errors import ConfigError, DataError
+from inflate.families.video_ldm import VideoLDM
 
 __all__ = ["made"]
 
@@ -22,8 +25,8 @@ def test_a_column_is_named_by_its_file_or_folder_and_weight(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     run = Path("pan/export/pytorch_lora_weights.safetensors")
     run.parent.mkdir(parents=True)
-    for file in (run, Path("zoom.safetensors")):
-        file.touch()
+    for each in (run, Path("zoom.safetensors")):
+        each.touch()
     assert comparison.columns(["pan", "pan:0.8+zoom:-1"]) == {
         "pan 1": [Weighted(run)], "pan 0.8 + zoom -1": [Weighted(run, 0.8), Weighted(Path("zoom.safetensors"), -1)],
     }  # fmt: skip
@@ -77,3 +80,18 @@ def test_the_command_draws_the_base_and_each_adapter(made: Made, tmp_path: Path)
         "compare", made.base, photo, *common, "--adapter", stranger, "-o", tmp_path / "no"
     )
     assert not (tmp_path / "no").exists()
+
+
+def test_prompts_are_drawn_with_each_seed(tmp_path: Path) -> None:
+    unet, wanted = VideoLDM.load("pocket").unet, AdapterSettings("lora", rank=1, targets=["attn1.to_v"])
+    about = {"family": "video_ldm", "base": {"name": "pocket", "sha256": bases.sha256(unet)}}
+    attach.create(unet, wanted, targets.resolve(unet, wanted))
+    randomise(unet)
+    file.write(tmp_path / "look.safetensors", attach.carried(unet, wanted, about))
+    out = tmp_path / "out"
+    common = ("--adapter", f"{tmp_path / 'look'}:0.5", "--steps", 1, "--frames", 2, "-o", out)
+    told(inflate("compare", "pocket", "a red disc", "a blue box", "--seeds", 2, *common))
+    clips = {path.name: path.read_bytes() for path in (out / "clips").iterdir()}
+    assert len(clips) == len({*clips.values()}) == 8
+    page = (out / comparison.PAGE).read_text()
+    assert all(each in page for each in ("<th>base</th><th>look 0.5</th>", "<th>a blue box, seed 1</th>"))
