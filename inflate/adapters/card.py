@@ -85,9 +85,10 @@ def _cost(run: Mapping[str, float] | None) -> dict[str, str]:
     """What the training of an adapter took."""
     if run is None:
         return {}
+    processes = "1 process" if run["processes"] == 1 else f"{run['processes']} processes"
+    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
     return {
-        "training": f"{run['steps']:,} steps in {run['seconds'] / 60:,.1f} minutes, {run['processes']} process(es) of "
-        f"{run['threads']} threads",
+        "training": f"{run['steps']:,} steps in {run['seconds'] / 60:,.1f} minutes, {processes} of {threads}",
         "peak memory": f"{run['peak_memory'] / 2**30:.2f} GiB",
     }
 
