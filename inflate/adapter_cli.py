@@ -186,6 +186,57 @@ def extract_adapter(
     typer.echo(f"wrote {output}")
 
 
+@adapter_app.command()
+@report_errors()
+def repro(
+    path: AdapterFile,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the run.")],
+    data: Annotated[str | None, typer.Option(help="Its clips, if they lie elsewhere here.")] = None,
+    base: Annotated[str | None, typer.Option(help="Its base, if it lies elsewhere here.")] = None,
+) -> None:
+    """Train an adapter again from what its file tells, and compare the weights bit by bit; status 1 if they differ."""
+    from inflate.adapters import file
+    from inflate.training import reproduction
+
+    reproduction.refuse_output(output)
+    wanted = reproduction.Reproduction.of(path, output, data, base)
+    wanted.check()
+    for note in wanted.differences():
+        typer.echo(f"note: {note}: the last bits may differ", err=True)
+    wanted.run()
+    count = wanted.compare(output / "export" / file.NAME)
+    typer.echo(f"all {count} tensors of {output / 'export' / file.NAME} equal those of {path}, to the bit")
+
+
+@adapter_app.command()
+@report_errors()
+def push(
+    path: AdapterFile,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="For you alone, where it is made anew.")] = False,
+) -> None:
+    """Upload an adapter with its card and samples; OWNER/NAME is made if need be."""
+    from inflate.adapters import sharing
+
+    typer.echo(f"pushed {path}: {sharing.push(path, name, private)}")
+
+
+@adapter_app.command()
+@report_errors()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository on the Hugging Face Hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder; --adapter takes it as it is.")],
+    revision: Annotated[str | None, typer.Option(help="A commit, tag or branch [default: the newest]")] = None,
+) -> None:
+    """Download an adapter, safetensors alone, checked as any stranger's, with its card and samples."""
+    from inflate.adapters import sharing
+
+    pulled = sharing.pull(name, folder, revision)
+    for each in pulled.files:
+        typer.echo(f"wrote {each}")
+    typer.echo(f"note: of commit {pulled.revision}", err=True)
+
+
 def _family(model: str, adapter: Path, output: Path) -> "Family":
     """Load the model that an adapter is to be merged into or taken out of, if the output is free."""
     if output.exists():

@@ -1,8 +1,8 @@
 """The command `inflate`. Each command imports what it needs when it runs, so that --help answers at once."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +50,9 @@ OtherImageModel = Annotated[
 
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="FILE[:WEIGHT]", help="An adapter, as trained or in a weight; may be repeated."),
+    typer.Option(
+        "--adapter", metavar="NAME[:WEIGHT]", help="An adapter's file, folder or name on the shelf; may be repeated."
+    ),
 ]
 
 Settings = Annotated[
@@ -217,9 +219,16 @@ def verify(path: ModelPath) -> None:
 def show(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, owner/name on the Hub, or `pocket`.")],
 ) -> None:
-    """Say what a file or folder is: format, temporal layers, and the size of each group of parameters."""
-    from inflate import catalogue
+    """Say what a file or folder is: format, temporal layers, and the size of each group of parameters.
 
+    Of an adapter's file it says what `inflate adapter show` says.
+    """
+    from inflate import catalogue
+    from inflate.adapters import card, file, foreign
+
+    if foreign.is_adapter(Path(path).expanduser()):
+        typer.echo(card.table(file.read(path)))
+        return
     typer.echo(catalogue.describe(path).table())
 
 
@@ -409,6 +418,80 @@ def generate(
     )
     clips = _draw(family, prompt, range(seed, seed + grid), settings)
     _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
+
+
+@app.command("compare")
+@report_errors()
+def compare_adapters(
+    path: ModelPath,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|PROMPT...", help="First frames (files), or prompts; a row for each.")
+    ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter", metavar="NAME[:WEIGHT]", help="A column; may be repeated. A:0.8+B:0.5 are two at once."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the grid.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Rows of each input: of this seed and the next ones.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: sample's, or generate's]")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clips [default: the model's]")] = None,
+    any_base: AnyBase = False,
+) -> None:
+    """Draw the same inputs and seeds under several adapters or strengths, the base first: a video, a sheet, a page."""
+    from inflate import comparison
+
+    wanted = comparison.columns(adapter)
+    if output.exists():
+        raise DataError(f"{output} exists already; choose another name")
+    every = range(seed, seed + seeds)
+    family, clips, fps = (_animations if _are_images(inputs) else _drawings)(path, inputs, every, steps, frames)
+    drawn = comparison.draw(family.unet, wanted, clips, any_base)
+    rows = [f"{Path(one).name}, seed {each}" for one in inputs for each in every]
+    comparison.write(output, drawn, rows, fps, f"{path}: {', '.join(drawn)}")
+    for name in (comparison.GRID, comparison.SHEET, comparison.PAGE):
+        typer.echo(f"wrote {output / name}")
+
+
+def _are_images(inputs: list[str]) -> bool:
+    """Return whether these are first frames; ConfigError for first frames among prompts."""
+    from inflate.data.video import is_image
+
+    found = [one for one in inputs if is_image(one)]
+    if found and len(found) < len(inputs):
+        raise ConfigError(f"{found[0]} is an image and others are prompts: compare either")
+    return bool(found)
+
+
+def _animations(
+    path: str, images: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
+) -> "tuple[SVD, Callable[[], list[npt.NDArray[np.uint8]]], float]":
+    """Return the model in `path`, what animates each image with each seed, and the rate; all as large as the first."""
+    from inflate.data.video import read_image
+    from inflate.sampling.svd import Sampling
+
+    first = read_image(images[0]).shape
+    family = _load(path)
+    size = _fitting(first[0], first[1], family)
+    shown = [read_image(image, size) for image in images]
+    settings = Sampling(steps=steps or Sampling.steps, fps=family.fps, frames=frames)
+    pairs = [(image, replace(settings, seed=seed)) for image in shown for seed in seeds]
+    return family, lambda: [_animate(family, image, each) for image, each in pairs], family.fps
+
+
+def _drawings(
+    path: str, prompts: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
+) -> "tuple[VideoLDM, Callable[[], list[npt.NDArray[np.uint8]]], float]":
+    """Return the model in `path`, what draws each prompt with each seed, and the rate."""
+    from inflate.families.video_ldm import VideoLDM
+    from inflate.sampling.text_to_video import Sampling
+
+    family = VideoLDM.load(path).to(_device())
+    _note_image_model(path)
+    settings = Sampling(steps=steps or Sampling.steps, frames=frames)
+    return family, lambda: [clip for one in prompts for clip in _draw(family, one, seeds, settings)], family.clips.fps
 
 
 @app.command("sweep", context_settings={"ignore_unknown_options": True})

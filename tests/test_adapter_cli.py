@@ -52,6 +52,16 @@ def test_show_tells_what_the_file_tells(made: Made) -> None:
     assert facts["verified"].startswith("not yet")
 
 
+def test_show_of_a_model_knows_adapters_too(made: Made, tmp_path: Path) -> None:
+    assert told(inflate("show", made.adapter)) == told(inflate("adapter", "show", made.adapter))
+    made_anew = tmp_path / "small.safetensors"
+    told(inflate("adapter", "resize", made.adapter, "-o", made_anew, "--rank", 1))
+    line = next(each for each in told(inflate("show", made_anew)).splitlines() if each.startswith("made "))
+    assert line.split(maxsplit=1)[1].startswith(f'by "resize", of "{made.adapter.name}", rank 1, lost 0.')
+    told(inflate("adapter", "convert", made.adapter, tmp_path / "kohya.safetensors", "--to", "kohya"))
+    assert "`inflate adapter convert` knows the spellings" in refused("show", tmp_path / "kohya.safetensors")
+
+
 def test_show_prints_no_strangers_control_characters(made: Made, tmp_path: Path) -> None:
     adapter = file.read(made.adapter)
     base = {"name": "x\x1b[2J\x07\nverified  yes", "sha256": "0"}
@@ -105,6 +115,12 @@ def test_sampling_takes_adapters_in_weights(made: Made, tmp_path: Path) -> None:
     sheets = {name: (tmp_path / f"{name}.png").read_bytes() for name in weights}
     assert sheets["zero"] == sheets["none"] != sheets["whole"]
     assert sheets["two"] == sheets["whole"]
+    file.write(tmp_path / "run" / "export" / file.NAME, file.read(made.adapter))
+    told(inflate(*common, "-o", tmp_path / "named.mp4", "--adapter", f"{tmp_path / 'run'}:1"))
+    assert (tmp_path / "named.png").read_bytes() == sheets["whole"]
+    assert "no adapter pan_left: there is none of" in refused(
+        *common, "-o", tmp_path / "x.mp4", "--adapter", "pan_left:0.8"
+    )
     assert "write FILE or FILE:WEIGHT" in refused(*common, "-o", tmp_path / "x.mp4", "--adapter", f"{made.adapter}:big")
     other = moved(made, tmp_path / "b.safetensors", {"name": "other", "sha256": "0" * 64})
     assert "was made on other" in refused(*common, "-o", tmp_path / "x.mp4", "--adapter", other)

@@ -25,7 +25,7 @@ REASONS = {
     "loha": "a LoHa is a product of two products, and not of two factors of a rank: merge it into the base",
 }
 """Why kinds other than LoRA are not calculated with."""
-OF_RUN = ("config", "data", "held_out", "hardware", "reference", "verified")
+OF_RUN = ("config", "data", "held_out", "hardware", "run", "reference", "verified")
 """What is known of a trained adapter and no longer holds of one that was calculated."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,13 @@ CLASSES = {"svd": ("inflate.families.svd", "SVD"), "video_ldm": ("inflate.famili
 TAGS = {"svd": "image-to-video", "video_ldm": "text-to-video"}
 
 
-def text(adapter: Adapter) -> str:
-    """The card; every number in it stands in the file."""
+NAME = "README.md"
+SAMPLES = "samples.png"
+"""The sheet of samples beside a card."""
+
+
+def text(adapter: Adapter, samples: bool = False) -> str:
+    """The card, which shows the samples that lie beside it; every number in it stands in the file."""
     about = adapter.about
     family, base = about["family"], about["base"]["name"]
     head = ["---", "library_name: diffusers", f"tags: [{adapter.kind}, {TAGS[family]}, inflate]"]
@@ -27,6 +33,7 @@ def text(adapter: Adapter) -> str:
         "\n".join([*head, "---"]),
         f"# {adapter.kind} adapter of {base}",
         "\n".join(f"- {name}: {value}" for name, value in facts(adapter).items()),
+        f"![Samples before training and after it, or without the adapter and with it]({SAMPLES})" if samples else "",
         "## Use\n\n" + use(family, base),
         _measured(about.get("held_out") or []),
         f"## Settings\n\n```yaml\n{about['config'].strip()}\n```" if about.get("config") else "",
@@ -47,7 +54,10 @@ def facts(adapter: Adapter) -> dict[str, str]:
         "family": str(about.get("family") or ""),
         "base": f"{base['name']} (SHA-256 {base['sha256']})" if base else "not told",
         "data": str(about.get("data") or ""),
+        "made": _made(about.get("made")),
+        "trigger": str(about.get("trigger") or ""),
         "hardware": str(about.get("hardware") or ""),
+        **_cost(about.get("run")),
         "licence": str(about.get("licence") or "not told"),
         "verified": _proof(verified) if verified else "not yet: `inflate adapter verify` loads it on its base",
     }
@@ -68,6 +78,26 @@ def use(family: str, base: str) -> str:
         f"```bash\n{command}\n```\n\n"
         f"```python\nfrom inflate.adapters import attach, file\nfrom {module} import {kind}\n\n"
         f'family = {kind}.load("{base}")\nattach.load(family.unet, file.read("{file.NAME}"))\n```'
+    )
+
+
+def _cost(run: Mapping[str, float] | None) -> dict[str, str]:
+    """What the training of an adapter took."""
+    if run is None:
+        return {}
+    processes = "1 process" if run["processes"] == 1 else f"{run['processes']} processes"
+    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    return {
+        "training": f"{run['steps']:,} steps in {run['seconds'] / 60:,.1f} minutes, {processes} of {threads}",
+        "peak memory": f"{run['peak_memory'] / 2**30:.2f} GiB",
+    }
+
+
+def _made(made: Any) -> str:
+    """How an adapter was calculated, where it was: by resize, of a.safetensors, rank 4."""
+    told = made if isinstance(made, dict) else {}
+    return ", ".join(
+        f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in told.items() if value is not None
     )
 
 

@@ -26,13 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inflate.adapters.settings import KINDS, LORA_KINDS, Kind
+from inflate.adapters.settings import FILE_NAME, KINDS, LORA_KINDS, Kind
 from inflate.errors import CheckpointError
 from inflate.files import new_file
 from inflate.models.exchange import listing
 
-NAME = "pytorch_lora_weights.safetensors"
-"""What others look for in an adapter's folder."""
+NAME = FILE_NAME
 FORMAT = 1
 OWN_KEY, DIFFUSERS_KEY = "inflate", "lora_adapter_metadata"
 LARGEST_HEADER = 16 * 2**20
@@ -50,6 +49,8 @@ RANK_SIDES = {
 """Which side of a factor is the rank."""
 
 
+RUN = ("steps", "processes", "threads", "seconds", "peak_memory")
+"""What is told of the run that made an adapter; seconds, and bytes of its main process."""
 ABOUT: dict[str, Callable[[Any], bool]] = {
     "targets": lambda value: _are(str, value),
     "family": lambda value: isinstance(value, str),
@@ -59,6 +60,8 @@ ABOUT: dict[str, Callable[[Any], bool]] = {
     "held_out": lambda value: _are(dict, value) and all(_are((float, int, NoneType), [*row.values()]) for row in value),
     "licence": lambda value: isinstance(value, str),
     "hardware": lambda value: isinstance(value, str),
+    "trigger": lambda value: isinstance(value, str),
+    "run": lambda value: isinstance(value, dict) and all(_number(value.get(name)) for name in RUN),
     "reference": lambda value: isinstance(value, dict),
     "verified": lambda value: (
         isinstance(value, dict)
@@ -81,7 +84,7 @@ class Adapter:
     alpha: dict[str, float]
     """by module name, before it is divided by the rank or, of rslora, its root"""
     about: dict[str, Any] = field(default_factory=dict)
-    """the rest: targets, family, base, config, data, held_out, licence, verified"""
+    """the rest: targets, family, base, config, data, held_out, licence, trigger, hardware, run, verified"""
 
     @property
     def parameters(self) -> int:

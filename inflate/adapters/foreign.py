@@ -58,6 +58,7 @@ OTHER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "lora_unet_", "l
 TEXT = ("lora_te", "text_encoder", "te_", "te1_", "te2_")
 """What the names of text encoders' tensors begin with."""
 ANY_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_MARK = re.compile(r"[._](lora|hada|lokr)[._]")
 _PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 
 Parts = dict[str, dict[str, Tensor]]
@@ -118,6 +119,11 @@ def read(path: str | Path, network: Network, alpha: float | None = None, without
         return Read(replace(adapter, tensors=_flattened(_fitted(_by_layer(adapter), network, path))), format)
     fitted = _fitted(_renamed(parts, ours, path), network, path)
     return Read(_adapter(path, fitted, told), format if format in SPELLINGS else "attention-processors")
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file's tensors are named as adapters' are, by any program; CheckpointError for a damaged header."""
+    return path.suffix == ".safetensors" and path.is_file() and any(map(_MARK.search, file.read_header(path)))
 
 
 def write(path: str | Path, adapter: Adapter, format: str, network: Network, overwrite: bool = False) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,8 @@ from inflate.adapters.settings import Weighted
 from inflate.errors import CheckpointError
 from inflate.models.unet import VideoUNet
 
+Change = dict[str, Tensor]
+"""What is added to the weights of a UNet, by parameter."""
 TOLERANCE = 1e-4
 """Largest difference between the output of merged weights and of the adapter beside them."""
 
@@ -25,18 +28,31 @@ def merge_files(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = Fa
     CheckpointError, with the UNet as it was, where a file cannot be read, does not fit, or was made on another model
     and `any_base` is not set.
     """
+    _add(unet, changes(unet, wanted, any_base))
+
+
+@contextmanager
+def merged(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> Iterator[None]:
+    """A UNet with adapters merged meanwhile; its weights are then, to the bit, what they were. Errors as above."""
+    added = changes(unet, wanted, any_base)
+    held = _copies(unet, {name for _, tensors in added for name in tensors})
+    try:
+        _add(unet, added)
+        yield
+    finally:
+        _put_back(unet, held)
+
+
+def changes(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> list[tuple[float, Change]]:
+    """The weight of each adapter and what it adds to a UNet, which is left as it was; CheckpointError as above."""
     read = [(one, file.read(one.path)) for one in wanted]
     for one, adapter in read:
         if not any_base:
             bases.refuse_another(unet, adapter, one.path)
-    changes = [(one.weight, change(unet, adapter, one.path)) for one, adapter in read]
-    with torch.no_grad():
-        for weight, tensors in changes:
-            for name, tensor in tensors.items():
-                unet.get_parameter(name).add_(tensor, alpha=weight)
+    return [(one.weight, change(unet, adapter, one.path)) for one, adapter in read]
 
 
-def change(unet: VideoUNet, adapter: Adapter, origin: object = "the adapter") -> dict[str, Tensor]:
+def change(unet: VideoUNet, adapter: Adapter, origin: object = "the adapter") -> Change:
     """What an adapter adds to the weights of a UNet, by parameter; the UNet is left as it was.
 
     CheckpointError where the two do not fit.
@@ -59,21 +75,34 @@ def unmerge(unet: VideoUNet, adapter: Adapter, weight: float = 1.0, origin: obje
     if adapter.kind == "dora":
         raise CheckpointError(f"{origin} is a DoRA, which replaces the lengths of weights: load its base again instead")
     tensors = change(unet, adapter, origin)
-    held = {name: unet.get_parameter(name).detach().clone() for name in tensors}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            unet.get_parameter(name).sub_(tensor, alpha=weight)
+    held = _copies(unet, tensors)
+    _add(unet, [(-weight, tensors)])
     difference = verify.difference(unet, adapter, origin)
     effect = (adapter.about.get("verified") or {"effect": math.inf})["effect"]
     if not difference <= min(TOLERANCE, effect / 10):
-        with torch.no_grad():
-            for name, tensor in held.items():
-                unet.get_parameter(name).copy_(tensor)
+        _put_back(unet, held)
         raise CheckpointError(
             f"this model does not hold {origin} merged in weight {weight:g}: without it, the adapter beside it is "
             f"{difference:.1e} from what was trained; name the model and the weight of its merging"
         )
     return difference
+
+
+@torch.no_grad()
+def _add(unet: VideoUNet, added: Iterable[tuple[float, Change]]) -> None:
+    for weight, tensors in added:
+        for name, tensor in tensors.items():
+            unet.get_parameter(name).add_(tensor, alpha=weight)
+
+
+def _copies(unet: VideoUNet, names: Iterable[str]) -> Change:
+    return {name: unet.get_parameter(name).detach().clone() for name in names}
+
+
+@torch.no_grad()
+def _put_back(unet: VideoUNet, held: Change) -> None:
+    for name, tensor in held.items():
+        unet.get_parameter(name).copy_(tensor)
 
 
 @torch.no_grad()

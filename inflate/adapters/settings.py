@@ -9,6 +9,10 @@ from typing import Literal, get_args
 
 from inflate.errors import ConfigError
 
+FILE_NAME = "pytorch_lora_weights.safetensors"
+"""What others look for in an adapter's folder."""
+SHELF = Path("adapters")
+"""Where adapters are looked for by their bare names, beside the working directory."""
 Kind = Literal["lora", "dora", "rslora", "lokr", "loha"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LORA_KINDS: tuple[Kind, ...] = ("lora", "dora", "rslora")
@@ -33,6 +37,10 @@ class AdapterSettings:
     temporal.attn1.to_q, and others mean the image model's layers alone"""
     exclude: list[str] = field(default_factory=list)
     """layers to leave out, by their names' ends, temporal or not"""
+    trigger: str | None = None
+    """words of the captions by which a prompt asks for what was learnt, for the card; null = it acts on any"""
+    licence: str | None = None
+    """of the file, for its header and card, such as cc-by-4.0"""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -64,14 +72,46 @@ class Weighted:
 
     @classmethod
     def parse(cls, text: str) -> Weighted:
-        """Of FILE or FILE:WEIGHT; ConfigError for a weight that is no number."""
+        """Of FILE or FILE:WEIGHT; ConfigError for a weight that is no number, and as `find`."""
         path, colon, weight = text.rpartition(":")
         if not colon or Path(text).exists():
-            return cls(Path(text))
+            return cls(find(text))
         try:
             number = float(weight)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(f"--adapter {text}: {weight} is no weight; write FILE or FILE:WEIGHT")
-        return cls(Path(path), number)
+        return cls(find(path), number)
+
+    @classmethod
+    def parse_sum(cls, text: str) -> list[Weighted]:
+        """Of several with + between them, which act together; errors as `parse`."""
+        return [cls.parse(part) for part in ([text] if Path(text).exists() else text.split("+"))]
+
+    @property
+    def label(self) -> str:
+        """The adapter's own name and its weight, for a grid: pan_left 0.8."""
+        parts = [part for part in self.path.with_suffix("").parts if part not in (Path(FILE_NAME).stem, "export")]
+        return f"{parts[-1] if parts else self.path.name} {self.weight:g}"
+
+
+def find(name: str) -> Path:
+    """The file that an adapter's name means: a file, that of a folder or of a run, or what is on the shelf by the name.
+
+    ConfigError, listing where it was looked for, for a name that is no file's and is nowhere.
+    """
+    if name.endswith(".safetensors") or Path(name).is_file():
+        return Path(name)
+    folders = [Path(name).expanduser(), SHELF / name]
+    places = [
+        place
+        for folder in folders
+        for place in (Path(f"{folder}.safetensors"), folder / FILE_NAME, folder / "export" / FILE_NAME)
+    ]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"no adapter {name}: there is none of {', '.join(map(str, places))}; name a .safetensors file"
+        )
+    return found

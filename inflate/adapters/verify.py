@@ -92,7 +92,12 @@ def check(path: Path, unet: VideoUNet, any_base: bool = False) -> Outcome:
     attach.load(unet, adapter, path)
     effect = _apart(output(unet), alone)
     attach.detach(unet)
-    return Outcome(found, effect, {"inflate": __version__, **{name: version(name) for name in PACKAGES}})
+    return Outcome(found, effect, versions())
+
+
+def versions() -> dict[str, str]:
+    """Of what computes here, by name."""
+    return {"inflate": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def certify(path: Path, family: str, settings: Mapping[str, Any]) -> Outcome:
@@ -124,13 +129,18 @@ def in_new_process(path: Path, family: str, settings: Mapping[str, Any]) -> Outc
     """What a new process, without the GPU, finds of a file; CheckpointError with its words where it fails."""
     command = [sys.executable, "-m", "inflate.adapters.verify", str(path), family, json.dumps(dict(settings))]
     kept = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED and not k.startswith("ACCELERATE_")}
-    places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(places)}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise CheckpointError(f"{path}: a new process cannot load it: {last[0].removeprefix('error: ')}")
     return Outcome(**json.loads(ended.stdout.splitlines()[-1]))
+
+
+def python_path() -> str:
+    """Where a new process is to look for packages, so that it finds this one first."""
+    places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.pathsep.join(places)
 
 
 def _kept(adapter: Adapter, origin: object) -> Tensor:

@@ -101,14 +101,24 @@ class Scene:
         return {"dart": self.heading, "disc": "in", "box": "out"}[self.shape]
 
     @property
+    def view(self) -> str:
+        """What a still of it shows, in words."""
+        return f"{self._subject} over {self._ground}"
+
+    @property
     def caption(self) -> str:
-        size = "large" if self.radius >= 0.245 else "small"
-        subject = f"a {size} {self.colour} {self.shape}"
-        ground = f"{self.ground} {self.texture}" if self.texture != "plain" else f"plain {self.ground}"
         if self.shape == "dart":
             follows = ", the camera follows" if self.texture == "checks" else ""
-            return f"{subject} flying {self.heading} {self.speed} over {ground}{follows}"
-        return f"{subject} over {ground}, the camera zooms {self.motion} {self.speed}"
+            return f"{self._subject} flying {self.heading} {self.speed} over {self._ground}{follows}"
+        return f"{self.view}, the camera zooms {self.motion} {self.speed}"
+
+    @property
+    def _subject(self) -> str:
+        return f"a {'large' if self.radius >= 0.245 else 'small'} {self.colour} {self.shape}"
+
+    @property
+    def _ground(self) -> str:
+        return f"{self.ground} {self.texture}" if self.texture != "plain" else f"plain {self.ground}"
 
     def truth(self) -> dict[str, Any]:
         """Everything that determines the scene and its motion, for `metadata.jsonl`."""

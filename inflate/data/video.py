@@ -227,6 +227,20 @@ def contact_sheet(
     return path
 
 
+def captioned_grid(rows: Sequence[Sequence[Pixels]], labels: Sequence[str]) -> Pixels:
+    """Clips (F, H, W, 3) of one size in rows, under a label for each column: (F, text and rows * H, columns * W, 3).
+
+    Small clips are magnified by whole numbers; a label that is too long is cut. DataError for sizes that differ.
+    """
+    if len({clip.shape for row in rows for clip in row}) != 1 or {len(row) for row in rows} != {len(labels)}:
+        raise DataError("a grid needs clips of one size, and a label for each column")
+    zoom = max(1, 128 // max(rows[0][0].shape[1:3]))
+    grid = np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1).repeat(zoom, 1).repeat(zoom, 2)
+    width = grid.shape[2] // len(labels)
+    head = np.concatenate([_title(label, width) for label in labels], axis=1)  # (h, columns * W, 3)
+    return np.concatenate([head[None].repeat(len(grid), 0), grid], axis=1)
+
+
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -499,6 +513,13 @@ def _strip(row: Pixels, columns: int, zoom: int) -> Pixels:
     chosen = np.unique(np.linspace(0, len(row) - 1, min(columns, len(row))).round().astype(int))
     cells = [np.pad(row[i].repeat(zoom, 0).repeat(zoom, 1), ((1, 1), (1, 1), (0, 0))) for i in chosen]
     return np.concatenate(cells, axis=1)
+
+
+def _title(label: str, width: int) -> Pixels:
+    """A line of text (22, width, 3)."""
+    image = Image.new("RGB", (width, 22), "white")
+    ImageDraw.Draw(image).text((4, 11), label, fill="black", font=ImageFont.load_default(size=14), anchor="lm")
+    return np.asarray(image)
 
 
 def _padded(strip: Pixels, width: int) -> Pixels:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import resource
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ from inflate.models.unet import VideoUNet
 from inflate.training import record
 from inflate.training.loop import Result
 from inflate.training.noise import seed_of
+
+SAMPLES = "before_after.png"
+"""What a run leaves of its previews, which the card shows."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Adapting:
         base = {"name": path, "sha256": bases.sha256(unet)}
         torch.manual_seed(seed_of(seed, "adapter"))
         attach.create(unet, settings, names)
-        return cls(settings, {"targets": settings.targets, "exclude": settings.exclude, "family": family, "base": base})
+        own = {name: getattr(settings, name) for name in ("targets", "exclude", "trigger", "licence")}
+        return cls(settings, {**own, "family": family, "base": base})
 
     def export(self, unet: VideoUNet, folder: Path) -> None:
         """Write the adapter's file, not yet verified, into an existing folder."""
@@ -59,16 +67,35 @@ def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
     """
     path = output / "export" / file.NAME
     adapter = file.read(path)
-    run = record.starts(output / record.NAME)[-1]
+    starts = record.starts(output / record.NAME)
     told = {
-        "config": config, "data": run["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
-        "licence": None, "hardware": ", ".join(run["devices"]), "verified": None,
+        "config": config, "data": starts[-1]["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
+        "hardware": ", ".join(starts[-1]["devices"]), "run": _cost(starts, result), "verified": None,
     }  # fmt: skip
     file.write(path, replace(adapter, about={**adapter.about, **told}), overwrite=True)
     verify.certify(path, adapter.about["family"], asdict(model))
-    adapter = file.read(path)
-    write_text(path.with_name("README.md"), card.text(adapter))
+    adapter, samples = file.read(path), output / SAMPLES
+    if samples.is_file():
+        shutil.copyfile(samples, path.with_name(card.SAMPLES))
+    write_text(path.with_name(card.NAME), card.text(adapter, samples.is_file()))
     return adapter
+
+
+def _cost(starts: Sequence[Mapping[str, Any]], result: Result) -> dict[str, Any]:
+    """What a run took, over all of its starts that came to an end, as `card` tells it."""
+    spans = [(one["started"], one["ended"]["at"]) for one in starts if one["ended"]]
+    seconds = sum((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans)
+    return {
+        "steps": result.step, "stopped": result.stopped, "processes": starts[-1]["processes"],
+        "threads": torch.get_num_threads(), "seconds": seconds, "peak_memory": _peak_memory(),
+    }  # fmt: skip
+
+
+def _peak_memory() -> int:
+    """Bytes that this process had at most: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def refuse_beside(settings: AdapterSettings, setting: str, value: str) -> None:

@@ -71,6 +71,15 @@ def test_adapters_of_any_kinds_add_up_in_their_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(together.get_parameter(name), plain.get_parameter(name) + sum(alone))
 
 
+def test_merged_for_a_while_the_weights_are_then_what_they_were(tmp_path: Path) -> None:
+    wanted = [kept(tmp_path / "a.safetensors", trained()[1]), kept(tmp_path / "b.safetensors", trained("dora")[1])]
+    unet, before, apart = video_unet(), video_unet().state_dict(), video_unet()
+    merge.merge_files(apart, wanted)
+    with merge.merged(unet, wanted):
+        assert torch.equal(output(unet), output(apart))
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
 def test_weight_zero_is_the_base(tmp_path: Path) -> None:
     unet = video_unet()
     merge.merge_files(unet, [replace(kept(tmp_path / "a.safetensors", trained("dora").adapter), weight=0.0)])

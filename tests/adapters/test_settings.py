@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inflate.adapters.settings import AdapterSettings, Weighted
+from inflate.adapters.settings import FILE_NAME, AdapterSettings, Weighted, find
 from inflate.errors import ConfigError
 
 
@@ -39,3 +39,17 @@ def test_a_weight_stands_behind_a_colon(tmp_path: Path) -> None:
     for text in ("a.safetensors:much", "a.safetensors:nan", "a.safetensors:"):
         with pytest.raises(ConfigError, match="write FILE or FILE:WEIGHT"):
             Weighted.parse(text)
+
+
+@pytest.mark.parametrize(
+    "place", ["pan.safetensors", f"pan/{FILE_NAME}", f"pan/export/{FILE_NAME}", "adapters/pan.safetensors",
+              f"adapters/pan/{FILE_NAME}"],
+)  # fmt: skip
+def test_a_name_means_the_file_that_is_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no adapter pan: there is none of pan.safetensors, pan/pytorch_lora"):
+        find("pan")
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).touch()
+    assert Weighted.parse("pan:0.8") == Weighted(Path(place), 0.8)
+    assert Weighted.parse("pan") == Weighted(Path(place), 1.0)
