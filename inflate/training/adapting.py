@@ -19,6 +19,7 @@ from inflate.adapters.file import Adapter
 from inflate.adapters.settings import AdapterSettings
 from inflate.errors import ConfigError
 from inflate.files import write_text
+from inflate.models.exchange import listing
 from inflate.models.unet import VideoUNet
 from inflate.training import record
 from inflate.training.loop import Result
@@ -48,6 +49,7 @@ class Adapting:
         names = targets.resolve(unet, settings)
         targets.refuse_zero_rows(unet, names, settings)
         targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
+        _refuse_drawn(unet, names)
         base = {"name": path, "sha256": bases.sha256(unet)}
         torch.manual_seed(seed_of(seed, "adapter"))
         attach.create(unet, settings, names)
@@ -58,6 +60,17 @@ class Adapting:
         """Write the adapter's file, not yet verified, into an existing folder."""
         about = {**self.about, "reference": verify.reference(unet), "verified": None}
         file.write(folder / file.NAME, attach.carried(unet, self.settings, about))
+
+
+def _refuse_drawn(unet: VideoUNet, names: Sequence[str]) -> None:
+    """ConfigError for layers that inflation has just drawn: another inflation draws others, on which the file fails."""
+    created = unet.created_parameters() if bases.is_newborn(unet) else {}
+    drawn = [name for name in names if any(parameter.startswith(f"{name}.") for parameter in created)]
+    if drawn:
+        raise ConfigError(
+            f"adapter.targets: {len(drawn)} layers are drawn at random at each inflation of this image model, so that "
+            f"their adapter would fit no other ({listing(drawn)}): train the model first and start from its export"
+        )
 
 
 def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:

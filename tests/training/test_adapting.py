@@ -165,7 +165,12 @@ def test_text_to_video_trains_what_the_adapter_names(tmp_path: Path) -> None:
         text_task(VideoLDM.load(folder), "spatial", "temporal.attn1.to_out.0")
     with pytest.raises(ConfigError, match="what follows it is still zero"):
         text_task(VideoLDM.load(folder), "temporal", "temporal.attn1.to_q")
-    made = text_task(VideoLDM.load(folder), "joint", "attn2.to_q", "temporal.attn1.to_out.0")
+    with pytest.raises(ConfigError, match="layers are drawn at random at each inflation"):
+        text_task(VideoLDM.load(folder), "joint", "attn2.to_q", "temporal.attn1.to_out.0")
+    grown = VideoLDM.load(folder)
+    randomise(grown.unet)
+    text_task(grown, "joint", "attn2.to_q", "temporal.attn1.to_out.0")
+    made = text_task(VideoLDM.load(folder), "joint", "attn2.to_q")
     loss = made.players[0].loss
     torch.manual_seed(0)
     losses, _ = loss(made.held_out[0], Noise(3, torch.tensor([0])), 0)
