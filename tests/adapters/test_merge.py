@@ -72,7 +72,10 @@ def test_adapters_of_any_kinds_add_up_in_their_weights(tmp_path: Path) -> None:
 
 
 def test_merged_for_a_while_the_weights_are_then_what_they_were(tmp_path: Path) -> None:
-    wanted = [kept(tmp_path / "a.safetensors", trained()[1]), kept(tmp_path / "b.safetensors", trained("dora")[1])]
+    wanted = [
+        kept(tmp_path / "a.safetensors", trained().adapter),
+        kept(tmp_path / "b.safetensors", trained("dora").adapter),
+    ]
     unet, before, apart = video_unet(), video_unet().state_dict(), video_unet()
     merge.merge_files(apart, wanted)
     with merge.merged(unet, wanted):

@@ -33,7 +33,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shared") / "pan.safetensors"
-    made = trained()[1]
+    made = trained().adapter
     file.write(path, replace(made, about={**made.about, "licence": "mit", "trigger": "pan"}))
     return path
 
