@@ -108,17 +108,24 @@ def _wanted(source: str, to: str | None, path: str) -> str:
     """The format to write; ConfigError where it is unknown or not told, CheckpointError where it cannot be made."""
     wanted = to or USUAL.get(source)
     if wanted is None:
-        raise ConfigError(f"{path} is {source}: say with --to which format it is to be")
+        told = f"say with --to which format it is to be: {', '.join(_becomes(source)) or 'none is made of it'}"
+        raise ConfigError(f"{path} is {source}: {told}")
     if wanted in READ_ONLY:
         raise CheckpointError(f"--to {wanted}: is read, not written: {READ_ONLY[wanted]}")
     if wanted not in WRITTEN:
         raise ConfigError(f"--to {wanted}: is no format that is written; known are {', '.join(WRITTEN)}")
-    targets = [USUAL[source]] if source in PIPELINES else list(WRITERS) if source in READERS else []
-    targets += [TEMPORAL] if source in EXPORTS else ["svd"] if source == TEMPORAL else []
-    if wanted == source or wanted not in targets:
-        others = ", ".join(name for name in targets if name != source) or "none"
+    targets = _becomes(source)
+    if wanted not in targets:
+        others = ", ".join(targets) or "none"
         raise CheckpointError(f"{path} is {source}, of which no {wanted} is made; what it can become: {others}")
     return wanted
+
+
+def _becomes(source: str) -> list[str]:
+    """The formats that one can become."""
+    targets = [USUAL[source]] if source in PIPELINES else list(WRITERS) if source in READERS else []
+    targets += [TEMPORAL] if source in EXPORTS else ["svd"] if source == TEMPORAL else []
+    return [name for name in targets if name != source]
 
 
 def _refuse_useless(source: str, wanted: str, extra: Extra) -> None:

@@ -157,7 +157,9 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
         converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd", "--image-model", image)
         assert equal(SVD.load(tmp_path / "whole").unet.state_dict(), found)
     else:
-        assert "is of family video_ldm" in refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")
+        said = refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")
+        assert "is of family video_ldm" in said
+        assert "`inflate generate` with video_ldm" in said
     halved = [name for name in found if not torch.equal(found[name], expected[name])]
     assert set(halved) <= {*family.unet.created_parameters(), "conv_in.weight", "conv_in.bias"}
     assert all(torch.equal(found[name], expected[name].half().float()) for name in halved)
@@ -255,7 +257,7 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         assert message in refused("convert", unet3d, target, *arguments)
     assert "what it can become: stable-diffusion-file" in refused("convert", "pocket", target, "--to", "svd")
     converted(unet3d, tmp_path / "ours", "--to", "video-unet")
-    assert "ours is video-unet: say with --to" in refused("convert", tmp_path / "ours", target)
+    assert "say with --to which format it is to be: unet3d, " in refused("convert", tmp_path / "ours", target)
     assert "does not tell: unet attention_head_dim" in refused("convert", "pocket", tmp_path / "pocket.safetensors")
     assert inflate("convert", unet3d, target, "--prediction", "sample").exit_code == 2
     assert not target.exists()

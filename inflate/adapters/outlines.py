@@ -72,11 +72,19 @@ def _filled(unet: Any, folder: Path, read: Read) -> Any:
     return unet
 
 
+def _temporal_layers(folder: Path, read: Read) -> VideoUNet:
+    """The UNet over the image model that it names; read whole, as the hash of that model is of its weights."""
+    is_svd = folders.read_json(folder / folders.SETTINGS_FILE).get("family") == svd.FAMILY
+    unet = (svd.SVD if is_svd else video_ldm.VideoLDM).load(folder).unet
+    return unet.to("meta") if read is exchange.read_headers else unet
+
+
 _READERS: dict[str, Callable[[Path, Read], UNet2DConditionModel]] = {
     "stable-diffusion-file": lambda file, read: load_image_model(file, "epsilon", read).unet,
     "stable-diffusion": _image_model,
     "svd-file": lambda file, read: Original.read(file, read).load_unet(),
     "svd": _svd,
+    "temporal-layers": _temporal_layers,
     "video-unet": _our_unet,
     "unet3d": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),
     "vgen": lambda file, read: modelscope.load_vgen(file, read).unet,

@@ -249,6 +249,12 @@ def claim_output(
             changes.refuse(found, state.settings, now, state.directory)
     agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
     told = [*changes.told(state.settings, now, state.directory, state.step)] if found else []
+    if accelerator.is_main_process and settings.warmup >= settings.steps:
+        logger.warning(
+            "training.warmup=%d, of %d steps in all: the learning rate stays below training.lr; lower it to train",
+            settings.warmup,
+            settings.steps,
+        )
     if accelerator.is_main_process:
         for change in told:
             logger.warning("%s", change)

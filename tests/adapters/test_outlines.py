@@ -16,6 +16,7 @@ from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
+from inflate.families.video_ldm import VideoLDM
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
 
 Written = tuple[Path, UNet2DConditionModel]
@@ -112,3 +113,12 @@ def test_motion_modules_alone_are_no_unet(tmp_path: Path) -> None:
     animatediff.save_adapter(unet, tmp_path / "motion")
     with pytest.raises(CheckpointError, match="is motion-adapter, which holds no whole UNet"):
         outlines.load_unet(str(tmp_path / "motion"))
+
+
+@pytest.mark.parametrize(("model", "family"), [("pocket-svd", SVD), ("pocket-t2v", VideoLDM)])
+def test_temporal_layers_alone_are_read_over_their_image_model(model: str, family: type[SVD | VideoLDM]) -> None:
+    expected = family.load(model).unet.state_dict()
+    assert equal(outlines.load_unet(model).state_dict(), expected)
+    outline = outlines.outline(model).state_dict()
+    assert all(value.is_meta for value in outline.values())
+    assert {key: value.shape for key, value in outline.items()} == {key: value.shape for key, value in expected.items()}

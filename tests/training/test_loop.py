@@ -159,6 +159,14 @@ def test_latest_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
     assert (result.step, task.seen) == (2, [0, 1])
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
+def test_a_warm_up_that_outlasts_the_run_is_told(
+    warmup: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=2, warmup=warmup))
+    assert (f"training.warmup={warmup}, of 2 steps in all" in caplog.text) is warned
+
+
 def test_a_run_cut_off_before_its_first_checkpoint_starts_afresh(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
