@@ -95,10 +95,13 @@ MEASURES = {"pocket": image_model, "pocket-t2v": text_to_video, "pocket-svd": im
 
 def differing(found: dict[str, Numbers], recorded: dict[str, Numbers], tolerance: float) -> list[str]:
     """A line for each number that is not the recorded one, nor within the share `tolerance` of it."""
-    lines = []
+    lines = [
+        f"{name}: {', '.join(sorted(numbers.keys() ^ recorded.get(name, {}).keys()))} is only here or only recorded"
+        for name, numbers in found.items() if numbers.keys() != recorded.get(name, {}).keys()
+    ]  # fmt: skip
     for name, numbers in found.items():
-        for key, value in numbers.items():
-            before = recorded[name][key]
+        for key in numbers.keys() & recorded.get(name, {}).keys():
+            value, before = numbers[key], recorded[name][key]
             print(f"{name:11} {key:48} {value:.6g} (recorded: {before:.6g})")
             if abs(value - before) > tolerance * abs(before):
                 lines.append(f"{name}: {key} is {value:.6g}, recorded is {before:.6g}")

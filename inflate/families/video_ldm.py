@@ -255,6 +255,7 @@ class VideoLDM(Encoding):
         shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
         if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
             raise CheckpointError(f"{image_model} is of another shape than the image model of these temporal layers")
+        temporal_layers.refuse_other_layers(temporal_layers.layers_beside(self.unet), other.unet, "this export")
         with torch.no_grad():
             for name, parameter in theirs.items():
                 parameter.copy_(own[name])

@@ -21,6 +21,8 @@ from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.models.weights import tensors_sha256
 
+BESIDE = ("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps")
+"""Settings of an image model's UNet that its temporal layers share, and that no shape of a tensor tells."""
 Networks = Mapping[str, nn.Module]
 """All networks of a family, by the names of their parts."""
 
@@ -86,7 +88,8 @@ def save(folder: Path, trained: Networks, born: Networks, image_model: str, sett
             "are kept alone over the image model that they were trained on; keep the whole export instead"
         )
     tensors = _halved(own)
-    told = {**settings, "image_model": lasting(image_model), "image_sha256": _sha256(before)}
+    beside = {"beside": layers_beside(born["unet"])}
+    told = {**settings, **beside, "image_model": lasting(image_model), "image_sha256": _sha256(before)}
     folders.write(folder, lambda aside: _write(aside, tensors, told))
 
 
@@ -101,7 +104,26 @@ def load(folder: Path, born: Networks, check: bool) -> None:
             f"{folder} belongs over other weights than {settings.get('image_model')} holds now; restore those, or name "
             "the image model that it is to go over as image_model (--image-model)"
         )
+    refuse_other_layers(settings.get("beside", {}), born["unet"], folder)
     adopt(born, read(folder), folder)
+
+
+def layers_beside(unet: nn.Module) -> dict[str, Any]:
+    """What temporal layers have from the image model beside the shapes of tensors: heads, groups of norms."""
+    config: Any = unet.config
+    found: dict[str, Any] = json.loads(json.dumps({name: config[name] for name in BESIDE}))  # tuples as a file has them
+    return found
+
+
+def refuse_other_layers(beside: Mapping[str, Any], unet: nn.Module, origin: object) -> None:
+    """CheckpointError where an image model's layers differ in what no tensor's shape tells."""
+    found = layers_beside(unet)
+    wrong = [f"{name} {found[name]} instead of {value}" for name, value in beside.items() if found[name] != value]
+    if wrong:
+        raise CheckpointError(
+            f"{origin} was trained beside other layers than this image model's: {', '.join(wrong)}; they would compute "
+            "something else"
+        )
 
 
 def read(folder: Path, part: str = "") -> dict[str, Tensor]:

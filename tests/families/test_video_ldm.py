@@ -121,6 +121,12 @@ def test_temporal_layers_change_their_image_model(
     family.save_temporal(tmp_path / "changed", str(folder))
     settings = json.loads((tmp_path / "changed" / "inflate.json").read_text())
     (tmp_path / "changed" / "inflate.json").write_text(json.dumps({**settings, "image_model": str(other)}))
+    config = json.loads((other / "unet" / "config.json").read_text())
+    (other / "unet" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 2, "norm_eps": 1e-3}))
+    for source in (export, tmp_path / "alone"):
+        with pytest.raises(CheckpointError, match="other layers than this image model's: .*norm_eps 0.001 instead of"):
+            VideoLDM.load(source, other)
+    (other / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="belongs over other weights than .*other holds now"):
         VideoLDM.load(tmp_path / "changed")
     with pytest.raises(CheckpointError, match="is no image model"):
