@@ -182,7 +182,7 @@ def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
         (["trainng.lr=1"], "did you mean training.lr"),
         (["stage=decoder", "data.path=nowhere"], "nowhere"),
         (["stage=decoder", "data.path=nowhere", "training.lr=fast"], "training.lr"),
-        (["stage=decoder", "data.path=nowhere", "model.path=no_model"], "no_model does not exist; give a folder, or"),
+        (["stage=decoder", "data.path=nowhere", "model.path=no_model"], "shipped: pocket, pocket-t2v"),
         (["stage=decoder", "data.path=nowhere", "model.path=no.safetensors"], "no.safetensors does not exist"),
         (
             ["stage=decoder", "data.cache=c", "data.cache_draws=2"],

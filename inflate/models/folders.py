@@ -57,7 +57,8 @@ def local_folder(path: str | Path) -> Path | None:
     if folder.exists():
         raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path} does not exist; give a folder, or owner/name of a model on the Hugging Face Hub")
+        known = f"owner/name of a model on the Hugging Face Hub, or one that is shipped: {', '.join(SHIPPED)}"
+        raise CheckpointError(f"{path} does not exist; give a folder, {known}")
     return None
 
 
