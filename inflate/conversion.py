@@ -101,7 +101,8 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
         if source in PIPELINES:
             return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
-    return f"{target} is {wanted}"
+    alone = ", the UNet alone: its other networks are the image model's" if source == TEMPORAL else ""
+    return f"{target} is {wanted}{alone}"
 
 
 def _wanted(source: str, to: str | None, path: str) -> str:

@@ -149,7 +149,7 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
     assert "is a video model already" in refused("verify", tmp_path / "alone")
     assert str(image) in inflate("show", tmp_path / "alone").output
     found, expected = load(tmp_path / "alone").unet.state_dict(), load(tmp_path / "export").unet.state_dict()
-    converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
+    assert "the UNet alone" in converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
     assert equal(VideoUNet.from_pretrained(tmp_path / "unet").state_dict(), found)
     if kind == "image-to-video":
         useless = refused("convert", tmp_path / "export", tmp_path / "x.safetensors", "--image-model", image)
