@@ -130,7 +130,7 @@ class VideoLDM(Encoding):
         """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
 
         The temporal layers of the last two go over `image_model` where one is named, in place of their own: a
-        fine-tuned one changes the look and keeps the motion. An image model in a .safetensors file goes with a folder
+        fine-tuned one changes the look. An image model in a .safetensors file goes with a folder
         that holds a `tokenizer`, and `prediction` says what it predicts, where the file does not tell.
         CheckpointError, listing the tensors, where a part is missing, does not fit, or is not whole.
         """
