@@ -250,7 +250,7 @@ class VideoLDM(Encoding):
         """The temporal layers over another image model of the same shape; CheckpointError where they do not fit."""
         if isinstance(self.vae, VideoVAE):
             raise CheckpointError(f"a temporal decoder belongs over its own autoencoder, not that of {image_model}")
-        other = _image_model(image_model, tokenizer, prediction)
+        other = self._of_image_model(image_model, tokenizer, prediction)
         theirs, own = other.unet.created_parameters(), self.unet.created_parameters()
         shapes = [{name: value.shape for name, value in layers.items()} for layers in (theirs, own)]
         if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
@@ -260,7 +260,7 @@ class VideoLDM(Encoding):
             for name, parameter in theirs.items():
                 parameter.copy_(own[name])
         other.clips = self.clips
-        return other  # type: ignore[return-value]
+        return other
 
     def save_temporal(
         self,
@@ -274,7 +274,7 @@ class VideoLDM(Encoding):
         That is read with a tokenizer and a prediction, as by `load`, which are kept. CheckpointError, with nothing
         written, where the image model is not this one's, to the bit.
         """
-        born = _image_model(image_model, tokenizer, prediction)
+        born = self._of_image_model(image_model, tokenizer, prediction)
         trained = {"spec": self.unet.spec.to_dict(), "objective": asdict(self.objective)}
         settings = {**self._settings(), **trained, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
         temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
@@ -284,6 +284,20 @@ class VideoLDM(Encoding):
         """The networks by the names of their folders."""
         text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
         return {"unet": self.unet, "vae": self.vae, **text}
+
+    @classmethod
+    def _of_image_model(
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        prediction: single_file.Prediction | None = None,
+    ) -> Self:
+        """An image model, inflated; CheckpointError where it is a video model."""
+        if not str(path).endswith(folders.SAFETENSORS):
+            folder = folders.resolve(path)
+            if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
+                raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
+        return cls.load(path, None, tokenizer, prediction)
 
     @classmethod
     def _over_image_model(
@@ -299,14 +313,14 @@ class VideoLDM(Encoding):
             tokenizer = temporal_layers.source(file, "tokenizer", tokenizer)
         if image_model is None:
             prediction = temporal_layers.source(file, "prediction", prediction)
-        family = _image_model(parent, tokenizer, prediction)
+        family = cls._of_image_model(parent, tokenizer, prediction)
         spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
         temporal_layers.load(folder, family.parts, check=image_model is None)
         _compare_objectives(file, family, parent, refuse=image_model is None)
         family.clips = read_clips(file)
-        return family  # type: ignore[return-value]
+        return family
 
     def _write(self, folder: Path) -> None:
         for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
@@ -317,18 +331,6 @@ class VideoLDM(Encoding):
 
     def _settings(self) -> dict[str, Any]:
         return {"family": FAMILY, "clips": asdict(self.clips)}
-
-
-def _image_model(
-    path: str | Path, tokenizer: str | Path | None = None, prediction: single_file.Prediction | None = None
-) -> VideoLDM:
-    """An image model, inflated; CheckpointError where it is a video model."""
-    if str(path).endswith(folders.SAFETENSORS):
-        return VideoLDM.load(path, None, tokenizer, prediction)
-    folder = folders.resolve(path)
-    if temporal_layers.are_in(folder) or not folders.holds(folder, UNet2DConditionModel):
-        raise CheckpointError(f"{path} is no image model; name a Stable Diffusion folder as image_model")
-    return VideoLDM.load(folder, None, tokenizer, prediction)
 
 
 def _compare_objectives(file: Path, family: VideoLDM, image_model: str | Path, refuse: bool) -> None:

@@ -135,4 +135,6 @@ def test_looking_changes_nothing(unet: VideoUNet) -> None:
 @pytest.mark.parametrize("parent", [tiny_unet_sd1, tiny_unet_sdxl])
 def test_text_to_video_takes_part_too(parent: Callable[[], UNet2DConditionModel]) -> None:
     inflated, _ = inflate_unet(parent(), VIDEO_LDM)
-    targets.refuse_inert(inflated, named(inflated, "attn2.to_q"), 77)
+    layers = named(inflated, "attn2.to_q")
+    targets.refuse_inert(inflated, layers, 77)
+    assert all(targets.gradients(inflated, layers, targets.inputs(inflated, 77)).values())
