@@ -7,9 +7,9 @@ One clip is drawn of each held-out caption. The shape is found in the first fram
 names, its motion by `inflate.metrics.motion.direction`, and the heading that a dart is drawn with by its outline; the
 same is done on the real clips, which says how far the measures can be trusted. `chance` is how often the motions found
 agree with captions drawn at random from the same ones. With --image-model the temporal layers go over another image
-model, which paints in --look; `painted so` is the share of pixels that are nearer to that look's colours than to the
-other's. With --by-ground a shape is what stands out from the colours of the frame's margin, whatever its own. Writes
-OUT/text_to_video.json and contact sheets, and with --run RUN that run's learning curve.
+model, which paints in --look; `painted so` is the share of pixels that are nearer to that look's colours than to those
+that the caption names (of the look vivid: than to the swapped ones). With --by-ground a shape is what stands out from
+the colours of the frame's margin, whatever its own. Writes OUT/text_to_video.json and contact sheets, and with --run RUN that run's learning curve.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ LEAST = 0.01
 
 def distance(frame: Tensor, colour: str, shades: tuple[float, ...], look: demo.Look) -> Tensor:
     """Squared distance of each pixel of a frame (3, H, W) in [0, 1] to the nearest shade of a colour (H, W)."""
-    own = [demo.COLOURS[colour][channel] for channel in demo.CHANNELS[look]]
-    tones = torch.tensor([[shade * value for value in own] for shade in shades])
+    tones = torch.tensor([[shade * value for value in demo.PALETTES[look][colour]] for shade in shades])
     return (frame[None] - tones[:, :, None, None]).square().sum(1).amin(0)  # (H, W)
 
 
@@ -105,7 +104,7 @@ def right_headings(masks: list[Tensor], scenes: list[demo.Scene]) -> list[bool]:
 
 
 def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> float:
-    """The share of the first frames' pixels that are nearer to a look's colours than to the other look's."""
+    """The share of the first frames' pixels that are nearer to a look's colours than to those of another look."""
     other: demo.Look = "swapped" if look == "vivid" else "vivid"
     shares = []
     for clip, scene in zip(clips, scenes, strict=True):

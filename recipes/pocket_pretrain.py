@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from inflate import config as configuration
-from inflate.data.demo import CHANNELS, COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, render
+from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, render
 from inflate.errors import ConfigError, report_errors
 from inflate.families.svd_encoders import CLIP_MEAN, CLIP_STD
 from inflate.metrics.video import psnr
@@ -64,7 +64,7 @@ class Config:
     held_out: int = 256
     """frames rendered to measure on"""
     look: Look = "vivid"
-    """how the frames are painted: swapped makes another image model for the same temporal layers"""
+    """how the frames are painted: another than vivid makes another image model for the same temporal layers"""
     text_share: float = 0.57
     """share of samples whose context is the caption"""
     image_share: float = 0.33
@@ -95,9 +95,8 @@ class Frames:
     def __init__(self, seed: int, count: int, look: Look = "vivid") -> None:
         rng = np.random.default_rng(seed)
         scenes = [draw_scene(rng) for _ in range(count)]
-        frames = np.stack([render(scene, [rng.uniform(0, 2)], SIDE)[0] for scene in scenes])
+        frames = np.stack([render(scene, [rng.uniform(0, 2)], SIDE, look)[0] for scene in scenes])
         self.seed, self.captions = seed, [scene.caption for scene in scenes]
-        frames = frames[..., CHANNELS[look]]
         self.frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
 
     def __len__(self) -> int:

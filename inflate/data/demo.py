@@ -46,10 +46,15 @@ SPEEDS: dict[str, float] = {"slow": 0.08, "medium": 0.14, "fast": 0.20}
 FOLLOW = 0.4
 """Share of a followed dart's velocity that the camera takes."""
 FPS = 8
-Look = Literal["vivid", "swapped"]
-"""How a scene is painted: in the colours that its caption names, or with red for blue and blue for red."""
-CHANNELS: dict[Look, tuple[int, int, int]] = {"vivid": (0, 1, 2), "swapped": (2, 1, 0)}
-"""Which channel of a scene's own colours each channel of a look is."""
+Look = Literal["vivid", "swapped", "opposite"]
+"""How a scene is painted: in the colours that its caption names, with red for blue and blue for red, or each in the
+colour opposite to it, which keeps to the same eight."""
+OPPOSITE = dict(zip(COLOURS, [*COLOURS][4:] + [*COLOURS][:4], strict=True))
+PALETTES: dict[Look, dict[str, tuple[float, float, float]]] = {
+    "vivid": COLOURS,
+    "swapped": {name: (blue, green, red) for name, (red, green, blue) in COLOURS.items()},
+    "opposite": {name: COLOURS[other] for name, other in OPPOSITE.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,9 @@ def draw_scene(rng: np.random.Generator, seconds: float = 2.0) -> Scene:
     )  # fmt: skip
 
 
-def render(scene: Scene, times: npt.ArrayLike, size: int = 64) -> Pixels:
+def render(scene: Scene, times: npt.ArrayLike, size: int = 64, look: Look = "vivid") -> Pixels:
     """Draw the scene at `times` (seconds): uint8 (frames, size, size, 3)."""
+    palette = PALETTES[look]
     t = np.asarray(times, dtype=np.float32)[:, None, None]
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     scale = np.exp(scene.zoom * t)  # magnification about the shape
@@ -161,16 +167,16 @@ def render(scene: Scene, times: npt.ArrayLike, size: int = 64) -> Pixels:
     world_y = (grid[None, :, None] - focus_y) / scale + focus_y + py * t  # (F, H, 1)
     pixel = 1 / (size * scale)  # a pixel's side in the world
 
-    image = _background(scene, world_x, world_y, pixel)
+    image = _background(scene, palette[scene.ground], world_x, world_y, pixel)
     local_x, local_y = world_x - scene.x - vx * t, world_y - scene.y - vy * t
     alpha, tone = _shape(scene, local_x, local_y, pixel)
-    paint = np.asarray(COLOURS[scene.colour], dtype=np.float32) * tone[..., None]
+    paint = np.asarray(palette[scene.colour], dtype=np.float32) * tone[..., None]
     image = image + alpha[..., None] * (paint - image)
     return np.asarray(np.rint(np.clip(image, 0, 1) * 255), dtype=np.uint8)
 
 
-def _background(scene: Scene, x: Floats, y: Floats, pixel: Floats) -> Floats:
-    light = np.asarray(COLOURS[scene.ground], dtype=np.float32)
+def _background(scene: Scene, colour: tuple[float, float, float], x: Floats, y: Floats, pixel: Floats) -> Floats:
+    light = np.asarray(colour, dtype=np.float32)
     dark = light * 0.45
     u, v = x / scene.period + scene.phase_x, y / scene.period + scene.phase_y
     edge = pixel / scene.period

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,17 @@ def test_the_script_builds_and_reports_errors_in_one_line(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_the_opposite_look_keeps_to_the_same_colours():
+    scene = demo.draw_scene(np.random.default_rng(3))
+    opposite = replace(scene, colour=demo.OPPOSITE[scene.colour], ground=demo.OPPOSITE[scene.ground])
+    repainted = demo.render(scene, [0.0, 0.5], look="opposite")
+    assert np.array_equal(repainted, demo.render(opposite, [0.0, 0.5]))
+    assert not np.array_equal(repainted, demo.render(scene, [0.0, 0.5]))
+    assert np.array_equal(demo.render(opposite, [0.0, 0.5], look="opposite"), demo.render(scene, [0.0, 0.5]))
+
+
+def test_the_swapped_look_exchanges_red_and_blue():
+    scene = demo.draw_scene(np.random.default_rng(3))
+    assert np.array_equal(demo.render(scene, [0.0], look="swapped"), demo.render(scene, [0.0])[..., ::-1])
