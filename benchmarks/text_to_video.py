@@ -9,8 +9,8 @@ same is done on the real clips, which says how far the measures can be trusted. 
 agree with captions drawn at random from the same ones. With --image-model the temporal layers go over another image
 model, which paints in --look; `painted so` is the share of pixels that are nearer to that look's colours than to those
 that the caption names (of the look vivid: than to the swapped ones). With --by-ground a shape is what stands out from
-the colours of the frame's margin, whatever its own. Writes OUT/text_to_video.json and contact sheets, and with --run RUN
-that run's learning curve.
+the colours of the frame's margin, whatever its own. Writes OUT/text_to_video.json and contact sheets, and with --run
+RUN that run's learning curve.
 """
 
 from __future__ import annotations
