@@ -6,7 +6,7 @@ MODEL is the adapters' base, CLIPS a folder whose held-out clips' first frames a
 inflate.data.camera's moves and what --adapter takes. Each is drawn at weight 0.5 and 1, each pan with each zoom at 0.8,
 and the base alone. The motion of the scene is fitted by `inflate.metrics.flow`; it agrees where the asked component has
 the asked sign and moves more than a still camera's limit, and, of a single adapter, is the largest ("named"). Writes
-OUT/camera.json and, of the first four images, a contact sheet.
+OUT/camera.json and, of the first two images, a contact sheet.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def columns(adapters: dict[camera.Move, str]) -> dict[str, tuple[list[camera.Mov
     return found
 
 
-def draw(family: SVD, images: Tensor) -> list[camera.Pixels]:
+def draw(family: SVD, images: Tensor, steps: int) -> list[camera.Pixels]:
     """A clip of each image (N, 3, H, W), eight at a time."""
-    settings = Sampling(steps=25, guidance_max=1.5, fps=family.fps, frames=family.frames)
+    settings = Sampling(steps=steps, guidance_max=1.5, fps=family.fps, frames=family.frames)
     clips = torch.cat([sample(family, part, settings) for part in images.split(8)])
     return [to_uint8(unit(clip)) for clip in clips]
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("adapters", nargs="+", metavar="MOVE=ADAPTER")
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     arguments = parser.parse_args()
     adapters: dict[camera.Move, str] = {}
     for text in arguments.adapters:
@@ -102,14 +103,14 @@ def main() -> None:
     drawn = comparison.draw(
         family.unet,
         {label: next(iter(each.values())) for label, each in parsed.items()},
-        lambda: draw(family, images),
+        lambda: draw(family, images, arguments.steps),
     )
     result = {label: measured(drawn[label], family.fps, moves) for label, (moves, _) in wanted.items()}
     result["base"] = {move: measured(drawn[comparison.BASE], family.fps, [move]) for move in adapters}
     print(json.dumps(result, indent=1))
     write(arguments.output / "camera.json", record(command("MODEL", "CLIPS", "OUT"), {"measured": result}))
-    rows = [clips[number] for number in range(4) for clips in drawn.values()]
-    labels = [f"{number} {label}" for number in range(4) for label in drawn]
+    rows = [clips[number] for number in range(2) for clips in drawn.values()]
+    labels = [f"{number} {label}" for number in range(2) for label in drawn]
     video.contact_sheet(arguments.output / "camera.png", rows, labels)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from inflate.errors import ConfigError
 
 SHELVES = ("recipes", "adapters", "datasets")
-PATTERNS = ("*.py", "*.yaml", "*.md", "accelerate/*.yaml", "accelerate/*.md")
+PATTERNS = ("*.py", "*.yaml", "*.md", "*.safetensors", "accelerate/*.yaml", "accelerate/*.md")
 """What belongs to a shelf; a checkout's may hold rendered clips and caches too. pyproject.toml repeats the list."""
 
 

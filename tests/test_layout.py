@@ -43,7 +43,7 @@ ARROWS = {
     "metrics": MIDDLE | {"measures"},
     "families": MIDDLE | {"families"},
     "sampling": MIDDLE | {"families", "sampling"},
-    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "__init__"},
+    "adapters": MIDDLE | {"families", "adapters", "catalogue", "formats", "shelves", "__init__"},
     "training": MIDDLE | {"families", "sampling", "training", "adapters", "curves", "measures", "shelves", "__init__"},
     "adapter_cli": {"adapters", "formats", "training"} | BASE,
     "aliases": {"errors"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from inflate import shelves
 from inflate.errors import ConfigError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -97,7 +98,9 @@ class Weighted:
 
 
 def find(name: str) -> Path:
-    """The file that an adapter's name means: a file, that of a folder or of a run, or what is on the shelf by the name.
+    """The file that an adapter's name means: a file, that of a folder or of a run, or what is on a shelf by the name.
+
+    The shelf is `adapters` beside the working directory, else the one that came with the package.
 
     ConfigError, listing where it was looked for, for a name that is no file's and is nowhere.
     """
@@ -111,7 +114,16 @@ def find(name: str) -> Path:
     ]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
+        found = shipped(name)
+    if found is None:
         raise ConfigError(
-            f"no adapter {name}: there is none of {', '.join(map(str, places))}; name a .safetensors file"
+            f"no adapter {name}: there is none of {', '.join(map(str, places))}, nor did one come with the package; "
+            "name a .safetensors file"
         )
     return found
+
+
+def shipped(name: str) -> Path | None:
+    """The adapter of a name that came with the package, if there is one."""
+    place = shelves.find() / SHELF / f"{name}.safetensors"
+    return place if place.is_file() else None
