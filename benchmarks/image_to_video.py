@@ -139,24 +139,29 @@ def reached(rows: Sequence[dict[str, float]], level: float) -> float | None:
 def compare(
     output: Path, seeds: Sequence[int], steps: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, float | None]]]:
-    """The held-out curves of all runs that there are, by name; of each whole pair of runs what it says of the seed."""
+    """The held-out curves of all runs that there are, by name; of each pair of runs what it says of the seed.
+
+    The one from scratch must be whole; the inflated one may have been stopped once it was below the other's last loss.
+    """
     curves = {
         f"{start}, seed {seed}": json.loads(file.read_text())["held_out"]
         for start in STARTS for seed in seeds if (file := run_of(output, start, seed) / "metrics.json").is_file()
     }  # fmt: skip
     found: dict[str, Any] = {}
     for seed in seeds:
-        pair = [curves.get(f"{start}, seed {seed}") for start in STARTS]
-        if all(rows and rows[-1]["step"] == steps for rows in pair):
-            inflated, scratch = ([dict(row) for row in rows or []] for rows in pair)
-            step = reached(inflated, scratch[-1]["held-out loss"])
-            found[f"seed {seed}"] = {
-                "first loss, inflated": inflated[0]["held-out loss"],
-                "last loss, inflated": inflated[-1]["held-out loss"],
-                "last loss, from scratch": scratch[-1]["held-out loss"],
-                "inflated comes to the latter after steps": step,
-                "ratio of steps to equal loss": steps / step if step else None,
-            }
+        inflated, scratch = (curves.get(f"{start}, seed {seed}", []) for start in STARTS)
+        if not scratch or scratch[-1]["step"] < steps or not inflated:
+            continue
+        step = reached(inflated, scratch[-1]["held-out loss"])
+        if step is None and inflated[-1]["step"] < steps:
+            continue
+        found[f"seed {seed}"] = {
+            "first loss, inflated": inflated[0]["held-out loss"],
+            f"loss after {inflated[-1]['step']} steps, inflated": inflated[-1]["held-out loss"],
+            "last loss, from scratch": scratch[-1]["held-out loss"],
+            "inflated comes to the latter after steps": step,
+            "ratio of steps to equal loss": steps / step if step else None,
+        }
     return curves, found
 
 
