@@ -252,6 +252,9 @@ def convert_model(
     prediction: Annotated[
         Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
     ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Clip length of the original's file, untold there [default: 14, SVD's]")
+    ] = None,
     norm_per_frame: Annotated[
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
     ] = False,
@@ -263,7 +266,7 @@ def convert_model(
     """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, tokenizer, prediction, norm_per_frame)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 
@@ -274,7 +277,9 @@ def sample(
     path: ModelPath,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The first frame.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
-    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of the clip [default: the model's; the original's file: 14]")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     motion_bucket: Annotated[float, typer.Option(min=0, max=255, help="Amount of motion.")] = 127.0,
@@ -301,7 +306,7 @@ def sample(
     first = read_image(image)
     from inflate.sampling.svd import Sampling
 
-    family = _load(path, image_model)
+    family = _load(path, frames=frames, image_model=image_model)
     _adapt(family, wanted, any_base)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
@@ -473,7 +478,7 @@ def _animations(
     from inflate.sampling.svd import Sampling
 
     first = read_image(images[0]).shape
-    family = _load(path)
+    family = _load(path, frames=frames)
     size = _fitting(first[0], first[1], family)
     shown = [read_image(image, size) for image in images]
     settings = Sampling(steps=steps or Sampling.steps, fps=family.fps, frames=frames)
@@ -593,12 +598,12 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
         raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
 
 
-def _load(path: str, image_model: str | None = None) -> "SVD":
-    """Return the family in `path`, inflated if it is an image model, on the GPU if there is one."""
+def _load(path: str, **given: Any) -> "SVD":
+    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model, on the GPU if there is one."""
     from inflate.families.svd import SVD
 
     _note_image_model(path)
-    return SVD.load(path, image_model=image_model).to(_device())
+    return SVD.load(path, **given).to(_device())
 
 
 def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool) -> None:

@@ -183,7 +183,7 @@ class SVD(Encoding):
         path: str | Path,
         image_encoder: str | Path | None = None,
         epsilon: float = 1e-5,
-        frames: int = 14,
+        frames: int | None = None,
         prediction: Prediction | None = None,
         image_model: str | Path | None = None,
     ) -> Self:
@@ -191,19 +191,20 @@ class SVD(Encoding):
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
-        export exactly. `frames` is its clip length. A video model has both already. `prediction` is what an image
-        model in a single file predicts, where the file does not tell. Temporal layers alone go over `image_model` where
-        one is named, in place of the one that they were trained on.
+        export exactly. `frames` is its clip length, or that of the original's file, which does not tell it: none, 14. A
+        folder of a video model has both already. `prediction` is what an image model in a single file predicts, where
+        the file does not tell. Temporal layers alone go over `image_model` where one is named, in place of the one that
+        they were trained on.
         """
         place = folders.place_of(path)
         if image_model is not None or temporal_layers.are_in(place):
             return cls._over_image_model(place, image_model, image_encoder, prediction)
         if is_image_model(place):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
-            return cls._inflated(place, image_encoder, prediction, spec, frames)
+            return cls._inflated(place, image_encoder, prediction, spec, frames or cls.frames)
         refuse_prediction(path, prediction)
         if place.suffix == folders.SAFETENSORS:
-            return cls.from_sgm(place, image_encoder)
+            return cls.from_sgm(place, image_encoder, frames)
         refuse_another_encoder(path, image_encoder)
         return cls.from_pretrained(place)
 
@@ -336,16 +337,23 @@ class SVD(Encoding):
         cls,
         file: str | Path,
         image_encoder: str | Path | None = None,
-        frames: int = 14,
+        frames: int | None = None,
         head_channels: int = svd_files.HEAD_CHANNELS,
     ) -> Self:
         """Loads a single .safetensors file in the original's names; `image_encoder` is for a file without one.
 
-        CheckpointError, listing the tensors, where one is missing, left over or of another shape.
+        The file does not tell the clip length: without `frames` it is that of the smaller of the two published models,
+        and the log says so. CheckpointError, listing the tensors, where one is missing, left over or of another shape.
         """
         original = Original.read(Path(file).expanduser())
         encoder, statistics = encoder_of(original, image_encoder)
         networks = original.load_unet(head_channels), original.load_vae()
+        if frames is None:
+            frames = cls.frames
+            log.warning(
+                "%s does not tell how long its clips are: SVD's %d frames are assumed; SVD-XT, of tensors alike, has "
+                "25, which is said by --frames or model.frames", file, frames,
+            )  # fmt: skip
         return cls(*networks, encoder, frames=frames, decode_chunk=frames, **statistics)
 
     @property

@@ -17,6 +17,7 @@ from helpers import write_image_model
 from inflate.errors import CheckpointError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_encoders import Encoders
+from inflate.families.svd_model import Model
 from inflate.families.svd_original import AUTOENCODER, FIRST_STAGE, IMAGE_ENCODER, Original
 from inflate.objectives import EDM
 
@@ -50,6 +51,17 @@ def test_what_is_written_is_what_is_read(family: SVD, written: Path, tmp_path: P
     assert torch.equal(found.embed(image), family.embed(image))
     found.save_sgm(tmp_path / "again.safetensors")
     assert equal(load_file(tmp_path / "again.safetensors"), load_file(written))
+
+
+def test_the_length_of_clips_is_told_or_said_to_be_assumed(written: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = Model(str(written), frames=25).load(frames=8)
+    assert (told.frames, told.decode_chunk) == (25, 25)
+    assert not caplog.records
+    assumed = Model(str(written)).load(frames=8)
+    assert (assumed.frames, assumed.decode_chunk) == (14, 14)
+    assert [record.message.count("14 frames are assumed") for record in caplog.records] == [1]
+    with pytest.raises(CheckpointError, match="which pocket is not: leave it out"):
+        Model("pocket", frames=25).load(frames=8)
 
 
 def test_attention_of_the_autoencoder_is_of_convolutions(written: Path) -> None:
