@@ -47,6 +47,20 @@ OtherImageModel = Annotated[
     str | None,
     typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
 ]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--image-encoder", help="Folder of the image encoder, where the original's file or image model has none."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Folder of the tokenizer, where the image model is a single file."),
+]
+Prediction = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option("--prediction", help="What a Stable Diffusion 2's file predicts."),
+]
 
 Adapters = Annotated[
     list[str] | None,
@@ -243,15 +257,9 @@ def convert_model(
     image_model: Annotated[
         str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(help="Folder of the image encoder, where the original's file or image model has none.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of the tokenizer, where the image model is a single file.")
-    ] = None,
-    prediction: Annotated[
-        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
-    ] = None,
+    image_encoder: ImageEncoder = None,
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Clip length of the original's file, untold there [default: 14, SVD's]")
     ] = None,
@@ -292,6 +300,8 @@ def sample(
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
     image_model: OtherImageModel = None,
+    image_encoder: ImageEncoder = None,
+    prediction: Prediction = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
@@ -306,7 +316,8 @@ def sample(
     first = read_image(image)
     from inflate.sampling.svd import Sampling
 
-    family = _load(path, frames=frames, image_model=image_model)
+    given = {"image_model": image_model, "image_encoder": image_encoder, "prediction": prediction}
+    family = _load(path, frames=frames, **given)
     _adapt(family, wanted, any_base)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
@@ -392,12 +403,8 @@ def generate(
     image_model: OtherImageModel = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
-    ] = None,
-    prediction: Annotated[
-        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
-    ] = None,
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Draw a clip of PROMPT with the text-to-video model in PATH."""
