@@ -279,11 +279,7 @@ class SVD(Encoding):
         image_encoder: str | Path | None,
         prediction: Prediction | None,
     ) -> Self:
-        if not temporal_layers.are_in(folder):
-            raise CheckpointError(
-                f"{folder} holds no temporal layers alone, which is what goes over an image model: make them of an "
-                "export by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
-            )
+        temporal_layers.refuse_others(folder)
         file = folder / folders.SETTINGS_FILE
         config = temporal_layers.entry(file, FAMILY, "unet")
         if not isinstance(config.get("temporal"), dict):
@@ -293,7 +289,7 @@ class SVD(Encoding):
         if parent.suffix == folders.SAFETENSORS:
             prediction = temporal_layers.source(file, "prediction", prediction)
         family = cls._inflated(parent, encoder, prediction, TemporalSpec.from_dict(config["temporal"]))
-        temporal_layers.load(folder, family.parts, check=image_model is None)
+        temporal_layers.load(folder, family.parts, image_model)
         return replace(family, **_remembered(folders.read_json(file), file))
 
     @classmethod

@@ -22,6 +22,9 @@ class Model:
     """what a Stable Diffusion 2 in a single file predicts, which it does not tell: the 768-pixel ones v_prediction"""
     image_encoder: str | None = None
     """folder of the CLIP image encoder, where `path` holds none"""
+    image_model: str | None = None
+    """for temporal layers alone: the Stable Diffusion that they go over, where it is another than the one they name or
+    lies elsewhere"""
     frames: int | None = None
     """clip length of a video model in the original's .safetensors file, which does not tell it: 14 of SVD, which is
     assumed, 25 of SVD-XT"""
@@ -40,8 +43,8 @@ class Model:
                 "not: leave it out"
             )
         length = self.frames if is_original else frames
-        return SVD.load(self.path, self.image_encoder, self.norm_epsilon, length, self.prediction)
+        return SVD.load(self.path, self.image_encoder, self.norm_epsilon, length, self.prediction, self.image_model)
 
     def encoders(self) -> Encoders:
         """Its VAE and image encoder alone; CheckpointError."""
-        return Encoders.load(self.path, self.image_encoder)
+        return Encoders.load(self.path, self.image_encoder, self.image_model)
