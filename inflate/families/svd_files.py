@@ -249,7 +249,7 @@ def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: s
     unet = exchange.build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
     wanted = exchange.shapes(unet)
     names = exchange.inverse(svd_keys.unet_to_sgm(wanted, original_names.UNetLayout.of(config)))
-    exchange.adopt(unet, exchange.convert(tensors, names, wanted, origin))
+    exchange.adopt(unet, exchange.in_float32(exchange.convert(tensors, names, wanted, origin)))
     return unet
 
 
@@ -259,7 +259,7 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     vae = build_vae(config)
     wanted = exchange.shapes(vae)
     names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
-    exchange.adopt(vae, exchange.convert(tensors, names, wanted, origin))
+    exchange.adopt(vae, exchange.in_float32(exchange.convert(tensors, names, wanted, origin)))
     return vae
 
 

@@ -90,7 +90,9 @@ class Encoders(Encoding):
         if str(path).endswith(folders.SAFETENSORS):
             refuse_other(path, image_model)
             file = Path(path).expanduser()
-            return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
+            tensors = exchange.read_saved(file)
+            vae = single_file.load_vae(file, lambda _: tensors)
+            return cls(vae, load_text_encoders(file, tokenizer, lambda _: tensors))
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             file = folder / folders.SETTINGS_FILE
@@ -166,7 +168,7 @@ class VideoLDM(Encoding):
         if not single_file.is_single_image_model(file):
             raise CheckpointError(f"{file} holds no image model of Stable Diffusion; give one, or a model's folder")
         tokenizer_folder(file, tokenizer)  # before anything slow
-        tensors = exchange.read_tensors(file)
+        tensors = exchange.read_saved(file)
         image = single_file.load_image_model(file, prediction, lambda _: tensors)
         text = load_text_encoders(file, tokenizer, lambda _: tensors)
         return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())

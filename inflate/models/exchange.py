@@ -25,7 +25,7 @@ from inflate.models.unet import TemporalSpec, VideoUNet
 
 Names = dict[str, str]
 Read = Callable[[Path], dict[str, Tensor]]
-"""How the tensors of a file are read: `read_tensors`, or `read_headers` where their values do not matter."""
+"""How the tensors of a file are read: `read_tensors`, `read_saved`, or `read_headers` where values do not matter."""
 
 
 def inverse(names: Names) -> Names:
@@ -92,21 +92,31 @@ def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
     return files[:1]
 
 
-def read_headers(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a file as `read_tensors` takes it, without memory (on the meta device) and as precise as saved.
-
-    Raises CheckpointError as there.
-    """
-    # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
-    return {key: tensor.to("meta") for key, tensor in _read(file).items()}
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file or a pickled state dict, in float32.
+def read_saved(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file or a pickled state dict, as precise as saved.
 
     CheckpointError where it is missing, cut short, or pickles anything but tensors.
     """
-    return {key: tensor.float() for key, tensor in _read(file).items()}
+    # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
+
+
+def read_headers(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as `read_saved` takes it, without memory (on the meta device)."""
+    return {key: tensor.to("meta") for key, tensor in read_saved(file).items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as `read_saved` takes it, in float32."""
+    return in_float32(read_saved(file))
+
+
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as precise as models are loaded; those without memory stay as precise as saved."""
+    return {key: tensor if tensor.is_meta else tensor.float() for key, tensor in tensors.items()}
 
 
 def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
@@ -115,13 +125,6 @@ def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
     for file in weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME):
         tensors.update(read(file))
     return tensors
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.models import original_names
-from inflate.models.exchange import Read, adopt, convert, inverse, listing, read_tensors, shapes
+from inflate.models.exchange import Read, adopt, convert, in_float32, inverse, listing, read_saved, shapes
 
 Generation = Literal["Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -64,7 +64,7 @@ def is_single_image_model(file: Path) -> bool:
     return any(key.startswith(UNET) for key in keys) and not any(".time_stack." in key for key in keys)
 
 
-def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_tensors) -> ImageModel:
+def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_saved) -> ImageModel:
     """The networks of a single file. CheckpointError, listing tensors, where it is not whole or holds something else.
 
     `prediction` says what the UNet predicts; without it a file's own mark counts, else noise is assumed, but of
@@ -85,9 +85,9 @@ def load_image_model(file: Path, prediction: Prediction | None = None, read: Rea
     return ImageModel(generation, unet, _vae(parts[VAE], SCALES[generation], str(file)), scheduler)
 
 
-def load_vae(file: Path) -> AutoencoderKL:
-    """The autoencoder alone."""
-    tensors = read_tensors(file)
+def load_vae(file: Path, read: Read = read_saved) -> AutoencoderKL:
+    """The autoencoder alone, in float32."""
+    tensors = read(file)
     return _vae(_strip(tensors, VAE), SCALES[generation_of(tensors, file)], str(file))
 
 
@@ -154,7 +154,7 @@ def _unet(tensors: Mapping[str, Tensor], generation: Generation, origin: str) ->
         unet = UNet2DConditionModel(**config)
     wanted = shapes(unet)
     names = inverse(original_names.unet_names(wanted, original_names.UNetLayout.of(config)))
-    adopt(unet, convert(tensors, names, wanted, origin))
+    adopt(unet, in_float32(convert(tensors, names, wanted, origin)))
     return unet
 
 
@@ -167,5 +167,5 @@ def _vae(tensors: Mapping[str, Tensor], scale: float, origin: str) -> Autoencode
         vae = AutoencoderKL(**config, scaling_factor=scale)
     wanted = shapes(vae)
     names = inverse(original_names.vae_names(wanted, len(config["block_out_channels"])))
-    adopt(vae, convert(kept, names, wanted, origin))
+    adopt(vae, in_float32(convert(kept, names, wanted, origin)))
     return vae

@@ -13,7 +13,7 @@ from original_files import equal, published_like
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers import write_image_model
+from helpers import count_reads, write_image_model
 from inflate.errors import CheckpointError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_encoders import Encoders
@@ -106,6 +106,21 @@ def test_encoders_alone_are_the_files_own(family: SVD, written: Path) -> None:
     alone = Encoders.load(written)
     assert equal(alone.vae.state_dict(), family.vae.state_dict())
     assert equal(alone.image_encoder.state_dict(), family.image_encoder.state_dict())
+
+
+def test_a_file_in_half_precision_is_read_once_and_stays_so_until_it_is_used(
+    changed: tuple[dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, file = changed
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, file)
+    whole, files = SVD.load(file, frames=14), count_reads(monkeypatch)
+    alone = Encoders.load(file)
+    assert files == [file]
+    for name in ("vae", "image_encoder"):
+        found = getattr(alone, name).state_dict()
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert equal(found, getattr(whole, name).state_dict())
+    assert {tensor.dtype for tensor in Original.read(file).unet.values()} == {torch.float16}
 
 
 def test_a_named_image_encoder_takes_the_place_of_the_files_own(written: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from original_files import write_whole_file
 from safetensors.torch import load_file, save_file
 from tiny_video_ldm import PROMPT, parents, write_text_model
 
-from helpers import randomise
+from helpers import count_reads, randomise
 from inflate.errors import CheckpointError
 from inflate.families.video_ldm import Clips, Encoders, Model, VideoLDM
 from inflate.models.vae import VideoVAE, encoder_sha256
@@ -175,6 +175,18 @@ def test_temporal_layers_over_a_single_file_know_its_tokenizer(tmp_path: Path) -
     for kind in (VideoLDM, Encoders):
         alone = kind.load(tmp_path / "alone")
         assert torch.equal(alone.embed([PROMPT]).context, family.embed([PROMPT]).context)
+
+
+def test_a_single_file_is_read_once_for_its_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    write_whole_file(file, "Stable Diffusion 1")
+    save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+    whole, files = VideoLDM.load(file, None, "pocket"), count_reads(monkeypatch)
+    alone = Encoders.load(file, "pocket")
+    assert files == [file]
+    assert encoder_sha256(alone.vae) == encoder_sha256(whole.vae)
+    assert alone.embed([PROMPT]).context.dtype == torch.float32
+    assert torch.equal(alone.embed([PROMPT]).context, whole.embed([PROMPT]).context)
 
 
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:
