@@ -261,7 +261,7 @@ def convert_model(
     tokenizer: Tokenizer = None,
     prediction: Prediction = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Clip length of the original's file, untold there [default: 14, SVD's]")
+        int | None, typer.Option(min=1, help="Clip length of the original's file, where untold [default: 14, SVD's]")
     ] = None,
     norm_per_frame: Annotated[
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
@@ -286,7 +286,7 @@ def sample(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The first frame.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Length of the clip [default: the model's; the original's file: 14]")
+        int | None, typer.Option(min=1, help="Length of the clip [default: the model's, 14 where a file tells none]")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,

@@ -60,7 +60,7 @@ class Extra:
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     frames: int | None = None
-    """clip length of the original's file of Stable Video Diffusion, which does not tell it"""
+    """clip length of the original's file of Stable Video Diffusion, where that does not tell it"""
     norm_per_frame: bool = False
     """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
     were, although diffusers runs them with norms over the clip"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,9 +178,14 @@ def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:
 def test_a_single_file_comes_back_of_its_folder(tmp_path: Path) -> None:
     unet, vae = write_single_file(tmp_path / "sd.safetensors")
     converted(tmp_path / "sd.safetensors", tmp_path / "sd")
+    config = tmp_path / "sd" / "unet" / "config.json"
+    assert read_json(config)["sample_size"] == 64
+    config.write_text(json.dumps({**read_json(config), "sample_size": 40}))
     said = converted(tmp_path / "sd", tmp_path / "again.safetensors")
     assert "again.safetensors is a Stable Diffusion 1, without text encoders" in said
     assert equal(load_file(tmp_path / "again.safetensors"), original_names(unet, vae))
+    converted(tmp_path / "again.safetensors", tmp_path / "back")
+    assert read_json(tmp_path / "back" / "unet" / "config.json")["sample_size"] == 40
 
 
 def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:

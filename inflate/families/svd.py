@@ -38,8 +38,7 @@ from inflate.families.svd_encoders import (
     refuse_another_encoder,
 )
 from inflate.families.svd_original import Original
-from inflate.files import new_file
-from inflate.models import folders, temporal_layers
+from inflate.models import exchange, folders, temporal_layers
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -191,8 +190,8 @@ class SVD(Encoding):
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
-        export exactly. `frames` is its clip length, or that of the original's file, which does not tell it: none, 14. A
-        folder of a video model has both already. `prediction` is what an image model in a single file predicts, where
+        export exactly. `frames` is its clip length, or that of the original's file, where it does not tell: none, 14.
+        A folder of a video model has both already. `prediction` is what an image model in a single file predicts, where
         the file does not tell. Temporal layers alone go over `image_model` where one is named, in place of the one that
         they were trained on.
         """
@@ -338,19 +337,25 @@ class SVD(Encoding):
     ) -> Self:
         """Loads a single .safetensors file in the original's names; `image_encoder` is for a file without one.
 
-        The file does not tell the clip length: without `frames` it is that of the smaller of the two published models,
-        and the log says so. CheckpointError, listing the tensors, where one is missing, left over or of another shape.
+        No tensor tells the clip length: without `frames` and where no header of ours tells, it is that of the smaller
+        of the two published models, and the log says so. CheckpointError, listing the tensors, where one is missing,
+        left over or of another shape.
         """
-        original = Original.read(Path(file).expanduser())
+        place = Path(file).expanduser()
+        original, told = Original.read(place), exchange.told_by(place)
         encoder, statistics = encoder_of(original, image_encoder)
-        networks = original.load_unet(head_channels), original.load_vae()
-        if frames is None:
+        unet, vae = original.load_unet(head_channels), original.load_vae()
+        unet.register_to_config(sample_size=told.get("sample_size") or svd_files.SAMPLE_SIZE)
+        settings = {name: told[name] for name in _PLAIN_SETTINGS if name in told}
+        if frames is None and "frames" not in told:
             frames = cls.frames
             log.warning(
                 "%s does not tell how long its clips are: SVD's %d frames are assumed; SVD-XT, of tensors alike, has "
                 "25, which is said by --frames or model.frames", file, frames,
             )  # fmt: skip
-        return cls(*networks, encoder, frames=frames, decode_chunk=frames, **statistics)
+        if frames is not None:
+            settings = {"decode_chunk": frames, **settings, "frames": frames}
+        return cls(unet, vae, encoder, **settings, **statistics)
 
     @property
     def device(self) -> torch.device:
@@ -414,7 +419,8 @@ class SVD(Encoding):
     def save_sgm(self, file: str | Path) -> list[str]:
         """Writes a single .safetensors file in the original's names, atomic; returns the settings that it cannot tell.
 
-        CheckpointError, with nothing written, where the original's networks cannot hold the models.
+        Its header tells what the clips are and the size of the latents. CheckpointError, with nothing written, where
+        the original's networks cannot hold the models.
         """
         wrong = svd_original.differing(self.unet, self.vae, self.image_encoder)
         if self.objective.noise_condition != "edm":
@@ -423,16 +429,14 @@ class SVD(Encoding):
             wrong.append(f"image_mean {self.image_mean}, image_std {self.image_std}")
         if wrong:
             raise CheckpointError(f"the original's file of Stable Video Diffusion has no place for: {'; '.join(wrong)}")
-        with new_file(Path(file)) as aside:
-            save_file(svd_original.tensors_of(self.unet, self.vae, self.image_encoder), aside)
+        told = {"sample_size": self.unet.config.sample_size, **{name: getattr(self, name) for name in _PLAIN_SETTINGS}}
+        tensors = svd_original.tensors_of(self.unet, self.vae, self.image_encoder)
+        exchange.save_file_telling(tensors, Path(file), told)
         return self._untold()
 
     def _untold(self) -> list[str]:
-        """What a file of tensors does not tell, where it is not as `from_sgm` has it."""
-        names = [name for name in _PLAIN_SETTINGS if getattr(self, name) != getattr(SVD, name)]
-        settings = [f"{name} {getattr(self, name)}" for name in names]
-        if self.motion.quantiles:
-            settings.append("motion_quantiles")
+        """What the original's file does not tell, where it is not as `from_sgm` has it."""
+        settings = ["motion_quantiles"] if self.motion.quantiles else []
         epsilon = self.unet.spec.cross_attention_resnet_eps
         if epsilon != TemporalSpec.cross_attention_resnet_eps:
             settings.append(f"cross_attention_resnet_eps {epsilon:g}")

@@ -27,6 +27,8 @@ from inflate.models.vae import VideoVAE
 DIFFUSERS_EPS = 1e-6
 HEAD_CHANNELS = 64
 """Width of a head of the published models, which their single files do not tell."""
+SAMPLE_SIZE = 96
+"""Latents of the published models on each side of a square of their clips' area, by diffusers' configuration."""
 IMAGE_SIZE = 224
 """Pixels of an image on each side that the published models' image encoder is given."""
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from inflate.errors import CheckpointError
@@ -26,8 +27,8 @@ class Model:
     """for temporal layers alone: the Stable Diffusion that they go over, where it is another than the one they name or
     lies elsewhere"""
     frames: int | None = None
-    """clip length of a video model in the original's .safetensors file, which does not tell it: 14 of SVD, which is
-    assumed, 25 of SVD-XT"""
+    """clip length of a video model in the original's .safetensors file, where that does not tell it: 14 of SVD, which
+    is assumed, 25 of SVD-XT"""
     norm_epsilon: float = 1e-5
     """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-5, its parent's and the original's,
     it equals its parent exactly; with 1e-6, diffusers', the export is sampled exactly by diffusers' pipeline. The card
@@ -35,8 +36,8 @@ class Model:
 
     def load(self, frames: int) -> SVD:
         """The model, inflated where it is an image model, for clips of so many frames; CheckpointError."""
-        place = folders.place_of(self.path)
-        is_original = place.suffix == folders.SAFETENSORS and not is_image_model(place)
+        is_file = self.path.endswith(folders.SAFETENSORS)
+        is_original = is_file and not is_image_model(Path(self.path).expanduser())
         if self.frames is not None and not is_original:
             raise CheckpointError(
                 f"model.frames is for a video model in the original's {folders.SAFETENSORS} file, which {self.path} is "
