@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -56,6 +59,18 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
     return folder
+
+
+def test_what_transformers_says_of_itself_is_left_out_and_its_warnings_are_not() -> None:
+    script = (
+        "from inflate.families.svd import SVD; SVD.load('pocket', frames=2)\n"
+        "from transformers.utils.import_utils import logger; logger.warning('this matters')"
+    )
+    told = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=told)
+    assert "this matters" in done.stderr
+    assert "torchvision" not in done.stderr
+    assert "Loading weights" not in done.stderr
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_encoders, svd_files, svd_original
@@ -471,11 +471,11 @@ class SVD(Encoding):
             image_encoder=self.image_encoder,
             unet=unet,
             scheduler=self.scheduler(),
-            feature_extractor=CLIPImageProcessor(image_mean=list(self.image_mean), image_std=list(self.image_std)),
+            feature_extractor=CLIPImageProcessorPil(image_mean=list(self.image_mean), image_std=list(self.image_std)),
         )
         pipeline.save_pretrained(folder)
         index = folders.read_json(folder / "model_index.json")
-        # without torchvision transformers writes the name of a stand-in that older releases do not know
+        # transformers writes the name of Pillow's own, which older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         settings = {**self._settings(), "export_gap": asdict(gap)}
