@@ -47,6 +47,20 @@ OtherImageModel = Annotated[
     str | None,
     typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
 ]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--image-encoder", help="Folder of the image encoder, where the original's file or image model has none."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Folder of the tokenizer, where the image model is a single file."),
+]
+Prediction = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option("--prediction", help="What a Stable Diffusion 2's file predicts."),
+]
 
 Adapters = Annotated[
     list[str] | None,
@@ -243,14 +257,11 @@ def convert_model(
     image_model: Annotated[
         str | None, typer.Option(help="The Stable Diffusion that motion modules or temporal layers alone belong over.")
     ] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(help="Folder of the image encoder, where the original's file or image model has none.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of the tokenizer, where the image model is a single file.")
-    ] = None,
-    prediction: Annotated[
-        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
+    image_encoder: ImageEncoder = None,
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Clip length of the original's file, where untold [default: 14, SVD's]")
     ] = None,
     norm_per_frame: Annotated[
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
@@ -263,7 +274,7 @@ def convert_model(
     """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, tokenizer, prediction, norm_per_frame)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 
@@ -274,7 +285,9 @@ def sample(
     path: ModelPath,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The first frame.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
-    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of the clip [default: the model's, 14 where a file tells none]")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     motion_bucket: Annotated[float, typer.Option(min=0, max=255, help="Amount of motion.")] = 127.0,
@@ -287,6 +300,8 @@ def sample(
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
     image_model: OtherImageModel = None,
+    image_encoder: ImageEncoder = None,
+    prediction: Prediction = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
@@ -301,7 +316,8 @@ def sample(
     first = read_image(image)
     from inflate.sampling.svd import Sampling
 
-    family = _load(path, image_model)
+    given = {"image_model": image_model, "image_encoder": image_encoder, "prediction": prediction}
+    family = _load(path, frames=frames, **given)
     _adapt(family, wanted, any_base)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
@@ -387,12 +403,8 @@ def generate(
     image_model: OtherImageModel = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Of an image model in a .safetensors file: folder of a tokenizer.")
-    ] = None,
-    prediction: Annotated[
-        Literal["epsilon", "v_prediction"] | None, typer.Option(help="What a Stable Diffusion 2's file predicts.")
-    ] = None,
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
     """Draw a clip of PROMPT with the text-to-video model in PATH."""
@@ -473,7 +485,7 @@ def _animations(
     from inflate.sampling.svd import Sampling
 
     first = read_image(images[0]).shape
-    family = _load(path)
+    family = _load(path, frames=frames)
     size = _fitting(first[0], first[1], family)
     shown = [read_image(image, size) for image in images]
     settings = Sampling(steps=steps or Sampling.steps, fps=family.fps, frames=frames)
@@ -593,12 +605,12 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
         raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
 
 
-def _load(path: str, image_model: str | None = None) -> "SVD":
-    """Return the family in `path`, inflated if it is an image model, on the GPU if there is one."""
+def _load(path: str, **given: Any) -> "SVD":
+    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model, on the GPU if there is one."""
     from inflate.families.svd import SVD
 
     _note_image_model(path)
-    return SVD.load(path, image_model=image_model).to(_device())
+    return SVD.load(path, **given).to(_device())
 
 
 def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool) -> None:

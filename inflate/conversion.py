@@ -59,6 +59,8 @@ class Extra:
     """folder of the tokenizer, where the image model of temporal layers alone is a single file"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
+    frames: int | None = None
+    """clip length of the original's file of Stable Video Diffusion, where that does not tell it"""
     norm_per_frame: bool = False
     """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
     were, although diffusers runs them with norms over the clip"""
@@ -77,6 +79,7 @@ _OF_USE = {
     "image_encoder": ("svd-file", "svd"),
     "tokenizer": ("video-unet",),
     "prediction": ("stable-diffusion-file", *EXPORTS),
+    "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
 }
 """The formats that are read with an extra or, of exports, that become temporal layers alone with it."""
@@ -175,7 +178,7 @@ def _image_file(folder: Path, target: Path, _: Extra) -> str:
 
 
 def _svd(file: Path, target: Path, extra: Extra) -> str:
-    told = _saved(SVD.from_sgm(file, extra.image_encoder), target)
+    told = _saved(SVD.from_sgm(file, extra.image_encoder, extra.frames), target)
     idle = list(Original.read(file, read_headers).idle)
     return f"{told}; left out, as nothing uses them: {listing(idle)}" if idle else told
 

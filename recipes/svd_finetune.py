@@ -116,12 +116,13 @@ def demo(config: Config, arguments: list[str]) -> None:
 
 def train(config: Config) -> Result:
     """One stage: load, inflate where needed, fit, write the card."""
-    check_inputs(config.training, config.data, config.model.path, config.model.image_encoder)
+    model = config.model
+    check_inputs(config.training, config.data, model.path, model.image_encoder, model.image_model)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
-    family = config.model.load(config.data.main.frames)
+    family = model.load(config.data.main.frames)
     check_multiples(config.data.sizes, 2 ** (len(family.vae.config.block_out_channels) - 1))
     if dataset.cache:
         dataset.read_encoded(clip_encoder(family, config.data, config.image_to_video), frames_encoded(config))

@@ -74,12 +74,13 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    check_inputs(config.training, config.data, config.model.path, config.model.tokenizer)
+    model = config.model
+    check_inputs(config.training, config.data, model.path, model.tokenizer, model.image_model)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
-    family = config.model.load()
+    family = model.load()
     check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(TextClipEncoder(family, config.data.cache_dtype), "none")

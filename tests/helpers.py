@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from inflate.models import exchange
 from inflate.sweep import load_script
 
 load_recipe = load_script
 """A recipe's script as a module, loaded once."""
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of tensors that are read from now on, each time that they are."""
+    files: list[Path] = []
+    monkeypatch.setattr(exchange, "load_file", lambda file: files.append(file) or load_file(file))
+    return files
+
 
 CROSS = 32
 """Width of the text or image context of the tiny UNets."""

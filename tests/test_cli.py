@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
-from original_files import write_whole_file
+from original_files import write_single_file, write_whole_file
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -56,6 +59,18 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
     return folder
+
+
+def test_what_transformers_says_of_itself_is_left_out_and_its_warnings_are_not() -> None:
+    script = (
+        "from inflate.families.svd import SVD; SVD.load('pocket', frames=2)\n"
+        "from transformers.utils.import_utils import logger; logger.warning('this matters')"
+    )
+    told = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=told)
+    assert "this matters" in done.stderr
+    assert "torchvision" not in done.stderr
+    assert "Loading weights" not in done.stderr
 
 
 @pytest.fixture
@@ -181,6 +196,20 @@ def test_sample_writes_a_video_and_a_contact_sheet(image_model: Path, picture: P
     assert (found.frames, found.fps, found.height, found.width) == (3, 8, 16, 32)
     with Image.open(output.with_suffix(".png")) as sheet:
         assert sheet.width >= 3 * 32
+
+
+def test_sample_takes_a_single_file_with_an_image_encoder(
+    image_model: Path, picture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_single_file(tmp_path / "sd.safetensors", cross_attention_dim=CROSS)
+    shape = ("--steps", "1", "--frames", "2", "--height", "16", "--width", "16")
+    arguments = ("sample", tmp_path / "sd.safetensors", picture, "-o", tmp_path / "out.mp4", *shape)
+    assert "give its folder as image_encoder" in inflate(*arguments).stderr
+    given = ("--image-encoder", image_model / "image_encoder", "--prediction", "v_prediction")
+    result = inflate(*arguments, *given)
+    assert result.exit_code == 0, result.output
+    assert "predicts noise, not v" not in caplog.text
+    assert video.probe(tmp_path / "out.mp4").frames == 2
 
 
 def test_the_clips_size_follows_the_image_at_the_models_area() -> None:

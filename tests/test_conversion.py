@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,17 +178,23 @@ def test_a_single_file_becomes_a_folder(tmp_path: Path) -> None:
 def test_a_single_file_comes_back_of_its_folder(tmp_path: Path) -> None:
     unet, vae = write_single_file(tmp_path / "sd.safetensors")
     converted(tmp_path / "sd.safetensors", tmp_path / "sd")
+    config = tmp_path / "sd" / "unet" / "config.json"
+    assert read_json(config)["sample_size"] == 64
+    config.write_text(json.dumps({**read_json(config), "sample_size": 40}))
     said = converted(tmp_path / "sd", tmp_path / "again.safetensors")
     assert "again.safetensors is a Stable Diffusion 1, without text encoders" in said
     assert equal(load_file(tmp_path / "again.safetensors"), original_names(unet, vae))
+    converted(tmp_path / "again.safetensors", tmp_path / "back")
+    assert read_json(tmp_path / "back" / "unet" / "config.json")["sample_size"] == 40
 
 
 def test_the_originals_svd_becomes_a_folder(tmp_path: Path) -> None:
     file, encoder, unet, vae = write_svd_file(tmp_path)
     assert "image_encoder" in refused("convert", file, tmp_path / "svd")
     assert not (tmp_path / "svd").exists()
-    assert "UNet " in converted(file, tmp_path / "svd", "--image-encoder", encoder)
+    assert "UNet " in converted(file, tmp_path / "svd", "--image-encoder", encoder, "--frames", "3")
     found = SVD.from_pretrained(tmp_path / "svd")
+    assert (found.frames, found.decode_chunk) == (3, 3)
     assert equal(found.unet.state_dict(), unet.state_dict())
     assert equal(found.vae.state_dict(), vae.state_dict())
     assert found.objective == EDM()

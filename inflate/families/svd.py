@@ -23,7 +23,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_encoders, svd_files, svd_original
@@ -38,8 +38,7 @@ from inflate.families.svd_encoders import (
     refuse_another_encoder,
 )
 from inflate.families.svd_original import Original
-from inflate.files import new_file
-from inflate.models import folders, temporal_layers
+from inflate.models import exchange, folders, temporal_layers
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -183,7 +182,7 @@ class SVD(Encoding):
         path: str | Path,
         image_encoder: str | Path | None = None,
         epsilon: float = 1e-5,
-        frames: int = 14,
+        frames: int | None = None,
         prediction: Prediction | None = None,
         image_model: str | Path | None = None,
     ) -> Self:
@@ -191,19 +190,20 @@ class SVD(Encoding):
 
         `epsilon` is the group-norm epsilon that a newly inflated UNet has in its cross-attention blocks: 1e-5 is the
         parent's and the original's, and keeps the parent exact; 1e-6 is diffusers', whose pipeline then samples the
-        export exactly. `frames` is its clip length. A video model has both already. `prediction` is what an image
-        model in a single file predicts, where the file does not tell. Temporal layers alone go over `image_model` where
-        one is named, in place of the one that they were trained on.
+        export exactly. `frames` is its clip length, or that of the original's file, where it does not tell: none, 14.
+        A folder of a video model has both already. `prediction` is what an image model in a single file predicts, where
+        the file does not tell. Temporal layers alone go over `image_model` where one is named, in place of the one that
+        they were trained on.
         """
         place = folders.place_of(path)
         if image_model is not None or temporal_layers.are_in(place):
             return cls._over_image_model(place, image_model, image_encoder, prediction)
         if is_image_model(place):
             spec = TemporalSpec(cross_attention_resnet_eps=epsilon)
-            return cls._inflated(place, image_encoder, prediction, spec, frames)
+            return cls._inflated(place, image_encoder, prediction, spec, frames or cls.frames)
         refuse_prediction(path, prediction)
         if place.suffix == folders.SAFETENSORS:
-            return cls.from_sgm(place, image_encoder)
+            return cls.from_sgm(place, image_encoder, frames)
         refuse_another_encoder(path, image_encoder)
         return cls.from_pretrained(place)
 
@@ -278,11 +278,7 @@ class SVD(Encoding):
         image_encoder: str | Path | None,
         prediction: Prediction | None,
     ) -> Self:
-        if not temporal_layers.are_in(folder):
-            raise CheckpointError(
-                f"{folder} holds no temporal layers alone, which is what goes over an image model: make them of an "
-                "export by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
-            )
+        temporal_layers.refuse_others(folder)
         file = folder / folders.SETTINGS_FILE
         config = temporal_layers.entry(file, FAMILY, "unet")
         if not isinstance(config.get("temporal"), dict):
@@ -292,7 +288,7 @@ class SVD(Encoding):
         if parent.suffix == folders.SAFETENSORS:
             prediction = temporal_layers.source(file, "prediction", prediction)
         family = cls._inflated(parent, encoder, prediction, TemporalSpec.from_dict(config["temporal"]))
-        temporal_layers.load(folder, family.parts, check=image_model is None)
+        temporal_layers.load(folder, family.parts, image_model)
         return replace(family, **_remembered(folders.read_json(file), file))
 
     @classmethod
@@ -336,17 +332,30 @@ class SVD(Encoding):
         cls,
         file: str | Path,
         image_encoder: str | Path | None = None,
-        frames: int = 14,
+        frames: int | None = None,
         head_channels: int = svd_files.HEAD_CHANNELS,
     ) -> Self:
         """Loads a single .safetensors file in the original's names; `image_encoder` is for a file without one.
 
-        CheckpointError, listing the tensors, where one is missing, left over or of another shape.
+        No tensor tells the clip length: without `frames` and where no header of ours tells, it is that of the smaller
+        of the two published models, and the log says so. CheckpointError, listing the tensors, where one is missing,
+        left over or of another shape.
         """
-        original = Original.read(Path(file).expanduser())
+        place = Path(file).expanduser()
+        original, told = Original.read(place), exchange.told_by(place)
         encoder, statistics = encoder_of(original, image_encoder)
-        networks = original.load_unet(head_channels), original.load_vae()
-        return cls(*networks, encoder, frames=frames, decode_chunk=frames, **statistics)
+        unet, vae = original.load_unet(head_channels), original.load_vae()
+        unet.register_to_config(sample_size=told.get("sample_size") or svd_files.SAMPLE_SIZE)
+        settings = {name: told[name] for name in _PLAIN_SETTINGS if name in told}
+        if frames is None and "frames" not in told:
+            frames = cls.frames
+            log.warning(
+                "%s does not tell how long its clips are: SVD's %d frames are assumed; SVD-XT, of tensors alike, has "
+                "25, which is said by --frames or model.frames", file, frames,
+            )  # fmt: skip
+        if frames is not None:
+            settings = {"decode_chunk": frames, **settings, "frames": frames}
+        return cls(unet, vae, encoder, **settings, **statistics)
 
     @property
     def device(self) -> torch.device:
@@ -410,7 +419,8 @@ class SVD(Encoding):
     def save_sgm(self, file: str | Path) -> list[str]:
         """Writes a single .safetensors file in the original's names, atomic; returns the settings that it cannot tell.
 
-        CheckpointError, with nothing written, where the original's networks cannot hold the models.
+        Its header tells what the clips are and the size of the latents. CheckpointError, with nothing written, where
+        the original's networks cannot hold the models.
         """
         wrong = svd_original.differing(self.unet, self.vae, self.image_encoder)
         if self.objective.noise_condition != "edm":
@@ -419,16 +429,14 @@ class SVD(Encoding):
             wrong.append(f"image_mean {self.image_mean}, image_std {self.image_std}")
         if wrong:
             raise CheckpointError(f"the original's file of Stable Video Diffusion has no place for: {'; '.join(wrong)}")
-        with new_file(Path(file)) as aside:
-            save_file(svd_original.tensors_of(self.unet, self.vae, self.image_encoder), aside)
+        told = {"sample_size": self.unet.config.sample_size, **{name: getattr(self, name) for name in _PLAIN_SETTINGS}}
+        tensors = svd_original.tensors_of(self.unet, self.vae, self.image_encoder)
+        exchange.save_file_telling(tensors, Path(file), told)
         return self._untold()
 
     def _untold(self) -> list[str]:
-        """What a file of tensors does not tell, where it is not as `from_sgm` has it."""
-        names = [name for name in _PLAIN_SETTINGS if getattr(self, name) != getattr(SVD, name)]
-        settings = [f"{name} {getattr(self, name)}" for name in names]
-        if self.motion.quantiles:
-            settings.append("motion_quantiles")
+        """What the original's file does not tell, where it is not as `from_sgm` has it."""
+        settings = ["motion_quantiles"] if self.motion.quantiles else []
         epsilon = self.unet.spec.cross_attention_resnet_eps
         if epsilon != TemporalSpec.cross_attention_resnet_eps:
             settings.append(f"cross_attention_resnet_eps {epsilon:g}")
@@ -463,11 +471,11 @@ class SVD(Encoding):
             image_encoder=self.image_encoder,
             unet=unet,
             scheduler=self.scheduler(),
-            feature_extractor=CLIPImageProcessor(image_mean=list(self.image_mean), image_std=list(self.image_std)),
+            feature_extractor=CLIPImageProcessorPil(image_mean=list(self.image_mean), image_std=list(self.image_std)),
         )
         pipeline.save_pretrained(folder)
         index = folders.read_json(folder / "model_index.json")
-        # without torchvision transformers writes the name of a stand-in that older releases do not know
+        # transformers writes the name of Pillow's own, which older releases do not know
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         settings = {**self._settings(), "export_gap": asdict(gap)}

@@ -74,13 +74,15 @@ class Encoders(Encoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
 
     @classmethod
-    def load(cls, path: str | Path, image_encoder: str | Path | None = None) -> Self:
+    def load(
+        cls, path: str | Path, image_encoder: str | Path | None = None, image_model: str | Path | None = None
+    ) -> Self:
         """The encoders of what `SVD.load` loads, with the weights that it gives them; CheckpointError as there."""
-        if str(path).endswith(folders.SAFETENSORS):
-            return cls._of_file(Path(path).expanduser(), image_encoder)
-        folder = folders.resolve(path)
-        if temporal_layers.are_in(folder):
-            return cls._over_image_model(folder, image_encoder)
+        folder = folders.place_of(path)
+        if image_model is not None or temporal_layers.are_in(folder):
+            return cls._over_image_model(folder, image_encoder, image_model)
+        if folder.suffix == folders.SAFETENSORS:
+            return cls._of_file(folder, image_encoder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
             inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
@@ -102,10 +104,11 @@ class Encoders(Encoding):
         return cls(original.load_vae(), encoder, **statistics)
 
     @classmethod
-    def _over_image_model(cls, folder: Path, image_encoder: str | Path | None) -> Self:
+    def _over_image_model(cls, folder: Path, image_encoder: str | Path | None, image_model: str | Path | None) -> Self:
         """The encoders below temporal layers alone, with the decoder's own."""
+        temporal_layers.refuse_others(folder)
         file = folder / folders.SETTINGS_FILE
-        parent = temporal_layers.image_model_of(file, FAMILY)
+        parent = image_model or temporal_layers.image_model_of(file, FAMILY)
         encoders = cls.load(parent, temporal_layers.source(file, "image_encoder", image_encoder))
         temporal_layers.adopt({"vae": encoders.vae}, temporal_layers.read(folder, "vae."), folder)
         return encoders

@@ -27,6 +27,8 @@ from inflate.models.vae import VideoVAE
 DIFFUSERS_EPS = 1e-6
 HEAD_CHANNELS = 64
 """Width of a head of the published models, which their single files do not tell."""
+SAMPLE_SIZE = 96
+"""Latents of the published models on each side of a square of their clips' area, by diffusers' configuration."""
 IMAGE_SIZE = 224
 """Pixels of an image on each side that the published models' image encoder is given."""
 ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
@@ -249,7 +251,7 @@ def sgm_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: s
     unet = exchange.build_unet(config, TemporalSpec(added_ids=3, added_id_dim=ids // 3))
     wanted = exchange.shapes(unet)
     names = exchange.inverse(svd_keys.unet_to_sgm(wanted, original_names.UNetLayout.of(config)))
-    exchange.adopt(unet, exchange.convert(tensors, names, wanted, origin))
+    exchange.adopt(unet, exchange.in_float32(exchange.convert(tensors, names, wanted, origin)))
     return unet
 
 
@@ -259,7 +261,7 @@ def sgm_vae(tensors: Mapping[str, Tensor], origin: str) -> VideoVAE:
     vae = build_vae(config)
     wanted = exchange.shapes(vae)
     names = exchange.inverse(svd_keys.vae_to_sgm(wanted, len(config["block_out_channels"])))
-    exchange.adopt(vae, exchange.convert(tensors, names, wanted, origin))
+    exchange.adopt(vae, exchange.in_float32(exchange.convert(tensors, names, wanted, origin)))
     return vae
 
 

@@ -41,7 +41,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Original:
-    """The tensors of a file by the network that they belong to, without the network's prefix."""
+    """The tensors of a file by the network that they belong to, without the network's prefix, as precise as saved.
+
+    The networks made of them are in float32.
+    """
 
     origin: str
     """the file, for messages"""
@@ -55,7 +58,7 @@ class Original:
     """what nothing uses, under its whole names"""
 
     @classmethod
-    def read(cls, file: Path, read: exchange.Read = exchange.read_tensors) -> Self:
+    def read(cls, file: Path, read: exchange.Read = exchange.read_saved) -> Self:
         """The tensors of a file; CheckpointError, listing them, where some are of no known part."""
         tensors = read(file)
         surplus = [key for key in tensors if not key.startswith((*PARTS, *IDLE))]
@@ -89,12 +92,12 @@ class Original:
             raise CheckpointError(
                 f"{self.origin} holds no image encoder ({IMAGE_ENCODER}*): give its folder as image_encoder"
             )
-        return open_clip.load_image_encoder(self.image_encoder, self.origin)
+        return open_clip.load_image_encoder(exchange.in_float32(self.image_encoder), self.origin)
 
     def _compare_encoders(self) -> None:
         """Logs where the first stage's encoder, which is not kept, is another than the conditioner's."""
-        own = {key: tensor for key, tensor in self.first_stage.items() if key.startswith("encoder.")}
-        other = folded_encoder(self.autoencoder)
+        encoder = {key: tensor for key, tensor in self.first_stage.items() if key.startswith("encoder.")}
+        own, other = exchange.in_float32(encoder), folded_encoder(exchange.in_float32(self.autoencoder))
         if {key: t.shape for key, t in own.items()} != {key: t.shape for key, t in other.items()}:
             listed = exchange.listing(sorted(own.keys() ^ other.keys())) or "in shapes"
             raise CheckpointError(f"{self.origin}: {FIRST_STAGE} and {AUTOENCODER} hold unlike encoders: {listed}")

@@ -85,16 +85,22 @@ class Encoders(Encoding):
     text: TextEncoders
 
     @classmethod
-    def load(cls, path: str | Path, tokenizer: str | Path | None = None) -> Self:
+    def load(cls, path: str | Path, tokenizer: str | Path | None = None, image_model: str | Path | None = None) -> Self:
         """The encoders of what `VideoLDM.load` loads; CheckpointError as there."""
         if str(path).endswith(folders.SAFETENSORS):
+            refuse_other(path, image_model)
             file = Path(path).expanduser()
-            return cls(single_file.load_vae(file), load_text_encoders(file, tokenizer))
+            tensors = exchange.read_saved(file)
+            vae = single_file.load_vae(file, lambda _: tensors)
+            return cls(vae, load_text_encoders(file, tokenizer, lambda _: tensors))
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             file = folder / folders.SETTINGS_FILE
-            parent = temporal_layers.image_model_of(file, FAMILY)
-            return cls.load(parent, temporal_layers.source(file, "tokenizer", tokenizer))
+            parent = image_model or temporal_layers.image_model_of(file, FAMILY)
+            return cls.load(parent, tokenizer_of(file, parent, tokenizer))
+        if image_model is not None:
+            folders.unet_kind(folder / "unet", VideoUNet)
+            return cls.load(image_model, tokenizer)
         refuse_of_file(path, tokenizer=tokenizer)
         return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
 
@@ -162,7 +168,7 @@ class VideoLDM(Encoding):
         if not single_file.is_single_image_model(file):
             raise CheckpointError(f"{file} holds no image model of Stable Diffusion; give one, or a model's folder")
         tokenizer_folder(file, tokenizer)  # before anything slow
-        tensors = exchange.read_tensors(file)
+        tensors = exchange.read_saved(file)
         image = single_file.load_image_model(file, prediction, lambda _: tensors)
         text = load_text_encoders(file, tokenizer, lambda _: tensors)
         return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
@@ -256,6 +262,8 @@ class VideoLDM(Encoding):
         if other.unet.spec != self.unet.spec or shapes[0] != shapes[1]:
             raise CheckpointError(f"{image_model} is of another shape than the image model of these temporal layers")
         temporal_layers.refuse_other_layers(temporal_layers.layers_beside(self.unet), other.unet, "this export")
+        if temporal_layers.differing(self.parts, other.parts):
+            temporal_layers.say_other("this export", image_model)
         with torch.no_grad():
             for name, parameter in theirs.items():
                 parameter.copy_(own[name])
@@ -309,15 +317,13 @@ class VideoLDM(Encoding):
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
         parent = image_model or temporal_layers.image_model_of(file, FAMILY)
-        if str(parent).endswith(folders.SAFETENSORS):
-            tokenizer = temporal_layers.source(file, "tokenizer", tokenizer)
         if image_model is None:
             prediction = temporal_layers.source(file, "prediction", prediction)
-        family = cls._of_image_model(parent, tokenizer, prediction)
+        family = cls._of_image_model(parent, tokenizer_of(file, parent, tokenizer), prediction)
         spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
-        temporal_layers.load(folder, family.parts, check=image_model is None)
+        temporal_layers.load(folder, family.parts, image_model)
         _compare_objectives(file, family, parent, refuse=image_model is None)
         family.clips = read_clips(file)
         return family
@@ -350,7 +356,10 @@ class Model:
 
     path: str = "pocket"
     """`pocket`; a Stable Diffusion 1, 2 or XL folder in diffusers' layout, or its name on the Hub; one in a
-    .safetensors file, as communities share them; or an export of ours"""
+    .safetensors file, as communities share them; or an export of ours, whole or its temporal layers alone"""
+    image_model: str | None = None
+    """for temporal layers, alone or of an export: the Stable Diffusion that they go over, where it is another than
+    their own or lies elsewhere"""
     tokenizer: str | None = None
     """for a single file, which holds none: folder of a tokenizer or of any Stable Diffusion, or its name on the Hub"""
     prediction: single_file.Prediction | None = None
@@ -358,7 +367,7 @@ class Model:
 
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
-        return VideoLDM.load(self.path, None, self.tokenizer, self.prediction)
+        return VideoLDM.load(self.path, self.image_model, self.tokenizer, self.prediction)
 
 
 _SHARED_WITH_EULER = (
@@ -385,6 +394,12 @@ def refuse_other(path: str | Path, image_model: str | Path | None) -> None:
     """Raise CheckpointError where an image model, which has no temporal layers, is to go over another."""
     if image_model is not None:
         raise CheckpointError(f"{path} is an image model, without temporal layers to go over another one")
+
+
+def tokenizer_of(file: Path, image_model: str | Path, tokenizer: str | Path | None) -> Any:
+    """The tokenizer that goes with the image model of temporal layers, whose settings are in `file`; none: its own."""
+    is_file = str(image_model).endswith(folders.SAFETENSORS)
+    return temporal_layers.source(file, "tokenizer", tokenizer) if is_file else tokenizer
 
 
 def load_vae(folder: Path) -> AutoencoderKL:

@@ -6,8 +6,10 @@ nothing has been changed. Models are built without memory and take the tensors o
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,20 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError
-from inflate.models.folders import HALF_WEIGHTS_NAME, plain, read_json
+from inflate.files import new_file
+from inflate.models.folders import HALF_WEIGHTS_NAME, SAFETENSORS, plain, read_json
 from inflate.models.unet import TemporalSpec, VideoUNet
 
+HEADER = "inflate"
+"""What a file of ours has in its header: an object in JSON, of what no tensor tells."""
 Names = dict[str, str]
 Read = Callable[[Path], dict[str, Tensor]]
-"""How the tensors of a file are read: `read_tensors`, or `read_headers` where their values do not matter."""
+"""How the tensors of a file are read: `read_tensors`, `read_saved`, or `read_headers` where values do not matter."""
 
 
 def inverse(names: Names) -> Names:
@@ -92,21 +97,60 @@ def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
     return files[:1]
 
 
-def read_headers(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a file as `read_tensors` takes it, without memory (on the meta device) and as precise as saved.
-
-    Raises CheckpointError as there.
-    """
-    # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
-    return {key: tensor.to("meta") for key, tensor in _read(file).items()}
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file or a pickled state dict, in float32.
+def read_saved(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file or a pickled state dict, as precise as saved.
 
     CheckpointError where it is missing, cut short, or pickles anything but tensors.
     """
-    return {key: tensor.float() for key, tensor in _read(file).items()}
+    # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
+    try:
+        return load_file(file) if file.suffix == SAFETENSORS else _unpickled(file)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
+
+
+def read_headers(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as `read_saved` takes it, without memory (on the meta device)."""
+    return {key: tensor.to("meta") for key, tensor in read_saved(file).items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file as `read_saved` takes it, in float32."""
+    return in_float32(read_saved(file))
+
+
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as precise as models are loaded; those without memory stay as precise as saved."""
+    return {key: tensor if tensor.is_meta else tensor.float() for key, tensor in tensors.items()}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A .safetensors file whose names and header can be asked for; CheckpointError where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as found:
+            yield found
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
+
+
+def save_file_telling(tensors: dict[str, Tensor], file: Path, told: Mapping[str, Any]) -> None:
+    """Writes a .safetensors file, atomic, with what no tensor tells in its header; OSError as the disk has it."""
+    with new_file(file) as aside:
+        save_file(tensors, aside, {HEADER: json.dumps(told)})
+
+
+def told_by(file: Path) -> dict[str, Any]:
+    """What the header of a file of ours tells; nothing of another's. CheckpointError where it cannot be read."""
+    if file.suffix != SAFETENSORS:
+        return {}
+    with opened(file) as found:
+        text = (found.metadata() or {}).get(HEADER, "{}")
+    try:
+        told: dict[str, Any] = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} has a damaged header: {error}; download or copy it again") from error
+    return told
 
 
 def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
@@ -115,13 +159,6 @@ def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
     for file in weight_files(folder, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, HALF_WEIGHTS_NAME):
         tensors.update(read(file))
     return tensors
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

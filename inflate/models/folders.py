@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from inflate.errors import CheckpointError
 from inflate.files import new_folder
-from inflate.models.unet import load_strictly
+from inflate.models.unet import load_strictly, without_bars
 
 HALF_WEIGHTS_NAME = "diffusion_pytorch_model.fp16.safetensors"
 SAFETENSORS = ".safetensors"
@@ -121,7 +121,7 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
     if folder.exists() and any(folder.iterdir()) and not _is_export(folder):
         raise CheckpointError(f"{folder} holds other files; choose another folder for the export")
     try:
-        with new_folder(folder) as aside:
+        with new_folder(folder) as aside, without_bars():
             fill(aside)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error

@@ -13,12 +13,22 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.models import original_names
-from inflate.models.exchange import Read, adopt, convert, inverse, listing, read_tensors, shapes
+from inflate.models.exchange import (
+    Read,
+    adopt,
+    convert,
+    in_float32,
+    inverse,
+    listing,
+    opened,
+    read_saved,
+    shapes,
+    told_by,
+)
 
 Generation = Literal["Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -38,7 +48,7 @@ SCALES: dict[Generation, float] = {
 }  # fmt: skip
 """What the autoencoder's latents are multiplied by."""
 SIDES: dict[Generation, int] = {"Stable Diffusion 1": 64, "Stable Diffusion 2": 64, "Stable Diffusion XL": 128}
-"""Height and width of the latents of training; 96 of a Stable Diffusion 2 that predicts v."""
+"""Height and width of the latents of training, where no header tells; 96 of a Stable Diffusion 2 that predicts v."""
 HEADS = 8
 """Attention heads of Stable Diffusion 1 at every level; later ones have heads of 64 channels."""
 
@@ -60,17 +70,24 @@ class ImageModel:
 
 def is_single_image_model(file: Path) -> bool:
     """Whether a .safetensors file holds a 2D UNet in the original names, and no video model; CheckpointError."""
-    keys = _keys(file)
+    with opened(file) as found:
+        keys = list(found.keys())
     return any(key.startswith(UNET) for key in keys) and not any(".time_stack." in key for key in keys)
 
 
-def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_tensors) -> ImageModel:
+def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_saved) -> ImageModel:
     """The networks of a single file. CheckpointError, listing tensors, where it is not whole or holds something else.
 
     `prediction` says what the UNet predicts; without it a file's own mark counts, else noise is assumed, but of
     Stable Diffusion 2, whose two kinds look alike, it must be given.
     """
-    tensors = read(file)
+    image = image_model_of(read(file), file, prediction)
+    image.unet.register_to_config(sample_size=told_by(file).get("sample_size") or image.unet.config.sample_size)
+    return image
+
+
+def image_model_of(tensors: Mapping[str, Tensor], file: Path, prediction: Prediction | None = None) -> ImageModel:
+    """The networks of the tensors of a file, as `load_image_model`, but for what its header tells."""
     _refuse_surplus(tensors, file)
     parts = {prefix: _strip(tensors, prefix) for prefix in (UNET, VAE)}
     generation = generation_of(tensors, file)
@@ -85,18 +102,10 @@ def load_image_model(file: Path, prediction: Prediction | None = None, read: Rea
     return ImageModel(generation, unet, _vae(parts[VAE], SCALES[generation], str(file)), scheduler)
 
 
-def load_vae(file: Path) -> AutoencoderKL:
-    """The autoencoder alone."""
-    tensors = read_tensors(file)
+def load_vae(file: Path, read: Read = read_saved) -> AutoencoderKL:
+    """The autoencoder alone, in float32."""
+    tensors = read(file)
     return _vae(_strip(tensors, VAE), SCALES[generation_of(tensors, file)], str(file))
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
 def _refuse_surplus(tensors: Iterable[str], file: Path) -> None:
@@ -154,7 +163,7 @@ def _unet(tensors: Mapping[str, Tensor], generation: Generation, origin: str) ->
         unet = UNet2DConditionModel(**config)
     wanted = shapes(unet)
     names = inverse(original_names.unet_names(wanted, original_names.UNetLayout.of(config)))
-    adopt(unet, convert(tensors, names, wanted, origin))
+    adopt(unet, in_float32(convert(tensors, names, wanted, origin)))
     return unet
 
 
@@ -167,5 +176,5 @@ def _vae(tensors: Mapping[str, Tensor], scale: float, origin: str) -> Autoencode
         vae = AutoencoderKL(**config, scaling_factor=scale)
     wanted = shapes(vae)
     names = inverse(original_names.vae_names(wanted, len(config["block_out_channels"])))
-    adopt(vae, convert(kept, names, wanted, origin))
+    adopt(vae, in_float32(convert(kept, names, wanted, origin)))
     return vae

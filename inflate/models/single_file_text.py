@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from inflate.errors import CheckpointError
 from inflate.models import folders
-from inflate.models.exchange import Read, adopt, convert, listing, read_tensors, shapes
+from inflate.models.exchange import Read, adopt, convert, in_float32, listing, read_saved, shapes
 from inflate.models.original_names import count_of, size_of, substituted
 from inflate.models.single_file import Generation, generation_of
 from inflate.models.text_encoders import TextEncoders, load_tokenizer
@@ -64,7 +64,7 @@ HEAD = 64
 TOKENIZER_FILES = ("*.json", "*.txt", "tokenizer/*")
 
 
-def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = read_tensors) -> TextEncoders:
+def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = read_saved) -> TextEncoders:
     """The text encoders of a single file, in float32, with tokenizers of the vocabulary in the folder `tokenizer`.
 
     CheckpointError where that is not given or of another size, or, listing tensors, where the file is not whole.
@@ -120,7 +120,7 @@ def _encoder(tensors: Mapping[str, Tensor], place: Place, file: Path) -> Any:
         model = kind(_config(kept, place))
     wanted = shapes(model)
     names = {key.removeprefix("text_model."): key for key in wanted}
-    adopt(model, convert(kept, names, wanted, f"{file} ({place.prefix}*, in transformers' names)"))
+    adopt(model, in_float32(convert(kept, names, wanted, f"{file} ({place.prefix}*, in transformers' names)")))
     _count_positions(model)
     return model
 

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inflate.errors import CheckpointError
-from inflate.files import new_file
 from inflate.models import folders
-from inflate.models.exchange import detached
+from inflate.models.exchange import detached, save_file_telling
 from inflate.models.original_names import UNetLayout, as_convolution, unet_names, vae_names
-from inflate.models.single_file import UNET, VAE, Generation, ImageModel, load_image_model, told_prediction
+from inflate.models.single_file import UNET, VAE, Generation, ImageModel, image_model_of, told_prediction
 
 SCHEDULER = {
     "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None, "num_train_timesteps": 1000
@@ -31,18 +29,18 @@ def save_image_model(
 ) -> Generation:
     """Writes a .safetensors file in the original names, atomic; returns what is read from it.
 
-    CheckpointError, with nothing written, where a reader would take it for another model, naming the settings.
+    Its header tells the size of its latents. CheckpointError, with nothing written, where a reader would take it for
+    another model, naming the settings.
     """
     schedule = {**SCHEDULER, **scheduler}
     tensors = {**image_tensors(unet, vae), **_marks(schedule)}
-    read = load_image_model(file, schedule["prediction_type"], lambda _: tensors)
+    read = image_model_of(tensors, file, schedule["prediction_type"])
     wrong = untold(unet, vae, schedule, read)
     if told_prediction(tensors, read.generation) not in (None, schedule["prediction_type"]):
         wrong.append(f"scheduler prediction_type {schedule['prediction_type']}")
     if wrong:
         raise CheckpointError(f"a single file of {read.generation} does not tell: {'; '.join(wrong)}")
-    with new_file(file) as aside:
-        save_file(tensors, aside)
+    save_file_telling(tensors, file, {"sample_size": unet.config.sample_size})
     return read.generation
 
 

@@ -7,6 +7,7 @@ they were trained on or, where another is named, over another of the same shape,
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.models.weights import tensors_sha256
 
+log = logging.getLogger(__name__)
+
 BESIDE = ("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps")
 """Settings of an image model's UNet that its temporal layers share, and that no shape of a tensor tells."""
 Networks = Mapping[str, nn.Module]
@@ -30,6 +33,15 @@ Networks = Mapping[str, nn.Module]
 def are_in(folder: Path) -> bool:
     """Whether a folder holds temporal layers alone."""
     return (folder / folders.TEMPORAL_FILE).is_file()
+
+
+def refuse_others(place: Path) -> None:
+    """CheckpointError unless a folder holds temporal layers alone, which an image model is named for."""
+    if not are_in(place):
+        raise CheckpointError(
+            f"{place} holds no temporal layers alone, which is what goes over an image model: make them of an export "
+            "by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
+        )
 
 
 def entry(file: Path, family: str, name: str) -> Any:
@@ -78,34 +90,48 @@ def save(folder: Path, trained: Networks, born: Networks, image_model: str, sett
     CheckpointError, with nothing written, where the two differ in an image layer or in which layers are temporal, half
     precision cannot hold a tensor, or the folder holds other files.
     """
-    own, theirs = _own(trained), _own(born)
-    before, after = _others(born, theirs), _others(trained, own)
-    changed = [name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))]
-    changed += own.keys() ^ theirs.keys()
+    changed = differing(trained, born)
     if changed:
         raise CheckpointError(
             f"{image_model} has other image layers ({len(changed)} tensors, such as {min(changed)}): temporal layers "
             "are kept alone over the image model that they were trained on; keep the whole export instead"
         )
-    tensors = _halved(own)
+    tensors = _halved(_own(trained))
     beside = {"beside": layers_beside(born["unet"])}
-    told = {**settings, **beside, "image_model": lasting(image_model), "image_sha256": _sha256(before)}
+    told = {**settings, **beside, "image_model": lasting(image_model), "image_sha256": _image_sha256(born)}
     folders.write(folder, lambda aside: _write(aside, tensors, told))
 
 
-def load(folder: Path, born: Networks, check: bool) -> None:
+def differing(trained: Networks, born: Networks) -> list[str]:
+    """The image layers, to the bit, in which two models differ, and the temporal layers that only one of them has."""
+    own, theirs = _own(trained), _own(born)
+    before, after = _others(born, theirs), _others(trained, own)
+    changed = [name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))]
+    return [*changed, *(own.keys() ^ theirs.keys())]
+
+
+def load(folder: Path, born: Networks, image_model: str | Path | None = None) -> None:
     """Gives freshly inflated networks the temporal layers of a folder; nothing is changed where they do not fit.
 
-    `check` asks for the image layers that they were trained on. CheckpointError, listing the tensors.
+    CheckpointError, listing the tensors; also for other image layers than they were trained on, unless these are of an
+    `image_model` that was asked for, which the log then says.
     """
     settings = folders.read_json(folder / folders.SETTINGS_FILE)
-    if check and settings.get("image_sha256") != _sha256(_others(born, _own(born))):
+    is_other = settings.get("image_sha256") != _image_sha256(born)
+    if is_other and image_model is None:
         raise CheckpointError(
             f"{folder} belongs over other weights than {settings.get('image_model')} holds now; restore those, or name "
             "the image model that it is to go over as image_model (--image-model)"
         )
     refuse_other_layers(settings.get("beside", {}), born["unet"], folder)
     adopt(born, read(folder), folder)
+    if is_other:
+        say_other(folder, image_model)
+
+
+def say_other(origin: object, image_model: object) -> None:
+    """Log that temporal layers were asked to go over another image model than they were trained on."""
+    log.warning("%s: the temporal layers go over %s, which is another image model than their own", origin, image_model)
 
 
 def layers_beside(unet: nn.Module) -> dict[str, Any]:
@@ -181,7 +207,8 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one.cpu(), other.cpu())
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
+def _image_sha256(networks: Networks) -> str:
+    tensors = _others(networks, _own(networks))
     return tensors_sha256((name, tensors[name]) for name in sorted(tensors))
 
 

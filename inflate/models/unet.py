@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,6 +32,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
 from inflate.layers.branches import FrameTransformer, NormOver, TemporalConvs, VideoConvIn, inflate_conv_in
@@ -463,7 +466,8 @@ def load_strictly(load: Any, path: str | Path, settings: dict[str, Any], others:
     """
     wants_info = settings.pop("output_loading_info", False)
     try:
-        model, info = load(path, output_loading_info=True, **settings)
+        with without_bars():
+            model, info = load(path, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     missing = sorted(info["missing_keys"])
@@ -472,6 +476,16 @@ def load_strictly(load: Any, path: str | Path, settings: dict[str, Any], others:
         found = [f"{kind}: {', '.join(keys)}" for kind, keys in (("missing", missing), ("surplus", surplus)) if keys]
         raise CheckpointError(f"{path} does not hold this model's tensors; {'; '.join(found)}")
     return (model, info) if wants_info else model
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' bars over the tensors that it reads and writes, which are full before one can look."""
+    before = set_tqdm_hook(lambda _, iterated, __: EmptyTqdm(*iterated))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def keep_signature(kind: type, parent: type, *added: str) -> None:

@@ -62,7 +62,7 @@ class Caching:
         return clip_encoder(encoders, self.data, self.image_to_video)
 
     def _text_encoder(self, device: torch.device) -> TextClipEncoder:
-        encoders = video_ldm.Encoders.load(self.model.path, self.model.tokenizer)
+        encoders = video_ldm.Encoders.load(self.model.path, self.model.tokenizer, self.model.image_model)
         for network in (encoders.vae, *encoders.text.networks):
             network.requires_grad_(False).eval().to(device)
         return TextClipEncoder(encoders, self.data.cache_dtype)

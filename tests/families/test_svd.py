@@ -24,6 +24,7 @@ from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
 from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.families.svd_model import Model
 from inflate.models.folders import PIPELINE_FILES
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
@@ -179,6 +180,27 @@ def test_temporal_layers_go_over_another_image_model_only_where_it_is_named(
     with pytest.raises(CheckpointError, match="has other image layers"):
         temporal.save_temporal(tmp_path / "more", str(tmp_path / "image"))
     assert not (tmp_path / "more").exists()
+
+
+def test_a_recipes_image_model_is_trained_over_encoded_with_and_told(
+    temporal: SVD, image_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    temporal.save_temporal(tmp_path / "alone", str(image_model))
+    Model(str(tmp_path / "alone"), image_model=str(image_model)).load(frames=4)
+    assert not caplog.records
+    other = write_image_model(tmp_path / "other")
+    vae = AutoencoderKL.from_pretrained(other / "vae")
+    randomise(vae)
+    vae.save_pretrained(other / "vae")
+    model = Model(str(tmp_path / "alone"), image_model=str(other))
+    assert encoder_sha256(model.load(frames=4).vae) == encoder_sha256(vae) != encoder_sha256(temporal.vae)
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'alone'}: the temporal layers go over {other}, which is another image model than their own"
+    ]
+    assert encoder_sha256(model.encoders().vae) == encoder_sha256(vae)
+    for load in (Model.encoders, lambda settings: settings.load(frames=4)):
+        with pytest.raises(CheckpointError, match="holds no temporal layers alone"):
+            load(Model(str(image_model), image_model=str(other)))
 
 
 def random_condition(batch: int = 4) -> Condition:

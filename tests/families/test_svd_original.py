@@ -13,10 +13,11 @@ from original_files import equal, published_like
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers import write_image_model
+from helpers import LATENT, count_reads, write_image_model
 from inflate.errors import CheckpointError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_encoders import Encoders
+from inflate.families.svd_model import Model
 from inflate.families.svd_original import AUTOENCODER, FIRST_STAGE, IMAGE_ENCODER, Original
 from inflate.objectives import EDM
 
@@ -50,6 +51,22 @@ def test_what_is_written_is_what_is_read(family: SVD, written: Path, tmp_path: P
     assert torch.equal(found.embed(image), family.embed(image))
     found.save_sgm(tmp_path / "again.safetensors")
     assert equal(load_file(tmp_path / "again.safetensors"), load_file(written))
+
+
+def test_the_length_of_clips_is_told_or_said_to_be_assumed(
+    changed: tuple[dict[str, Tensor], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors, file = changed
+    save_file(tensors, file)
+    told = Model(str(file), frames=25).load(frames=8)
+    assert (told.frames, told.decode_chunk) == (25, 25)
+    assert not caplog.records
+    assumed = Model(str(file)).load(frames=8)
+    assert assumed.unet.config.sample_size == 96
+    assert (assumed.frames, assumed.decode_chunk) == (14, 14)
+    assert [record.message.count("14 frames are assumed") for record in caplog.records] == [1]
+    with pytest.raises(CheckpointError, match="which pocket is not: leave it out"):
+        Model("pocket", frames=25).load(frames=8)
 
 
 def test_attention_of_the_autoencoder_is_of_convolutions(written: Path) -> None:
@@ -94,6 +111,21 @@ def test_encoders_alone_are_the_files_own(family: SVD, written: Path) -> None:
     alone = Encoders.load(written)
     assert equal(alone.vae.state_dict(), family.vae.state_dict())
     assert equal(alone.image_encoder.state_dict(), family.image_encoder.state_dict())
+
+
+def test_a_file_in_half_precision_is_read_once_and_stays_so_until_it_is_used(
+    changed: tuple[dict[str, Tensor], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, file = changed
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, file)
+    whole, files = SVD.load(file, frames=14), count_reads(monkeypatch)
+    alone = Encoders.load(file)
+    assert files == [file]
+    for name in ("vae", "image_encoder"):
+        found = getattr(alone, name).state_dict()
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert equal(found, getattr(whole, name).state_dict())
+    assert {tensor.dtype for tensor in Original.read(file).unet.values()} == {torch.float16}
 
 
 def test_a_named_image_encoder_takes_the_place_of_the_files_own(written: Path, tmp_path: Path) -> None:
@@ -148,6 +180,18 @@ def test_an_inflated_model_is_refused_with_the_reasons(tmp_path: Path) -> None:
         model.save_sgm(tmp_path / "svd.safetensors")
 
 
-def test_settings_that_the_file_does_not_tell_are_returned(family: SVD, tmp_path: Path) -> None:
-    told = replace(family, fps=8.0, motion=MotionBuckets.fit([0.1, 0.2, 0.5]))
-    assert told.save_sgm(tmp_path / "svd.safetensors") == ["fps 8.0", "motion_quantiles"]
+def test_the_header_tells_settings_and_those_that_the_file_does_not_tell_are_returned(
+    family: SVD, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = replace(family, fps=8.0, frames=25, decode_chunk=5, motion=MotionBuckets.fit([0.1, 0.2, 0.5]))
+    file = tmp_path / "svd.safetensors"
+    assert told.save_sgm(file) == ["motion_quantiles"]
+    found = SVD.load(file)
+    assert (found.fps, found.frames, found.decode_chunk) == (8.0, 25, 5)
+    assert found.unet.config.sample_size == family.unet.config.sample_size == LATENT
+    assert not caplog.records
+    shorter = SVD.load(file, frames=3)
+    assert (shorter.frames, shorter.decode_chunk) == (3, 5)
+    save_file(load_file(file), file, {"inflate": "[1]"})
+    with pytest.raises(CheckpointError, match="damaged header"):
+        SVD.load(file)

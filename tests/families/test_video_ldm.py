@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from original_files import write_whole_file
 from safetensors.torch import load_file, save_file
 from tiny_video_ldm import PROMPT, parents, write_text_model
 
-from helpers import randomise
+from helpers import count_reads, randomise
 from inflate.errors import CheckpointError
-from inflate.families.video_ldm import Clips, Encoders, VideoLDM
-from inflate.models.vae import VideoVAE
+from inflate.families.video_ldm import Clips, Encoders, Model, VideoLDM
+from inflate.models.vae import VideoVAE, encoder_sha256
 from inflate.objectives import DDPM
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -105,7 +105,7 @@ def test_temporal_layers_are_not_kept_over_another_image_model(trained: VideoLDM
 
 
 def test_temporal_layers_change_their_image_model(
-    folder: Path, trained: VideoLDM, export: Path, tmp_path: Path
+    folder: Path, trained: VideoLDM, export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Which takes a whole export, or temporal layers alone, over what is named."""
     family = VideoLDM.load(folder)
@@ -114,10 +114,17 @@ def test_temporal_layers_change_their_image_model(
     unet = UNet2DConditionModel.from_pretrained(other / "unet")
     randomise(unet, seed=7)
     unet.save_pretrained(other / "unet")
+    vae = AutoencoderKL.from_pretrained(other / "vae")
+    randomise(vae)
+    vae.save_pretrained(other / "vae")
+    VideoLDM.load(tmp_path / "alone", folder)
+    assert not caplog.records
     for source, layers in ((export, trained), (tmp_path / "alone", VideoLDM.load(tmp_path / "alone"))):
-        found = VideoLDM.load(source, other).unet.state_dict()
+        found = Model(str(source), str(other)).load().unet.state_dict()
+        assert encoder_sha256(Encoders.load(source, image_model=other).vae) == encoder_sha256(vae)
         assert all(torch.equal(found[name], value) for name, value in unet.state_dict().items())
         assert all(torch.equal(found[name], value) for name, value in layers.unet.created_parameters().items())
+    assert [f"go over {other}, which is another image model" in one.message for one in caplog.records] == [True] * 2
     family.save_temporal(tmp_path / "changed", str(folder))
     settings = json.loads((tmp_path / "changed" / "inflate.json").read_text())
     (tmp_path / "changed" / "inflate.json").write_text(json.dumps({**settings, "image_model": str(other)}))
@@ -168,6 +175,18 @@ def test_temporal_layers_over_a_single_file_know_its_tokenizer(tmp_path: Path) -
     for kind in (VideoLDM, Encoders):
         alone = kind.load(tmp_path / "alone")
         assert torch.equal(alone.embed([PROMPT]).context, family.embed([PROMPT]).context)
+
+
+def test_a_single_file_is_read_once_for_its_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    write_whole_file(file, "Stable Diffusion 1")
+    save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+    whole, files = VideoLDM.load(file, None, "pocket"), count_reads(monkeypatch)
+    alone = Encoders.load(file, "pocket")
+    assert files == [file]
+    assert encoder_sha256(alone.vae) == encoder_sha256(whole.vae)
+    assert alone.embed([PROMPT]).context.dtype == torch.float32
+    assert torch.equal(alone.embed([PROMPT]).context, whole.embed([PROMPT]).context)
 
 
 def test_an_image_decoder_sees_one_frame_at_a_time(folder: Path) -> None:
