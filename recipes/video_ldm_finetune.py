@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 import torch
 
 from inflate import config as configuration
-from inflate.adapters.card import facts as facts_of
-from inflate.adapters.card import use
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
 from inflate.data.clips import ClipDataset, collate
@@ -98,10 +96,8 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
-    adapter = None
-    if config.adapter.kind != "none":
-        place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
-        adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
+    place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
+    adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
     return TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
         cached=dataset.cache is not None, adapter=adapter,
@@ -113,16 +109,16 @@ def finish(config: Config, result: Result) -> None:
     output = config.training.output
     last = output / "samples" / f"step-{result.step:06}"
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
+    exported, how = {}, TEXT_USE
+    if config.adapter.kind != "none":
+        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
     facts = {
         "stage": config.stage,
         "starts from": config.model.path,
         "clips": config.data.path,
         "steps": f"{result.step} ({result.stopped})",
+        **exported,
     }
-    how = TEXT_USE
-    if config.adapter.kind != "none":
-        facts |= facts_of(adapting.finish(output, result, config.model, configuration.dump(config)))
-        how = use(FAMILY, config.model.path)
     write_card(output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), how)
 
 
