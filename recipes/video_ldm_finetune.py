@@ -54,8 +54,13 @@ class Config:
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
-        """An image teaches temporal layers nothing: it bypasses them."""
+        """An image teaches temporal layers nothing: it bypasses them. They alone learn on top of a domain adapter."""
         refuse_draws(self.data, self.stage)
+        if self.text_to_video.domain_adapter is not None and (self.stage, self.adapter.kind) != ("temporal", "none"):
+            raise ConfigError(
+                "text_to_video.domain_adapter lies below temporal layers that learn themselves: stage=temporal and "
+                f"adapter.kind=none, not stage={self.stage} and adapter.kind={self.adapter.kind}"
+            )
         single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
         if single and self.stage == "temporal":
             raise ConfigError(
@@ -72,7 +77,8 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    check_inputs(config.training, config.data, config.model.path, config.model.tokenizer)
+    places, below = (config.model.path, config.model.tokenizer), config.text_to_video.domain_adapter
+    check_inputs(config.training, config.data, *places, adapter=below)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
@@ -119,6 +125,8 @@ def finish(config: Config, result: Result) -> None:
         "steps": f"{result.step} ({result.stopped})",
         **exported,
     }
+    if below := config.text_to_video.domain_adapter:
+        facts["trained on top of, and exported without"] = below
     write_card(output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), how)
 
 

@@ -51,6 +51,8 @@ class Clips:
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
     """pixels"""
+    domain_adapter: str | None = None
+    """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
 
 
 class Encoding:
