@@ -279,19 +279,19 @@ class SVD(Encoding):
         prediction: Prediction | None,
     ) -> Self:
         if not temporal_layers.are_in(folder):
+            folders.refuse_network(folder)
             raise CheckpointError(
                 f"{folder} holds no temporal layers alone, which is what goes over an image model: make them of an "
                 "export by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
             )
         file = folder / folders.SETTINGS_FILE
-        config = temporal_layers.entry(file, FAMILY, "unet")
-        if not isinstance(config.get("temporal"), dict):
-            raise CheckpointError(f"{file} lacks unet.temporal; copy or export the temporal layers again")
+        temporal_layers.entry(file, FAMILY, "unet")
+        spec = temporal_layers.spec_of(file)
         parent = image_place(image_model or temporal_layers.image_model_of(file, FAMILY))
         encoder = temporal_layers.source(file, "image_encoder", image_encoder)
         if parent.suffix == folders.SAFETENSORS:
             prediction = temporal_layers.source(file, "prediction", prediction)
-        family = cls._inflated(parent, encoder, prediction, TemporalSpec.from_dict(config["temporal"]))
+        family = cls._inflated(parent, encoder, prediction, spec)
         temporal_layers.load(folder, family.parts, check=image_model is None)
         return replace(family, **_remembered(folders.read_json(file), file))
 

@@ -26,7 +26,7 @@ from inflate.errors import CheckpointError
 from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
 from inflate.models.text_encoders import SUFFIXES, ZEROS, TextCondition, TextEncoders
-from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
+from inflate.models.unet import VIDEO_LDM, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
 from inflate.surgery import inflate_unet
@@ -310,18 +310,18 @@ class VideoLDM(Encoding):
         prediction: single_file.Prediction | None,
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
+        clips, spec = read_clips(file), temporal_layers.spec_of(file)
         parent = image_model or temporal_layers.image_model_of(file, FAMILY)
         if str(parent).endswith(folders.SAFETENSORS):
             tokenizer = temporal_layers.source(file, "tokenizer", tokenizer)
         if image_model is None:
             prediction = temporal_layers.source(file, "prediction", prediction)
         family = cls._of_image_model(parent, tokenizer, prediction)
-        spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
         temporal_layers.load(folder, family.parts, check=image_model is None)
         _compare_objectives(file, family, parent, refuse=image_model is None)
-        family.clips = read_clips(file)
+        family.clips = clips
         return family
 
     def _write(self, folder: Path) -> None:
