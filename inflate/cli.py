@@ -406,6 +406,7 @@ def generate(
 
     family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
+    _note_unknown_words(family, prompt, negative)
     _adapt(family, wanted, any_base)
     settings = Sampling(
         steps=steps,
@@ -490,6 +491,7 @@ def _drawings(
 
     family = VideoLDM.load(path).to(_device())
     _note_image_model(path)
+    _note_unknown_words(family, *prompts)
     settings = Sampling(steps=steps or Sampling.steps, frames=frames)
     return family, lambda: [clip for one in prompts for clip in _draw(family, one, seeds, settings)], family.clips.fps
 
@@ -618,6 +620,13 @@ def _note_image_model(path: str) -> None:
     file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
     if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
+
+
+def _note_unknown_words(family: "VideoLDM", *prompts: str) -> None:
+    """Say which words the text encoder's vocabulary lacks."""
+    unknown = family.text.unknown_words(" ".join(prompts))
+    if unknown:
+        typer.echo(f"note: the model's text encoder does not know: {', '.join(unknown)}", err=True)
 
 
 def _device() -> str:
