@@ -184,9 +184,8 @@ def _our_unet(folder: Path) -> Found:
 
 
 def _temporal_layers(folder: Path) -> Found:
-    settings = folders.read_json(folder / folders.SETTINGS_FILE)
-    told = settings.get("spec") or settings.get("unet", {}).get("temporal", {})
-    spec = TemporalSpec.from_dict(told)
+    file = folder / folders.SETTINGS_FILE
+    settings, spec = folders.read_json(file), temporal_layers.spec_of(file)
     tensors = exchange.read_headers(folder / folders.TEMPORAL_FILE)
     unet = {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
     decoder = [value for name, value in tensors.items() if name.startswith("vae.")]

@@ -400,6 +400,9 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips of a grid drawn together [default: 16 frames of 512x512 in all]")
+    ] = None,
     image_model: OtherImageModel = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
@@ -418,6 +421,7 @@ def generate(
 
     family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
     _note_image_model(path)
+    _note_unknown_words(family, prompt, negative)
     _adapt(family, wanted, any_base)
     settings = Sampling(
         steps=steps,
@@ -427,8 +431,9 @@ def generate(
         frames=frames,
         height=height,
         width=width,
+        batch=batch,
     )
-    clips = _draw(family, prompt, range(seed, seed + grid), settings)
+    clips = _draw(family, [prompt], range(seed, seed + grid), settings)
     _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
 
 
@@ -502,8 +507,9 @@ def _drawings(
 
     family = VideoLDM.load(path).to(_device())
     _note_image_model(path)
+    _note_unknown_words(family, *prompts)
     settings = Sampling(steps=steps or Sampling.steps, frames=frames)
-    return family, lambda: [clip for one in prompts for clip in _draw(family, one, seeds, settings)], family.clips.fps
+    return family, lambda: _draw(family, prompts, seeds, settings), family.clips.fps
 
 
 @app.command("sweep", context_settings={"ignore_unknown_options": True})
@@ -632,6 +638,13 @@ def _note_image_model(path: str) -> None:
         typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
 
 
+def _note_unknown_words(family: "VideoLDM", *prompts: str) -> None:
+    """Say which words the text encoder's vocabulary lacks."""
+    unknown = family.text.unknown_words(" ".join(prompts))
+    if unknown:
+        typer.echo(f"note: the model's text encoder does not know: {', '.join(unknown)}", err=True)
+
+
 def _device() -> str:
     """Return the GPU, if there is one."""
     import torch
@@ -667,19 +680,17 @@ def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling"
 
 
 def _draw(
-    family: "VideoLDM", prompt: str, seeds: "Sequence[int]", settings: "TextSampling"
+    family: "VideoLDM", prompts: "Sequence[str]", seeds: "Sequence[int]", settings: "TextSampling"
 ) -> "list[npt.NDArray[np.uint8]]":
-    """Return a clip (F, H, W, 3) of each seed, one after the other, showing the progress."""
+    """Return a clip (F, H, W, 3) of each prompt with each seed, showing the progress."""
     from tqdm import tqdm
 
     from inflate.data.pixels import to_uint8, unit
     from inflate.sampling.text_to_video import sample as draw
 
-    clips = []
-    for seed in seeds:
-        clip = draw(family, [prompt], [seed], settings, lambda steps: tqdm(steps, desc="sampling", unit="step"))
-        clips.append(to_uint8(unit(clip[0])))  # (F, H, W, 3)
-    return clips
+    named, drawn = [one for one in prompts for _ in seeds], [*seeds] * len(prompts)
+    clips = draw(family, named, drawn, settings, lambda steps: tqdm(steps, desc="sampling", unit="step"))
+    return [to_uint8(unit(clip)) for clip in clips]  # (F, H, W, 3)
 
 
 def _write(

@@ -72,13 +72,19 @@ class Extra:
 
 
 TEMPORAL = "temporal-layers"
-EXPORTS: dict[str, Callable[[Path], SVD | VideoLDM]] = {"svd": SVD.load, "video-unet": VideoLDM.load}
-"""Formats whose models can leave their image model out."""
+EXPORTS: dict[str, Callable[[Path, Extra], SVD | VideoLDM]] = {
+    "svd": lambda folder, extra: SVD.load(
+        folder, extra.image_encoder, prediction=extra.prediction, image_model=extra.image_model
+    ),
+    "video-unet": lambda folder, extra: VideoLDM.load(folder, extra.image_model, extra.tokenizer, extra.prediction),
+}
+"""Formats whose models can leave their image model out, and how they are read, also from their temporal layers."""
+_ALONE = {name: f"{TEMPORAL} of {name}" for name in EXPORTS}
 _OF_USE = {
-    "image_model": ("motion-adapter", "motion-module", TEMPORAL, *EXPORTS),
-    "image_encoder": ("svd-file", "svd"),
-    "tokenizer": ("video-unet",),
-    "prediction": ("stable-diffusion-file", *EXPORTS),
+    "image_model": ("motion-adapter", "motion-module", *_ALONE.values(), *EXPORTS),
+    "image_encoder": ("svd-file", _ALONE["svd"], "svd"),
+    "tokenizer": (_ALONE["video-unet"], "video-unet"),
+    "prediction": ("stable-diffusion-file", *_ALONE.values(), *EXPORTS),
     "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
 }
@@ -93,14 +99,15 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     the source has no use for.
     """
     source, place = recognise(path)
-    wanted, given = _wanted(source, to, path), extra or Extra()
-    _refuse_useless(source, wanted, given)
+    usual = _export_of(place) if source == TEMPORAL else USUAL.get(source)
+    wanted, given = _wanted(source, to or usual, path), extra or Extra()
+    _refuse_useless(_ALONE[_export_of(place)] if source == TEMPORAL else source, wanted, given)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
         if wanted == TEMPORAL:
             return _temporal_layers(source, place, target, given)
-        if source == TEMPORAL and wanted == "svd":
-            return _saved(SVD.load(place, image_model=given.image_model), target)
+        if source == TEMPORAL and wanted in ("svd", usual):
+            return _saved(EXPORTS[wanted](place, given), target)
         if source in PIPELINES:
             return PIPELINES[source](place, target, given)
         WRITERS[wanted](READERS[source](place, given), target)
@@ -108,9 +115,14 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     return f"{target} is {wanted}{alone}"
 
 
-def _wanted(source: str, to: str | None, path: str) -> str:
+def _export_of(folder: Path) -> str:
+    """The format of the whole export that temporal layers alone are of."""
+    family = folders.read_json(folder / folders.SETTINGS_FILE).get("family")
+    return "svd" if family == svd.FAMILY else "video-unet"
+
+
+def _wanted(source: str, wanted: str | None, path: str) -> str:
     """The format to write; ConfigError where it is unknown or not told, CheckpointError where it cannot be made."""
-    wanted = to or USUAL.get(source)
     if wanted is None:
         told = f"say with --to which format it is to be: {', '.join(_becomes(source)) or 'none is made of it'}"
         raise ConfigError(f"{path} is {source}: {told}")
@@ -183,9 +195,11 @@ def _svd(file: Path, target: Path, extra: Extra) -> str:
     return f"{told}; left out, as nothing uses them: {listing(idle)}" if idle else told
 
 
-def _saved(family: SVD, target: Path) -> str:
-    """Writes diffusers' folder."""
+def _saved(family: SVD | VideoLDM, target: Path) -> str:
+    """Writes a whole export."""
     gap = family.save_pretrained(target)
+    if gap is None:
+        return f"{target} is a whole export of text-to-video, which `inflate generate` draws with"
     return f"{target}: what diffusers computes otherwise: UNet {gap.unet:.1e}, decoder {gap.decoder:.1e}"
 
 
@@ -208,15 +222,9 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
     """What an export has beyond the image model that it was trained over."""
     if extra.image_model is None:
         raise ConfigError(f"--to {TEMPORAL}: name the image model that they were trained over as --image-model")
-    family, beside = EXPORTS[source](folder), extra.image_encoder or extra.tokenizer
+    family, beside = EXPORTS[source](folder, Extra()), extra.image_encoder or extra.tokenizer
     family.save_temporal(target, extra.image_model, beside, extra.prediction)
     return f"{target} goes over {extra.image_model}, in half precision"
-
-
-def _family_of(folder: Path) -> type[SVD | VideoLDM]:
-    """The family of temporal layers alone."""
-    is_svd = folders.read_json(folder / folders.SETTINGS_FILE).get("family") == svd.FAMILY
-    return SVD if is_svd else VideoLDM
 
 
 def _from_vgen(file: Path, _: Extra) -> VideoUNet:
@@ -243,7 +251,7 @@ def _our_unet(folder: Path, _: Extra) -> VideoUNet:
 
 READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
-    "temporal-layers": lambda folder, extra: _family_of(folder).load(folder, image_model=extra.image_model).unet,
+    TEMPORAL: lambda folder, extra: EXPORTS[_export_of(folder)](folder, extra).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
     "vgen": _from_vgen,
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),

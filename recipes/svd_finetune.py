@@ -20,8 +20,6 @@ from typing import Literal
 import torch
 
 from inflate import config as configuration
-from inflate.adapters.card import facts as facts_of
-from inflate.adapters.card import use
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import Batch, ClipDataset, Frames, collate
@@ -157,9 +155,7 @@ def make_task(
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
-    adapter = None
-    if config.adapter.kind != "none":
-        adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
+    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
     task = ImageToVideoTask(
         family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
         frames_encoded(config) if config.data.cache else "all", adapter,
@@ -191,7 +187,10 @@ def finish(config: Config, result: Result) -> None:
     last = output / "samples" / f"step-{result.step:06}"
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
     scores = last / "scores.json"
-    exported, how = proved_adapter(config, result) if config.adapter.kind != "none" else exported_model(output)
+    if config.adapter.kind == "none":
+        exported, how = exported_model(output)
+    else:
+        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
     facts = {
         "stage": config.stage,
         "starts from": config.model.path,
@@ -211,12 +210,6 @@ def exported_model(output: Path) -> tuple[dict[str, str], str]:
     gap = exported["export_gap"]
     told = f"UNet {gap['unet']:.1e}, decoder {gap['decoder']:.1e}"
     return {"largest difference from diffusers' classes": told}, image_use(exported["decode_chunk"])
-
-
-def proved_adapter(config: Config, result: Result) -> tuple[dict[str, str], str]:
-    """What the card tells of an exported adapter, which is proved now, and how to use it."""
-    adapter = adapting.finish(config.training.output, result, config.model, configuration.dump(config))
-    return facts_of(adapter), use(FAMILY, config.model.path)
 
 
 if __name__ == "__main__":

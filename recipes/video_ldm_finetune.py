@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 import torch
 
 from inflate import config as configuration
-from inflate.adapters.card import facts as facts_of
-from inflate.adapters.card import use
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
 from inflate.data.clips import ClipDataset, collate
@@ -56,8 +54,13 @@ class Config:
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
-        """An image teaches temporal layers nothing: it bypasses them."""
+        """An image teaches temporal layers nothing: it bypasses them. They alone learn on top of a domain adapter."""
         refuse_draws(self.data, self.stage)
+        if self.text_to_video.domain_adapter is not None and (self.stage, self.adapter.kind) != ("temporal", "none"):
+            raise ConfigError(
+                "text_to_video.domain_adapter lies below temporal layers that learn themselves: stage=temporal and "
+                f"adapter.kind=none, not stage={self.stage} and adapter.kind={self.adapter.kind}"
+            )
         single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
         if single and self.stage == "temporal":
             raise ConfigError(
@@ -74,8 +77,8 @@ def main(config: Config) -> None:
 
 def train(config: Config) -> Result:
     """Load, inflate where needed, fit, write the card."""
-    model = config.model
-    check_inputs(config.training, config.data, model.path, model.tokenizer, model.image_model)
+    model, below = config.model, config.text_to_video.domain_adapter
+    check_inputs(config.training, config.data, model.path, model.tokenizer, model.image_model, adapter=below)
     logging.info("checking the clips of %s", config.data.path)
     dataset = ClipDataset(config.data, seed=config.training.seed)
     held_out = ClipDataset(config.data.evaluation(), shuffle=False)
@@ -99,10 +102,8 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
-    adapter = None
-    if config.adapter.kind != "none":
-        place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
-        adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
+    place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
+    adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
     return TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
         cached=dataset.cache is not None, adapter=adapter,
@@ -114,16 +115,18 @@ def finish(config: Config, result: Result) -> None:
     output = config.training.output
     last = output / "samples" / f"step-{result.step:06}"
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
+    exported, how = {}, TEXT_USE
+    if config.adapter.kind != "none":
+        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
     facts = {
         "stage": config.stage,
         "starts from": config.model.path,
         "clips": config.data.path,
         "steps": f"{result.step} ({result.stopped})",
+        **exported,
     }
-    how = TEXT_USE
-    if config.adapter.kind != "none":
-        facts |= facts_of(adapting.finish(output, result, config.model, configuration.dump(config)))
-        how = use(FAMILY, config.model.path)
+    if below := config.text_to_video.domain_adapter:
+        facts["trained on top of, and exported without"] = below
     write_card(output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), how)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,13 @@ def test_the_command_prints_the_table_and_refuses_in_a_line(tmp_path: Path) -> N
     assert lines[:2] == ["format: stable-diffusion: Stable Diffusion, diffusers' folder", "model: Stable Diffusion 2"]
     assert "2D 246 3,433,988 6.55 float16" in lines
     assert "is of no known format" in refused("show", tmp_path)
+
+
+@pytest.mark.parametrize("told", [{}, {"unet": {}}, {"spec": {}}, {"unet": None}])
+def test_temporal_layers_that_do_not_tell_which_they_are_are_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "inflate.json").write_text(json.dumps({"family": "svd", **told}))
+    save_file({"unet.mix": torch.zeros(1)}, tmp_path / "temporal.safetensors")
+    assert "inflate.json does not tell which temporal layers it is of" in refused("show", tmp_path)
 
 
 def test_half_precision_is_counted_as_saved(tmp_path: Path) -> None:

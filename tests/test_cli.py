@@ -249,8 +249,10 @@ def test_the_options_defaults_are_the_samplers() -> None:
 def test_generate_draws_a_prompt_with_the_pocket_model(tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
     options = ("--steps", 1, "--frames", 2, "--grid", 3, "--fps", 4, "--sampler", "euler")
-    result = inflate("generate", "pocket", "a red disc over blue", "-o", output, *options)
+    prompt = ("a red elephant over blue", "--negative", "a Disc, 2 boats")
+    result = inflate("generate", "pocket", *prompt, "-o", output, *options)
     assert result.exit_code == 0, result.output
+    assert "note: the model's text encoder does not know: elephant, 2, boats\n" in result.stderr
     assert "freshly inflated" in result.output
     probe = video.probe(output)
     assert (probe.frames, probe.height, probe.width, probe.fps) == (2, 128, 128, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNet2DConditi
 from original_files import IDLE, equal, original_names, published_like, write_single_file, write_svd_file
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
-from tiny_video_ldm import write_text_model
+from tiny_video_ldm import parents, write_text_model
 
 from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2, write_image_model
+from inflate.catalogue import unet_folder
 from inflate.conversion import READ_ONLY, READERS, TEMPORAL, WRITERS
 from inflate.families import animatediff, modelscope
 from inflate.families.modelscope import ImageToVideo
@@ -125,13 +127,23 @@ def test_motion_modules_go_over_a_single_file(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], tensor) for key, tensor in parent.state_dict().items())
 
 
-def test_temporal_layers_alone_become_a_whole_unet(tmp_path: Path) -> None:
-    image = write_text_model(tmp_path / "image")
-    family = VideoLDM.load(image)
-    family.save_temporal(tmp_path / "alone", str(image))
-    converted(tmp_path / "alone", tmp_path / "ours", "--to", "video-unet")
-    expected = VideoLDM.load(tmp_path / "alone").unet.state_dict()
-    assert equal(VideoUNet.from_pretrained(tmp_path / "ours").state_dict(), expected)
+def test_temporal_layers_alone_become_a_whole_export_over_another_image_model(tmp_path: Path) -> None:
+    image, other = (write_text_model(tmp_path / name) for name in ("image", "other"))
+    look, _ = parents(other)
+    look.conv_out.bias.data.add_(1)
+    look.save_pretrained(other / "unet")
+    VideoLDM.load(image).save_temporal(tmp_path / "alone", str(image))
+    assert "which `inflate generate` draws with" in converted(tmp_path / "alone", tmp_path / "own")
+    converted(tmp_path / "alone", tmp_path / "ours", "--image-model", other)
+    shutil.rmtree(other)
+    found, expected = VideoLDM.load(tmp_path / "ours"), VideoLDM.load(tmp_path / "alone")
+    assert torch.equal(found.unet.conv_out.bias, expected.unet.conv_out.bias + 1)
+    temporal = [family.unet.created_parameters() for family in (found, expected)]
+    assert equal(*temporal)
+    assert found.clips == expected.clips
+    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == [
+        "inflate.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["text-to-video", "image-to-video"])
@@ -150,14 +162,17 @@ def test_an_export_leaves_its_image_model_out(tmp_path: Path, kind: str) -> None
     assert "is a video model already" in refused("verify", tmp_path / "alone")
     assert str(image) in inflate("show", tmp_path / "alone").output
     found, expected = load(tmp_path / "alone").unet.state_dict(), load(tmp_path / "export").unet.state_dict()
-    assert "the UNet alone" in converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
-    assert equal(VideoUNet.from_pretrained(tmp_path / "unet").state_dict(), found)
+    said = converted(tmp_path / "alone", tmp_path / "unet", "--to", "video-unet")
+    assert ("the UNet alone" in said) == (kind == "image-to-video")
+    assert equal(VideoUNet.from_pretrained(unet_folder(tmp_path / "unet")).state_dict(), found)
     if kind == "image-to-video":
         useless = refused("convert", tmp_path / "export", tmp_path / "x.safetensors", "--image-model", image)
         assert "svd to temporal-layers and video-unet to temporal-layers, not for svd to svd-file" in useless
-        converted(tmp_path / "alone", tmp_path / "whole", "--to", "svd", "--image-model", image)
+        converted(tmp_path / "alone", tmp_path / "whole", "--image-model", image)
         assert equal(SVD.load(tmp_path / "whole").unet.state_dict(), found)
     else:
+        useless = refused("convert", tmp_path / "alone", tmp_path / "whole", "--image-encoder", image)
+        assert "not for temporal-layers of video-unet: leave it out" in useless
         said = refused("convert", tmp_path / "alone", tmp_path / "whole", "--to", "svd")
         assert "is of family video_ldm" in said
         assert "`inflate generate` with video_ldm" in said
@@ -257,9 +272,12 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
         (
             ("--to", "video-unet", "--image-encoder", "x"),
-            "--image-encoder is for svd-file and svd to temporal-layers, not for unet3d",
+            "--image-encoder is for svd-file and temporal-layers of svd and svd to temporal-layers, not for unet3d",
         ),
-        (("--to", "video-unet", "--tokenizer", "x"), "--tokenizer is for video-unet to temporal-layers, not for"),
+        (
+            ("--to", "video-unet", "--tokenizer", "x"),
+            "--tokenizer is for temporal-layers of video-unet and video-unet to",
+        ),
     ):
         assert message in refused("convert", unet3d, target, *arguments)
     assert "what it can become: stable-diffusion-file" in refused("convert", "pocket", target, "--to", "svd")

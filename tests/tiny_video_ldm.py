@@ -18,12 +18,15 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from helpers import tiny_unet, tiny_unet_sdxl, tiny_vae
+from inflate.families.video_ldm import VideoLDM
 from inflate.models.folders import SHIPPED
+from inflate.training.encoding import TextClipEncoder
 
 WIDTH, SIDE = 64, 16
 """Of the pocket model's text encoder; of the clips, in pixels."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PROMPT = "a red disc over blue"
+FRAMES = 3
 
 
 def write_text_model(
@@ -69,3 +72,29 @@ def unet(linear: bool) -> UNet2DConditionModel:
 def parents(folder: Path) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """The image model's UNet and VAE."""
     return UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
+
+
+def clip(number: int, frames: int = FRAMES) -> dict[str, Any]:
+    """A batch of one clip."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "pixels": torch.rand(1, frames, 3, SIDE, SIDE, generator=generator) * 2 - 1, "caption": [PROMPT],
+        "fps": torch.tensor([8.0]), "number": torch.tensor([number]),
+    }  # fmt: skip
+
+
+class CachedClips:
+    """Four clips as a cache gives them."""
+
+    def __init__(self, family: VideoLDM) -> None:
+        encoder = TextClipEncoder(family, "float32")
+        text = {name: rows[0] for name, rows in encoder.captions([PROMPT]).items()}
+        self.items = [
+            {"latents": encoder.latents(clip(n)["pixels"][0]), **text, "number": torch.tensor(n)} for n in range(4)
+        ]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.items[number % 4], "number": torch.tensor(number)}

@@ -91,16 +91,17 @@ def name_of(adapter: Adapter, origin: object) -> str:
     return name
 
 
-def refuse_another(unet: VideoUNet, adapter: Adapter, origin: object) -> None:
+def refuse_another(
+    unet: VideoUNet, adapter: Adapter, origin: object, remedy: str = "add --any-base to use it all the same"
+) -> None:
     """CheckpointError unless a UNet without an adapter is the one that the adapter was made on, to the bit."""
     told = _told(adapter, "sha256")
-    anyway = "add --any-base to use it all the same"
     if told is None:
-        raise CheckpointError(f"{origin} does not say which model it was made on; {anyway}")
+        raise CheckpointError(f"{origin} does not say which model it was made on; {remedy}")
     if told != sha256(unet):
         raise CheckpointError(
             f"{origin} was made on {_told(adapter, 'name')} ({told[:12]}), and this model's weights are others "
-            f"({sha256(unet)[:12]}); load that one, or {anyway}"
+            f"({sha256(unet)[:12]}); load that one, or {remedy}"
         )
 
 

@@ -17,7 +17,7 @@ from inflate.errors import CheckpointError
 from inflate.models.unet import VideoUNet
 
 Change = dict[str, Tensor]
-"""What is added to the weights of a UNet, by parameter."""
+"""What is added to the weights of a UNet, or what they were before, by parameter."""
 TOLERANCE = 1e-4
 """Largest difference between the output of merged weights and of the adapter beside them."""
 
@@ -31,13 +31,30 @@ def merge_files(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = Fa
     _add(unet, changes(unet, wanted, any_base))
 
 
+def merge_keeping(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> Change:
+    """Merge as `merge_files` does; the weights that are changed, as they were."""
+    added = changes(unet, wanted, any_base)
+    held = _copies(unet, {name for _, tensors in added for name in tensors})
+    _add(unet, added)
+    return held
+
+
 @contextmanager
 def merged(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> Iterator[None]:
     """A UNet with adapters merged meanwhile; its weights are then, to the bit, what they were. Errors as above."""
-    added = changes(unet, wanted, any_base)
-    held = _copies(unet, {name for _, tensors in added for name in tensors})
+    held = merge_keeping(unet, wanted, any_base)
     try:
-        _add(unet, added)
+        yield
+    finally:
+        _put_back(unet, held)
+
+
+@contextmanager
+def exchanged(unet: VideoUNet, weights: Change) -> Iterator[None]:
+    """A UNet with these weights in place of its own meanwhile, which are then, to the bit, what they were."""
+    held = _copies(unet, weights)
+    try:
+        _put_back(unet, weights)
         yield
     finally:
         _put_back(unet, held)

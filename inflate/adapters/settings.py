@@ -82,7 +82,7 @@ class Weighted:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise ConfigError(f"--adapter {text}: {weight} is no weight; write FILE or FILE:WEIGHT")
+            raise ConfigError(f"{text}: {weight} is no weight of an adapter; write FILE or FILE:WEIGHT")
         return cls(find(path), number)
 
     @classmethod

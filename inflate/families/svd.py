@@ -280,14 +280,13 @@ class SVD(Encoding):
     ) -> Self:
         temporal_layers.refuse_others(folder)
         file = folder / folders.SETTINGS_FILE
-        config = temporal_layers.entry(file, FAMILY, "unet")
-        if not isinstance(config.get("temporal"), dict):
-            raise CheckpointError(f"{file} lacks unet.temporal; copy or export the temporal layers again")
+        temporal_layers.entry(file, FAMILY, "unet")
+        spec = temporal_layers.spec_of(file)
         parent = image_place(image_model or temporal_layers.image_model_of(file, FAMILY))
         encoder = temporal_layers.source(file, "image_encoder", image_encoder)
         if parent.suffix == folders.SAFETENSORS:
             prediction = temporal_layers.source(file, "prediction", prediction)
-        family = cls._inflated(parent, encoder, prediction, TemporalSpec.from_dict(config["temporal"]))
+        family = cls._inflated(parent, encoder, prediction, spec)
         temporal_layers.load(folder, family.parts, image_model)
         return replace(family, **_remembered(folders.read_json(file), file))
 

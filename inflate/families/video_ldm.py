@@ -26,7 +26,7 @@ from inflate.errors import CheckpointError
 from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
 from inflate.models.text_encoders import SUFFIXES, ZEROS, TextCondition, TextEncoders
-from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
+from inflate.models.unet import VIDEO_LDM, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
 from inflate.surgery import inflate_unet
@@ -51,6 +51,8 @@ class Clips:
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
     """pixels"""
+    domain_adapter: str | None = None
+    """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
 
 
 class Encoding:
@@ -316,16 +318,16 @@ class VideoLDM(Encoding):
         prediction: single_file.Prediction | None,
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
+        clips, spec = read_clips(file), temporal_layers.spec_of(file)
         parent = image_model or temporal_layers.image_model_of(file, FAMILY)
         if image_model is None:
             prediction = temporal_layers.source(file, "prediction", prediction)
         family = cls._of_image_model(parent, tokenizer_of(file, parent, tokenizer), prediction)
-        spec = TemporalSpec.from_dict(entry(file, "spec"))
         if family.unet.spec != spec:
             raise CheckpointError(f"{file} is of temporal layers {spec}, not {family.unet.spec}")
         temporal_layers.load(folder, family.parts, image_model)
         _compare_objectives(file, family, parent, refuse=image_model is None)
-        family.clips = read_clips(file)
+        family.clips = clips
         return family
 
     def _write(self, folder: Path) -> None:

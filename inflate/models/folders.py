@@ -90,12 +90,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def unet_kind(folder: Path, *kinds: type[ConfigMixin]) -> type[ConfigMixin]:
     """The one of these classes that a UNet's folder names; CheckpointError, naming its class, where it is none."""
+    if not (folder / "config.json").is_file():
+        refuse_network(folder.parent)
     name = read_json(folder / "config.json").get("_class_name")
     for kind in kinds:
         if kind.__name__ == name:
             return kind
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise CheckpointError(f"{folder / 'config.json'} is of class {name}; give the folder of a model with a {wanted}")
+
+
+def refuse_network(folder: Path) -> None:
+    """Raise CheckpointError for the folder of a network alone, where that of a whole model is needed."""
+    file = folder / "config.json"
+    if file.is_file() and not (folder / "unet").is_dir():
+        name = read_json(file).get("_class_name", "network")
+        raise CheckpointError(f"{folder} holds a {name} alone; give the folder of the whole model, with unet and vae")
 
 
 def holds(path: str | Path, kind: type[ConfigMixin]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inflate.errors import CheckpointError
 from inflate.models import exchange, folders
-from inflate.models.unet import VideoUNet
+from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.models.weights import tensors_sha256
 
@@ -38,6 +38,7 @@ def are_in(folder: Path) -> bool:
 def refuse_others(place: Path) -> None:
     """CheckpointError unless a folder holds temporal layers alone, which an image model is named for."""
     if not are_in(place):
+        folders.refuse_network(place)
         raise CheckpointError(
             f"{place} holds no temporal layers alone, which is what goes over an image model: make them of an export "
             "by inflate convert EXPORT OUT --to temporal-layers --image-model MODEL"
@@ -53,6 +54,18 @@ def entry(file: Path, family: str, name: str) -> Any:
     if name not in settings:
         raise CheckpointError(f"{file} is not whole: {name} is missing; export the model again")
     return settings[name]
+
+
+def spec_of(file: Path) -> TemporalSpec:
+    """Which temporal layers a settings file is of; CheckpointError where it does not tell."""
+    settings = folders.read_json(file)
+    told = settings.get("spec") or (settings.get("unet") or {}).get("temporal")
+    if not isinstance(told, dict):
+        raise CheckpointError(
+            f"{file} does not tell which temporal layers it is of (spec of text-to-video, unet.temporal of "
+            "image-to-video); copy or export them again"
+        )
+    return TemporalSpec.from_dict(told)
 
 
 def image_model_of(file: Path, family: str) -> str:

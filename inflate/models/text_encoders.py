@@ -6,6 +6,7 @@ the second's projected pooled state is a condition of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -26,6 +28,11 @@ ZEROS = "force_zeros_for_empty_prompt"
 """Names, in model_index.json and in an export's settings, whether the empty prompt's states are zeros."""
 COUNTERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")
 """What older text encoders' files hold beside weights."""
+
+ALPHABET = frozenset(ByteLevel.alphabet())
+"""A character for each byte, of which a vocabulary that has them all can spell any word."""
+WORD = re.compile(r"[^\W\d_]+|\d")
+"""Letters together and digits apart, as CLIP's tokenizer splits a text."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,13 @@ class TextEncoders:
             said = context.new_tensor([bool(prompt) for prompt in prompts])[:, None]  # (B, 1)
             context, pooled = context * said[:, None], pooled * said
         return TextCondition(context, pooled)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that a tokenizer has no token of and cannot spell: none of CLIP's own vocabulary."""
+        vocabularies = [tokenizer.get_vocab().keys() for tokenizer in self.tokenizers]
+        closed = [words for words in vocabularies if not words >= ALPHABET]
+        found = dict.fromkeys(WORD.findall(prompt.lower()))
+        return [word for word in found if any(f"{word}</w>" not in words for words in closed)]
 
     @staticmethod
     def _encoded(tokenizer: CLIPTokenizer, network: Any, prompts: Sequence[str]) -> Any:

@@ -13,6 +13,9 @@ from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.sampling.steps import Progress, integrate
 from inflate.surgery import evaluating
 
+TOGETHER = 16 * 512 * 512
+"""Pixels of the clips that are drawn together where no other number of clips is asked for."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,10 +35,14 @@ class Sampling:
     """pixels; none: the height of training"""
     width: int | None = None
     """pixels; none: the width of training"""
+    batch: int | None = None
+    """clips drawn together; none: as many as have the pixels of 16 frames of 512x512"""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.frames is not None and self.frames < 1):
-            raise ConfigError(f"steps ({self.steps}) and frames ({self.frames}) must be at least 1")
+        given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
+        low = [f"{name} ({value})" for name, value in given.items() if value is not None and value < 1]
+        if low:
+            raise ConfigError(f"{' and '.join(low)} must be at least 1")
 
 
 def sample(
@@ -50,7 +57,11 @@ def sample(
     A clip depends on its own seed alone, not on those beside it. ConfigError where the size does not fit the VAE.
     """
     settings = settings or Sampling()
-    latents = sample_latents(family, prompts, initial_noise(family, seeds, settings), settings, progress)
+    noise = initial_noise(family, seeds, settings)
+    batch = settings.batch or max(1, TOGETHER // (noise[0, :, 0].numel() * family.factor**2))
+    texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    parts = zip(texts, noise.split(batch), strict=True)
+    latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
     with evaluating(family.vae):
         return family.decode(latents).float()  # (B, F, 3, H, W)
 

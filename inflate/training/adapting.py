@@ -40,12 +40,14 @@ class Adapting:
     @classmethod
     def on(
         cls, unet: VideoUNet, settings: AdapterSettings, family: str, path: str, seed: int, image_only: bool = False
-    ) -> Adapting:
-        """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on.
+    ) -> Adapting | None:
+        """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on. None of none.
 
         `image_only` says that all frames are trained as images. ConfigError, with the UNet as it was, for layers that
         the model does not have or that would learn nothing.
         """
+        if settings.kind == "none":
+            return None
         names = targets.resolve(unet, settings)
         targets.refuse_zero_rows(unet, names, settings)
         targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
@@ -73,6 +75,12 @@ def _refuse_drawn(unet: VideoUNet, names: Sequence[str]) -> None:
         )
 
 
+def told(output: Path, result: Result, model: Any, config: str) -> tuple[dict[str, str], str]:
+    """What a run's card says of its adapter, which is finished, and how to use it; arguments and errors of `finish`."""
+    adapter = finish(output, result, model, config)
+    return card.facts(adapter), card.use(adapter.about["family"], adapter.about["base"]["name"])
+
+
 def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
     """Complete a run's exported adapter by what is known at its end, prove it in a new process, and write its card.
 
@@ -81,11 +89,11 @@ def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:
     path = output / "export" / file.NAME
     adapter = file.read(path)
     starts = record.starts(output / record.NAME)
-    told = {
+    known = {
         "config": config, "data": starts[-1]["data"]["digest"], "held_out": [_finite(row) for row in result.held_out],
         "hardware": ", ".join(starts[-1]["devices"]), "run": _cost(starts, result), "verified": None,
     }  # fmt: skip
-    file.write(path, replace(adapter, about={**adapter.about, **told}), overwrite=True)
+    file.write(path, replace(adapter, about={**adapter.about, **known}), overwrite=True)
     verify.certify(path, adapter.about["family"], asdict(model))
     adapter, samples = file.read(path), output / SAMPLES
     if samples.is_file():

@@ -33,9 +33,10 @@ TOLD = (
     "*.held_out_*",
     "*.train_clips",
     "*.bands",
+    "*.domain_adapter",
 )
 """Settings that a run may go on with changed: how it learns, and what it is measured on. What they must not change all
-the same, as the clips, is in the run's fingerprint."""
+the same, as the clips and an adapter's tensors, is in the run's fingerprint."""
 
 
 def all_settings(settings: Training, config: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inflate.adapters import file
+from inflate.adapters.settings import Weighted
 from inflate.data.settings import Data
 from inflate.data.sources import find_clips
 from inflate.errors import ConfigError
@@ -11,16 +13,18 @@ from inflate.training.processes import join_processes, together
 from inflate.training.settings import Training
 
 
-def check_inputs(training: Training, data: Data, *models: str | None) -> None:
-    """Raise the error of an output, a model's place or a list of clips that cannot be used; no clip is decoded.
+def check_inputs(training: Training, data: Data, *models: str | None, adapter: str | None = None) -> None:
+    """Raise the error of an output, a model's place, an adapter's or a list of clips that cannot be used.
 
-    Every process calls it.
+    No clip is decoded, and no tensor is read. Every process calls it.
     """
     with together():
         if join_processes().is_main_process:
             check_output(training)
         for place in filter(None, models):
             check_place(place)
+        if adapter is not None:
+            file.read_header(Weighted.parse(adapter).path)
         find_clips(data)
         find_clips(data.evaluation())
 

@@ -28,6 +28,7 @@ from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import (
     Batch,
+    Founded,
     Player,
     Selected,
     Task,
@@ -282,6 +283,7 @@ def fingerprint_of(
         "averaged weights": "yes" if settings.ema else "no",
         **({**dataset.fingerprint(), "order of clips": seed_of(*first)} if isinstance(dataset, Stepwise) else {}),
         **({"digest of the clips": digest} if digest else {}),
+        **(task.fingerprint() if isinstance(task, Founded) else {}),
     }  # fmt: skip
 
 

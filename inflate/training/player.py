@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,14 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the result into an existing empty folder."""
+
+
+@runtime_checkable
+class Founded(Protocol):
+    """A task whose trained weights rest on files that no checkpoint holds."""
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What a run that goes on must find unchanged, by name."""
 
 
 class Trainee:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
 from inflate.training.adapting import Adapting
+from inflate.training.domain import Domain
 from inflate.training.held_out import REMEDY, fixed_losses, is_image, named_losses, same_size, size_of, visiting
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
@@ -48,6 +49,9 @@ class TextToVideo:
     """training clips that the same is measured on as on held-out ones, to tell overfitting; 0 = none"""
     preview_clips: int = 8
     """held-out clips whose captions each preview samples"""
+    domain_adapter: str | None = None
+    """FILE or FILE:WEIGHT of an adapter on image layers that holds the clips' look (stage=spatial with
+    adapters/spatial_lora.yaml makes one): stage=temporal trains on top of it, and draws and exports without it"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_caption <= 1:
@@ -85,7 +89,8 @@ class TextToVideoTask:
     where they are known their `origin`). Where batches hold the clips' `latents` and what is encoded of captions
     (`cached`), the encoders are on the device only to look at the model.
 
-    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
+    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported. The setting
+    `domain_adapter` is merged into the UNet for every loss, and for no sample and no export.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class TextToVideoTask:
         self.held_out = held_out[: settings.held_out_clips]
         self.training = [*training[: settings.train_clips]]
         self.shown = self.held_out[: settings.preview_clips]
+        self.domain = Domain.below(family.unet, settings.domain_adapter)
+        family.clips = replace(family.clips, domain_adapter=self.domain.name if self.domain else None)
         if adapter is None:
             choose_trainable(family.unet, stage)
         self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY)]
@@ -204,14 +211,23 @@ class TextToVideoTask:
         frames, height, width = size_of(self.shown[places[0]])
         settings = Sampling(**asdict(self.sampling), frames=frames, height=height, width=width)
         prompts = [self.shown[place]["caption"][0] for place in places]
-        return sample(self.family, prompts, [self.seed + place for place in places], settings).cpu()
+        with self._as_exported():
+            return sample(self.family, prompts, [self.seed + place for place in places], settings).cpu()
 
     def export(self, folder: Path) -> None:
         """Write the adapter or, without one, the whole model as a folder that `VideoLDM.load` reads."""
         if self.adapter is None:
-            self.family.save_pretrained(folder)
+            with self._as_exported():
+                self.family.save_pretrained(folder)
         else:
             self.adapter.export(self.family.unet, folder)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What the trained weights rest on that no checkpoint holds: the adapter below the temporal layers."""
+        return {} if self.domain is None else self.domain.fingerprint
+
+    def _as_exported(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.domain is None else self.domain.left_out()
 
     def _bands(self) -> list[str]:
         edges = [band * TRAIN_TIMESTEPS // self.settings.bands for band in range(self.settings.bands + 1)]

@@ -144,7 +144,7 @@ def test_temporal_layers_refuse_what_they_would_not_heed(
     settings = tmp_path / "alone" / "inflate.json"
     told = json.loads(settings.read_text())
     settings.write_text(json.dumps({**told, "unet": {}}))
-    with pytest.raises(CheckpointError, match="lacks unet.temporal"):
+    with pytest.raises(CheckpointError, match=r"does not tell which temporal layers it is of .*unet\.temporal"):
         SVD.load(tmp_path / "alone")
     settings.write_text(json.dumps({**told, "family": "video_ldm"}))
     with pytest.raises(CheckpointError, match="is of family video_ldm, not svd"):
@@ -177,6 +177,9 @@ def test_temporal_layers_go_over_another_image_model_only_where_it_is_named(
     assert all(torch.equal(over[name], value) for name, value in changed.items() if not name.startswith("conv_in."))
     with pytest.raises(CheckpointError, match="holds no temporal layers alone"):
         SVD.load(image_model, image_model=tmp_path / "image")
+    for model in (None, image_model):
+        with pytest.raises(CheckpointError, match="holds a UNet2DConditionModel alone; give the folder of the whole"):
+            SVD.load(image_model / "unet", image_model=model)
     with pytest.raises(CheckpointError, match="has other image layers"):
         temporal.save_temporal(tmp_path / "more", str(tmp_path / "image"))
     assert not (tmp_path / "more").exists()

@@ -1,5 +1,6 @@
 """Text-to-video sampling: at birth it is the image model's, and clips depend on their own seeds."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from tiny_video_ldm import PROMPT, parents, write_text_model
 from helpers import randomise
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Clips, VideoLDM
+from inflate.models.text_encoders import TextCondition
+from inflate.objectives import Predict
+from inflate.sampling import text_to_video
 from inflate.sampling.text_to_video import Sampling, initial_noise, sample, sample_latents
 
 SCHEDULE = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
@@ -70,6 +74,29 @@ def test_a_clip_depends_on_its_own_seed(family: VideoLDM) -> None:
     assert not torch.allclose(both[0], both[1])
 
 
+def test_batches_draw_the_clips_that_are_drawn_one_by_one(family: VideoLDM, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, sizes = copy.deepcopy(family), list[int]()
+    for network in family.networks:
+        network.double()  # rounding depends on the batch, and guidance multiplies it
+    predict = family.predict
+
+    def counting(condition: TextCondition) -> Predict:
+        sizes.append(len(condition.context) // 2)  # without and with the prompt
+        return predict(condition)
+
+    monkeypatch.setattr(family, "predict", counting)
+    prompts, seeds = [PROMPT, NEGATIVE, PROMPT], [5, 6, 7]
+    alone, pairs, together = (
+        sample(family, prompts, seeds, Sampling(steps=2, batch=batch, sampler="euler")) for batch in (1, 2, None)
+    )
+    assert sizes == [1, 1, 1, 2, 1, 3]
+    torch.testing.assert_close(pairs, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    monkeypatch.setattr(text_to_video, "TOGETHER", 2 * 3 * 16 * 16)
+    sample(family, prompts, seeds, Sampling(steps=1))
+    assert sizes[6:] == [2, 1]
+
+
 @pytest.mark.parametrize("change", [{"guidance": 1.0}, {"guidance": 3.0}, {"negative": NEGATIVE}, {"sampler": "euler"}])
 def test_settings_change_the_clip(family: VideoLDM, change: dict[str, Any]) -> None:
     noise = initial_noise(family, [0], Sampling())
@@ -83,8 +110,8 @@ def test_length_and_size_can_be_chosen(family: VideoLDM) -> None:
     assert sample(family, [PROMPT], [0], settings).shape == (1, 2, 3, 8, 32)
     with pytest.raises(ConfigError, match="multiples of 2"):
         sample(family, [PROMPT], [0], Sampling(height=7))
-    with pytest.raises(ConfigError, match="at least 1"):
-        Sampling(steps=0)
+    with pytest.raises(ConfigError, match=r"steps \(0\) and batch \(-1\) must be at least 1"):
+        Sampling(steps=0, batch=-1)
 
 
 def test_progress_wraps_the_steps(family: VideoLDM) -> None:

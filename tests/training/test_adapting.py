@@ -86,8 +86,10 @@ def test_a_run_leaves_a_file_that_a_new_process_proves(
     kept = attach.layers(model.unet)
     assert all(torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"]) for name, layer in kept)
 
-    adapter = adapting.finish(output, result, Model(str(base)), "stage: image_to_video")
+    facts, use = adapting.told(output, result, Model(str(base)), "stage: image_to_video")
+    adapter = file.read(output / "export" / file.NAME)
     about = adapter.about
+    assert facts["base"] == f"{base} (SHA-256 {about['base']['sha256']})"
     assert about["verified"]["max_abs_diff"] <= verify.TOLERANCE
     assert about["verified"]["effect"] > 1e-4
     assert about["base"] == {"name": str(base), "sha256": bases.sha256(SVD.load(base).unet)}
@@ -95,6 +97,7 @@ def test_a_run_leaves_a_file_that_a_new_process_proves(
     assert [row["step"] for row in about["held_out"]] == [0, 2]
 
     card = (output / "export" / "README.md").read_text()
+    assert use in card
     assert f"inflate sample {base} photo.png --adapter {file.NAME} -o out.mp4" in card
     monkeypatch.chdir(output / "export")
     found: dict[str, Any] = {}
@@ -102,6 +105,13 @@ def test_a_run_leaves_a_file_that_a_new_process_proves(
     expected = verify.output(model.unet)  # the last weights, not the averaged ones
     assert attach.carries(found["family"].unet)
     assert 0 < float((verify.output(found["family"].unet) - expected).abs().max()) < 1
+
+
+def test_a_run_without_an_adapter_trains_the_model() -> None:
+    unet = family().unet
+    learning = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    assert Adapting.on(unet, AdapterSettings(), svd.FAMILY, "tiny", seed=3) is None
+    assert [name for name, parameter in unet.named_parameters() if parameter.requires_grad] == learning
 
 
 def run(output: Path, steps: int, **changes: Any) -> dict[str, Tensor]:

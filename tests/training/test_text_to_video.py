@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_video_ldm import PROMPT, SIDE, write_sdxl, write_text_model
+from tiny_video_ldm import FRAMES, PROMPT, SIDE, CachedClips, clip, write_sdxl, write_text_model
 
 from helpers import randomise
 from inflate.data import video
@@ -19,7 +19,6 @@ from inflate.training.noise import Noise
 from inflate.training.settings import Training
 from inflate.training.text_to_video import Preview, Stage, TextToVideo, TextToVideoTask
 
-FRAMES = 3
 STAGES: tuple[Stage, ...] = ("spatial", "temporal", "joint")
 
 
@@ -45,32 +44,6 @@ def sdxl(sdxl_folder: Path) -> VideoLDM:
     made = VideoLDM.load(sdxl_folder)
     randomise(made.unet)
     return made
-
-
-def clip(number: int, frames: int = FRAMES) -> dict[str, Any]:
-    """A batch of one clip."""
-    generator = torch.Generator().manual_seed(number)
-    return {
-        "pixels": torch.rand(1, frames, 3, SIDE, SIDE, generator=generator) * 2 - 1, "caption": [PROMPT],
-        "fps": torch.tensor([8.0]), "number": torch.tensor([number]),
-    }  # fmt: skip
-
-
-class CachedClips:
-    """Four clips as a cache gives them."""
-
-    def __init__(self, family: VideoLDM) -> None:
-        encoder = TextClipEncoder(family, "float32")
-        text = {name: rows[0] for name, rows in encoder.captions([PROMPT]).items()}
-        self.items = [
-            {"latents": encoder.latents(clip(n)["pixels"][0]), **text, "number": torch.tensor(n)} for n in range(4)
-        ]
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.items[number % 4], "number": torch.tensor(number)}
 
 
 def make(family: VideoLDM, stage: Stage = "temporal", cached: bool = False, **settings: Any) -> TextToVideoTask:
