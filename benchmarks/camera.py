@@ -108,7 +108,10 @@ def main() -> None:
     result = {label: measured(drawn[label], family.fps, moves) for label, (moves, _) in wanted.items()}
     result["base"] = {move: measured(drawn[comparison.BASE], family.fps, [move]) for move in adapters}
     print(json.dumps(result, indent=1))
-    write(arguments.output / "camera.json", record(command("MODEL", "CLIPS", "OUT"), {"measured": result}))
+    told = command("MODEL", "CLIPS", "OUT")
+    for text in arguments.adapters:
+        told = told.replace(text, text.partition("=")[0] + "=ADAPTER")
+    write(arguments.output / "camera.json", record(told, {"measured": result}))
     rows = [clips[number] for number in range(2) for clips in drawn.values()]
     labels = [f"{number} {label}" for number in range(2) for label in drawn]
     video.contact_sheet(arguments.output / "camera.png", rows, labels)
