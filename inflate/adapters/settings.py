@@ -112,18 +112,11 @@ def find(name: str) -> Path:
         for folder in folders
         for place in (Path(f"{folder}.safetensors"), folder / FILE_NAME, folder / "export" / FILE_NAME)
     ]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        found = shipped(name)
+    came = {file.stem: file for file in sorted((shelves.find() / SHELF).glob("*.safetensors"))}
+    found = next((place for place in places if place.is_file()), came.get(name))
     if found is None:
         raise ConfigError(
-            f"no adapter {name}: there is none of {', '.join(map(str, places))}, nor did one come with the package; "
-            "name a .safetensors file"
+            f"no adapter {name}: there is none of {', '.join(map(str, places))}, nor is it one that came with the "
+            f"package ({', '.join(came)}); name a .safetensors file"
         )
     return found
-
-
-def shipped(name: str) -> Path | None:
-    """The adapter of a name that came with the package, if there is one."""
-    place = shelves.find() / SHELF / f"{name}.safetensors"
-    return place if place.is_file() else None
