@@ -104,9 +104,10 @@ def find(name: str) -> Path:
 
     ConfigError, listing where it was looked for, for a name that is no file's and is nowhere.
     """
-    if name.endswith(".safetensors") or Path(name).is_file():
-        return Path(name)
-    folders = [Path(name).expanduser(), SHELF / name]
+    path = Path(name).expanduser()
+    if name.endswith(".safetensors") or path.is_file():
+        return path
+    folders = [path, SHELF / name]
     places = [
         place
         for folder in folders
