@@ -125,6 +125,9 @@ def find(name: str) -> Path:
 
 
 def shipped(name: str) -> Path | None:
-    """The adapter of a name that came with the package, if there is one."""
-    place = shelves.find() / SHELF / f"{name}.safetensors"
+    """The adapter of a name that came with the package, if there is one; none where shelves were not installed."""
+    try:
+        place = shelves.find() / SHELF / f"{name}.safetensors"
+    except ConfigError:
+        return None
     return place if place.is_file() else None

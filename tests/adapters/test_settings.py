@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from inflate import shelves
 from inflate.adapters.settings import FILE_NAME, AdapterSettings, Weighted, find
 from inflate.errors import ConfigError
 
@@ -53,6 +54,12 @@ def test_a_name_means_the_file_that_is_there(place: str, tmp_path: Path, monkeyp
     Path(place).touch()
     assert Weighted.parse("pan:0.8") == Weighted(Path(place), 0.8)
     assert Weighted.parse("pan") == Weighted(Path(place), 1.0)
+
+
+def test_a_name_is_told_where_no_shelf_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelves, "SHELVES", ("nowhere",))
+    with pytest.raises(ConfigError, match="no adapter pam: there is none of .*, nor did one come with the package"):
+        find("pam")
 
 
 @pytest.mark.parametrize("name", ["~/pan.safetensors", "~/pan"])
