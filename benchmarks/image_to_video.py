@@ -141,7 +141,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, dict[str, float | None]]]:
     """The held-out curves of all runs that there are, by name; of each pair of runs what it says of the seed.
 
-    The one from scratch must be whole; the inflated one may have been stopped once it was below the other's last loss.
+    The one from scratch must have come to `steps`, or further; the inflated one may have been stopped once it was below
+    the other's last loss.
     """
     curves = {
         f"{start}, seed {seed}": json.loads(file.read_text())["held_out"]
@@ -160,7 +161,7 @@ def compare(
             f"loss after {inflated[-1]['step']} steps, inflated": inflated[-1]["held-out loss"],
             "last loss, from scratch": scratch[-1]["held-out loss"],
             "inflated comes to the latter after steps": step,
-            "ratio of steps to equal loss": steps / step if step else None,
+            "ratio of steps to equal loss": scratch[-1]["step"] / step if step else None,
         }
     return curves, found
 

@@ -52,8 +52,9 @@ def verify(
     from inflate.adapters import verify as proof
 
     adapter = file.read(path)
-    name = base or bases.name_of(adapter, path)
-    found = proof.check(path, bases.load(bases.family_of(name, adapter), {"path": name}).unet, any_base)
+    model = bases.settings_of(adapter, path, base)
+    found = proof.check(path, bases.load(bases.family_of(str(model["path"]), adapter), model).unet, any_base)
+    name = base or adapter.base
     typer.echo(f"{path} on {name}: {found.max_abs_diff:.1e} from what was trained, {found.effect:.1e} from the base")
     proof.refuse_difference(path, found.max_abs_diff)
 

@@ -155,7 +155,8 @@ def make_task(
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
-    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
+    over = config.model.image_model
+    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed, image_model=over)
     task = ImageToVideoTask(
         family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
         frames_encoded(config) if config.data.cache else "all", adapter,

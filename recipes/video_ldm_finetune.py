@@ -102,8 +102,8 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
-    place, alone = (FAMILY, config.model.path, config.training.seed), config.stage == "spatial"
-    adapter = Adapting.on(family.unet, config.adapter, *place, image_only=alone)
+    place, over = (FAMILY, config.model.path, config.training.seed), config.model.image_model
+    adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
     return TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
         cached=dataset.cache is not None, adapter=adapter,

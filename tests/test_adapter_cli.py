@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from test_cli import inflate, refused
 from tiny_adapter import settings, train
 
 from helpers import randomise, write_image_model
-from inflate.adapters import attach, bases, file, targets, verify
+from inflate.adapters import attach, bases, card, file, targets, verify
+from inflate.adapters.settings import AdapterSettings
+from inflate.errors import CheckpointError
+from inflate.families import svd
 from inflate.families.svd import SVD
+from inflate.training.adapting import Adapting
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,30 @@ def moved(made: Made, path: Path, base: dict[str, str]) -> Path:
     adapter = file.read(made.adapter)
     file.write(path, replace(adapter, about={**adapter.about, "base": base}))
     return path
+
+
+def test_a_base_over_another_image_model_is_named_whole(tmp_path: Path) -> None:
+    image, other, layers = (tmp_path / name for name in ("image", "other", "layers"))
+    SVD.load(write_image_model(image)).save_temporal(layers, str(image))
+    look = UNet2DConditionModel.from_pretrained(write_image_model(other) / "unet")
+    look.conv_out.bias.data.add_(1)
+    look.save_pretrained(other / "unet")
+    unet, wanted = SVD.load(layers, image_model=other).unet, AdapterSettings("lora", rank=1, targets=["attn1.to_q"])
+    adapter = Adapting.on(unet, wanted, svd.FAMILY, str(layers), seed=0, image_model=str(other))
+    assert adapter
+    for tensor in attach.tensors(unet).values():
+        tensor.fill_(0.1)
+    adapter.export(unet, tmp_path)
+
+    assert f" on {layers} over {other}: 0.0e+00 from" in told(inflate("adapter", "verify", tmp_path / file.NAME))
+    assert f"made on {layers} over {other} (" in refused("adapter", "verify", tmp_path / file.NAME, "--base", layers)
+    use = card.use(adapter.about)
+    assert use.splitlines()[1].endswith(f" -o out.mp4 --image-model {other}")
+    assert f'SVD.load("{layers}", image_model="{other}")' in use
+    base = {**adapter.about["base"], "image_model": "owner/name"}
+    adapter = file.Adapter({}, "lora", {}, {}, {"base": base})
+    with pytest.raises(CheckpointError, match=r"owner/name, which is not on .*convert .* OUT --image-model owner/name"):
+        bases.settings_of(adapter, "a stranger's file", None)
 
 
 def test_merged_and_unmerged_models_are_written(made: Made, tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def _check_kind(adapter: Adapter) -> None:
 
 
 def _check_bases(adapters: Iterable[Adapter], any_base: bool) -> None:
-    bases = [base for each in adapters if (base := each.about.get("base"))]
-    if len({base.get("sha256") for base in bases}) > 1 and not any_base:
-        told = ", ".join(str(base.get("name")) for base in bases)
+    made = [each for each in adapters if each.base]
+    if len({each.about["base"].get("sha256") for each in made}) > 1 and not any_base:
+        told = ", ".join(str(each.base) for each in made)
         raise CheckpointError(
             f"these adapters were made over different models ({told}): add --any-base to combine them all the same"
         )

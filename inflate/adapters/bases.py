@@ -82,13 +82,21 @@ def family_of(path: str | Path, adapter: Adapter) -> str:
     return str(family)
 
 
-def name_of(adapter: Adapter, origin: object) -> str:
-    """The base that an adapter names, if it is here: what a stranger's file names is not downloaded."""
-    name = _told(adapter, "name")
-    if name is None or not (Path(name).expanduser().is_file() or folders.local_folder(name)):
-        known = "does not name its base" if name is None else f"belongs on {name}, which is not on this disk"
-        raise CheckpointError(f"{origin} {known}: name it by --base")
-    return name
+def settings_of(adapter: Adapter, origin: object, base: str | None) -> dict[str, str | None]:
+    """The settings `model` of the base that is named or, where none is, that an adapter names, if it is here.
+
+    What a stranger's file names is not downloaded: CheckpointError.
+    """
+    if base is not None:
+        return {"path": base, "image_model": None}
+    name, image_model = _told(adapter, "name"), _told(adapter, "image_model")
+    if name is None:
+        raise CheckpointError(f"{origin} does not name its base: name it by --base")
+    for place in filter(None, (name, image_model)):
+        if not (Path(place).expanduser().is_file() or folders.local_folder(place)):
+            whole = f", as `inflate convert {name} OUT --image-model {image_model}` makes it" if image_model else ""
+            raise CheckpointError(f"{origin} belongs on {place}, which is not on this disk: name it by --base{whole}")
+    return {"path": name, "image_model": image_model}
 
 
 def refuse_another(
@@ -100,7 +108,7 @@ def refuse_another(
         raise CheckpointError(f"{origin} does not say which model it was made on; {remedy}")
     if told != sha256(unet):
         raise CheckpointError(
-            f"{origin} was made on {_told(adapter, 'name')} ({told[:12]}), and this model's weights are others "
+            f"{origin} was made on {adapter.base} ({told[:12]}), and this model's weights are others "
             f"({sha256(unet)[:12]}); load that one, or {remedy}"
         )
 

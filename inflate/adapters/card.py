@@ -26,7 +26,7 @@ SAMPLES = "samples.png"
 def text(adapter: Adapter, samples: bool = False) -> str:
     """The card, which shows the samples that lie beside it; every number in it stands in the file."""
     about = adapter.about
-    family, base = about["family"], about["base"]["name"]
+    family, base = about["family"], adapter.base
     head = ["---", "library_name: diffusers", f"tags: [{adapter.kind}, {TAGS[family]}, inflate]"]
     head += [f"license: {about['licence']}"] if about.get("licence") else []
     sections = [
@@ -34,7 +34,7 @@ def text(adapter: Adapter, samples: bool = False) -> str:
         f"# {adapter.kind} adapter of {base}",
         "\n".join(f"- {name}: {value}" for name, value in facts(adapter).items()),
         f"![Samples before training and after it, or without the adapter and with it]({SAMPLES})" if samples else "",
-        "## Use\n\n" + use(family, base),
+        "## Use\n\n" + use(about),
         _measured(about.get("held_out") or []),
         f"## Settings\n\n```yaml\n{about['config'].strip()}\n```" if about.get("config") else "",
     ]
@@ -52,7 +52,7 @@ def facts(adapter: Adapter) -> dict[str, str]:
         "alpha": _span(adapter.alpha.values()),
         "targets": ", ".join(about.get("targets") or []),
         "family": str(about.get("family") or ""),
-        "base": f"{base['name']} (SHA-256 {base['sha256']})" if base else "not told",
+        "base": f"{adapter.base} (SHA-256 {base['sha256']})" if base else "not told",
         "data": str(about.get("data") or ""),
         "made": _made(about.get("made")),
         "trigger": str(about.get("trigger") or ""),
@@ -70,14 +70,16 @@ def table(adapter: Adapter) -> str:
     return "\n".join([*rows, *_curve(adapter.about.get("held_out") or [])])
 
 
-def use(family: str, base: str) -> str:
-    """How to load an adapter, in a shell and in Python."""
+def use(about: Mapping[str, Any]) -> str:
+    """How to load an adapter that says so much of itself, in a shell and in Python."""
+    family, base, other = about["family"], about["base"]["name"], about["base"].get("image_model")
     module, kind = CLASSES[family]
-    command = COMMANDS[family].format(base=base, name=file.NAME)
+    command = COMMANDS[family].format(base=base, name=file.NAME) + (f" --image-model {other}" if other else "")
+    over = f', image_model="{other}"' if other else ""
     return (
         f"```bash\n{command}\n```\n\n"
         f"```python\nfrom inflate.adapters import attach, file\nfrom {module} import {kind}\n\n"
-        f'family = {kind}.load("{base}")\nattach.load(family.unet, file.read("{file.NAME}"))\n```'
+        f'family = {kind}.load("{base}"{over})\nattach.load(family.unet, file.read("{file.NAME}"))\n```'
     )
 
 

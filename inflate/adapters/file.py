@@ -54,7 +54,9 @@ RUN = ("steps", "processes", "threads", "seconds", "peak_memory")
 ABOUT: dict[str, Callable[[Any], bool]] = {
     "targets": lambda value: _are(str, value),
     "family": lambda value: isinstance(value, str),
-    "base": lambda value: isinstance(value, dict) and _are(str, [value.get("name"), value.get("sha256")]),
+    "base": lambda value: (
+        isinstance(value, dict) and _are(str, [*map(value.get, ("name", "sha256")), value.get("image_model", "")])
+    ),
     "config": lambda value: isinstance(value, str),
     "data": lambda value: isinstance(value, str),
     "held_out": lambda value: _are(dict, value) and all(_are((float, int, NoneType), [*row.values()]) for row in value),
@@ -90,6 +92,12 @@ class Adapter:
     def parameters(self) -> int:
         """Numbers in all."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def base(self) -> str | None:
+        """The model that it was made on, by name, and the image model that this went over in place of its own."""
+        told = self.about.get("base") or {}
+        return " over ".join(told[name] for name in ("name", "image_model") if name in told) or None
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -101,22 +101,31 @@ def find(name: str) -> Path:
     """The file that an adapter's name means: a file, that of a folder or of a run, or what is on a shelf by the name.
 
     The shelf is `adapters` beside the working directory, else the one that came with the package.
-
     ConfigError, listing where it was looked for, for a name that is no file's and is nowhere.
     """
-    if name.endswith(".safetensors") or Path(name).is_file():
-        return Path(name)
-    folders = [Path(name).expanduser(), SHELF / name]
+    path = Path(name).expanduser()
+    if name.endswith(".safetensors") or path.is_file():
+        return path
+    folders = [path, SHELF / name]
     places = [
         place
         for folder in folders
         for place in (Path(f"{folder}.safetensors"), folder / FILE_NAME, folder / "export" / FILE_NAME)
     ]
-    came = {file.stem: file for file in sorted((shelves.find() / SHELF).glob("*.safetensors"))}
+    came = shipped()
     found = next((place for place in places if place.is_file()), came.get(name))
     if found is None:
         raise ConfigError(
             f"no adapter {name}: there is none of {', '.join(map(str, places))}, nor is it one that came with the "
-            f"package ({', '.join(came)}); name a .safetensors file"
+            f"package ({', '.join(came) or 'none did'}); name a .safetensors file"
         )
     return found
+
+
+def shipped() -> dict[str, Path]:
+    """The adapters that came with the package, by name; none where its shelves were not installed."""
+    try:
+        shelf = shelves.find() / SHELF
+    except ConfigError:
+        return {}
+    return {file.stem: file for file in sorted(shelf.glob("*.safetensors"))}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inflate.errors import CheckpointError
+from inflate.errors import CheckpointError, ConfigError
 from inflate.families.svd import SVD, is_image_model
 from inflate.families.svd_encoders import Encoders
 from inflate.models import folders
@@ -33,6 +33,11 @@ class Model:
     """group-norm epsilon of a newly inflated UNet's cross-attention blocks: with 1e-5, its parent's and the original's,
     it equals its parent exactly; with 1e-6, diffusers', the export is sampled exactly by diffusers' pipeline. The card
     states the difference"""
+
+    def __post_init__(self) -> None:
+        """A clip has frames."""
+        if self.frames is not None and self.frames < 1:
+            raise ConfigError(f"model.frames={self.frames}: must be at least 1, or null where the file tells it")
 
     def load(self, frames: int) -> SVD:
         """The model, inflated where it is an image model, for clips of so many frames; CheckpointError."""

@@ -39,12 +39,19 @@ class Adapting:
 
     @classmethod
     def on(
-        cls, unet: VideoUNet, settings: AdapterSettings, family: str, path: str, seed: int, image_only: bool = False
+        cls,
+        unet: VideoUNet,
+        settings: AdapterSettings,
+        family: str,
+        path: str,
+        seed: int,
+        image_only: bool = False,
+        image_model: str | None = None,
     ) -> Adapting | None:
         """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on. None of none.
 
-        `image_only` says that all frames are trained as images. ConfigError, with the UNet as it was, for layers that
-        the model does not have or that would learn nothing.
+        `image_only` says that all frames are trained as images, `image_model` what the temporal layers of `path` went
+        over. ConfigError, with the UNet as it was, for layers that the model does not have or that would learn nothing.
         """
         if settings.kind == "none":
             return None
@@ -52,7 +59,7 @@ class Adapting:
         targets.refuse_zero_rows(unet, names, settings)
         targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
         _refuse_drawn(unet, names)
-        base = {"name": path, "sha256": bases.sha256(unet)}
+        base = {"name": path, "sha256": bases.sha256(unet), **({"image_model": image_model} if image_model else {})}
         torch.manual_seed(seed_of(seed, "adapter"))
         attach.create(unet, settings, names)
         own = {name: getattr(settings, name) for name in ("targets", "exclude", "trigger", "licence")}
@@ -78,7 +85,7 @@ def _refuse_drawn(unet: VideoUNet, names: Sequence[str]) -> None:
 def told(output: Path, result: Result, model: Any, config: str) -> tuple[dict[str, str], str]:
     """What a run's card says of its adapter, which is finished, and how to use it; arguments and errors of `finish`."""
     adapter = finish(output, result, model, config)
-    return card.facts(adapter), card.use(adapter.about["family"], adapter.about["base"]["name"])
+    return card.facts(adapter), card.use(adapter.about)
 
 
 def finish(output: Path, result: Result, model: Any, config: str) -> Adapter:

@@ -89,7 +89,8 @@ class Reproduction:
             raise CheckpointError(
                 f"{path} was trained by {run['processes']} processes: only a single one's is repeated"
             )
-        places = [f"model.path={base or bases.name_of(adapter, path)}", f"training.output={output}"]
+        model = bases.settings_of(adapter, path, base)
+        places = [f"model.{name}={place or 'null'}" for name, place in model.items()] + [f"training.output={output}"]
         places += [f"data.path={data}"] if data else []
         fixed = ["training.resume=null", "training.max_seconds=null", "training.tracker=none"]
         return cls(path, adapter, config, [*places, *fixed, *_length(path, config, run)])
@@ -113,7 +114,7 @@ class Reproduction:
         family = bases.load(self.adapter.about["family"], model)
         if bases.sha256(family.unet) != told.get("sha256"):
             raise CheckpointError(
-                f"{model['path']} is not the model that {self.path} was trained on ({told.get('name')}, SHA-256 "
+                f"{model['path']} is not the model that {self.path} was trained on ({self.adapter.base}, SHA-256 "
                 f"{str(told.get('sha256'))[:12]}): name that one by --base"
             )
         data = settings.data

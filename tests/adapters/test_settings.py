@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from inflate import shelves
 from inflate.adapters.settings import FILE_NAME, AdapterSettings, Weighted, find
 from inflate.errors import ConfigError
 
@@ -53,3 +54,17 @@ def test_a_name_means_the_file_that_is_there(place: str, tmp_path: Path, monkeyp
     Path(place).touch()
     assert Weighted.parse("pan:0.8") == Weighted(Path(place), 0.8)
     assert Weighted.parse("pan") == Weighted(Path(place), 1.0)
+
+
+def test_a_name_is_told_where_no_shelf_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelves, "SHELVES", ("nowhere",))
+    with pytest.raises(ConfigError, match="no adapter pam: there is none of .*, nor is it one that came with the package .none did"):
+        find("pam")
+
+
+@pytest.mark.parametrize("name", ["~/pan.safetensors", "~/pan"])
+def test_a_file_at_home_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of key=~/pan.safetensors as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pan.safetensors").touch()
+    assert Weighted.parse(f"{name}:0.5") == Weighted(tmp_path / "pan.safetensors", 0.5)

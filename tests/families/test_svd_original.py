@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import LATENT, count_reads, write_image_model
-from inflate.errors import CheckpointError
+from inflate.errors import CheckpointError, ConfigError
 from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_encoders import Encoders
 from inflate.families.svd_model import Model
@@ -67,6 +67,8 @@ def test_the_length_of_clips_is_told_or_said_to_be_assumed(
     assert [record.message.count("14 frames are assumed") for record in caplog.records] == [1]
     with pytest.raises(CheckpointError, match="which pocket is not: leave it out"):
         Model("pocket", frames=25).load(frames=8)
+    with pytest.raises(ConfigError, match="model.frames=0: must be at least 1"):
+        Model(str(file), frames=0)
 
 
 def test_attention_of_the_autoencoder_is_of_convolutions(written: Path) -> None:
