@@ -519,7 +519,9 @@ def run_sweep(
 @report_errors()
 def plan_run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A script such as recipes/svd_finetune.py.")],
-    settings: Annotated[list[str], typer.Argument(metavar="[FILE.yaml] key=value ...", help="What a run is given.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE.yaml] [key=value] ...", help="What a run is given.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="16GB|NAME", help="The card to choose for: its memory, or its name.")
     ] = None,
@@ -533,7 +535,7 @@ def plan_run(
     card = None if gpu is None else Card.parse(gpu)
     from inflate import planning
 
-    if not planning.plan(planning.Planner(recipe, settings), card, typer.echo):
+    if not planning.plan(planning.Planner(recipe, settings or []), card, typer.echo):
         raise typer.Exit(1)
 
 

@@ -87,9 +87,9 @@ def climb(run: Settings, cost_of: Callable[[Mapping[str, Any]], Cost]) -> list[R
         rungs.append(Rung("without recomputation", "memory", changes, cost_of(changes)))
     for measure in MEASURES:
         wanted = measure.settings({**run, **changes})
-        if wanted:
-            merged = {**changes, **wanted}
-            changes = {name: value for name, value in merged.items() if run[name] != value}
+        merged = {**changes, **wanted}
+        changes = {name: value for name, value in merged.items() if run[name] != value}
+        if changes not in [rung.changes for rung in rungs]:
             rungs.append(Rung(measure.name, measure.price, changes, cost_of(changes)))
     return rungs
 

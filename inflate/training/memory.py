@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from inflate.errors import TrainingError
 
-FLASH_HEAD_LIMIT = 256  # channels per head; wider heads take another kernel
+FLASH_HEAD_LIMIT = 256  # channels per head; wider heads take the memory-efficient kernel
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -160,7 +160,7 @@ def fused_attention(fusible: Callable[[Tensor], bool] = lambda query: query.is_m
 
 
 def _unmasked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> bool:
-    return attn_mask is None and query.shape[-1] <= FLASH_HEAD_LIMIT
+    return attn_mask is None
 
 
 def _fused(
@@ -173,8 +173,13 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    attended: Tensor = kernel(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    aten, given = torch.ops.aten, (dropout_p, is_causal)
+    attended: Tensor
+    if query.shape[-1] <= FLASH_HEAD_LIMIT:
+        attended = aten._scaled_dot_product_flash_attention(query, key, value, *given, False, scale=scale)[0]
+    else:
+        learns = torch.is_grad_enabled() and query.requires_grad
+        attended = aten._scaled_dot_product_efficient_attention(query, key, value, None, learns, *given, scale=scale)[0]
     return attended
 
 

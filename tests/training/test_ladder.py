@@ -45,6 +45,8 @@ def test_what_a_run_has_already_is_no_measure() -> None:
     cached = {**RUN, "data.cache": "mine", "data.cache_draws": 2, "training.batch": 1, "training.precision": "fp16"}
     changes = climb(cached, made_up)[-1].changes
     assert changes == {"image_to_video.held_out_clips": 1, "training.precision": "bf16"}
+    least = {**cached, "image_to_video.held_out_clips": 1, "training.precision": "bf16"}
+    assert [rung.measure for rung in climb(least, made_up)] == ["as asked", "without recomputation"]
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
