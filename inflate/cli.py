@@ -533,6 +533,30 @@ def run_sweep(
         raise TrainingError(f"{len(failed)} of {len(outcomes)} runs failed ({', '.join(failed)}): {remedy}")
 
 
+@app.command("plan", context_settings={"ignore_unknown_options": True})
+@report_errors()
+def plan_run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A script such as recipes/svd_finetune.py.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE.yaml] [key=value] ...", help="What a run is given.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="16GB|NAME", help="The card to choose for: its memory, or its name.")
+    ] = None,
+) -> None:
+    """Tell what a run would need of a GPU's memory, phase by phase, without one, and which measures make it fit.
+
+    Nothing is trained, no clip is read, and of a published model no weights. Ends with status 1 where nothing fits.
+    """
+    from inflate.training.cards import Card
+
+    card = None if gpu is None else Card.parse(gpu)
+    from inflate import planning
+
+    if not planning.plan(planning.Planner(recipe, settings or []), card, typer.echo):
+        raise typer.Exit(1)
+
+
 class ListByDefault(TyperGroup):
     """Commands of which `list` is the one that is meant where none is named."""
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPConfig, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
@@ -90,16 +90,28 @@ def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
             "it must embed in as many dimensions as the UNet's context has (1024, Stable Diffusion 2 and Stable Video "
             "Diffusion: laion/CLIP-ViT-H-14-laion2B-s32B-b79K; 768, Stable Diffusion 1: openai/clip-vit-large-patch14)"
         )
-    settings: dict[str, Any] = {"dtype": torch.float32}
-    others: tuple[str, ...] = ()
-    if folders.read_json(folder / "config.json").get("model_type") == "clip":
-        whole = CLIPConfig.from_pretrained(folder)
-        settings["config"], others = whole.vision_config, TEXT_TOWER
-        settings["config"].projection_dim = whole.projection_dim
+    whole, config = _encoder_config(folder)
+    settings: dict[str, Any] = {"dtype": torch.float32, "config": config}
+    others = TEXT_TOWER if whole else ()
     try:
         return load_strictly(CLIPVisionModelWithProjection.from_pretrained, folder, settings, others)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
+
+
+def outline_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
+    """The same without memory; the folder's weights are not read."""
+    with torch.device("meta"):
+        return CLIPVisionModelWithProjection(_encoder_config(folder)[1])
+
+
+def _encoder_config(folder: Path) -> tuple[bool, CLIPVisionConfig]:
+    """Whether a folder holds a whole CLIP model, and the configuration of its image encoder."""
+    if folders.read_json(folder / "config.json").get("model_type") != "clip":
+        return False, CLIPVisionConfig.from_pretrained(folder)
+    both = CLIPConfig.from_pretrained(folder)
+    both.vision_config.projection_dim = both.projection_dim
+    return True, both.vision_config
 
 
 def build_vae(config: Mapping[str, Any]) -> VideoVAE:
@@ -211,10 +223,8 @@ def exact_vae_tensors(vae: VideoVAE) -> dict[str, Tensor]:
     return {key: tensors[key].clone() for key in keys} if keys[0] in tensors else {}
 
 
-def load_diffusers_unet(
-    folder: Path, exact: Mapping[str, Any] | None, read: exchange.Read = exchange.read_tensors
-) -> VideoUNet:
-    """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
+def outline_unet(folder: Path, exact: Mapping[str, Any] | None) -> VideoUNet:
+    """The same as `load_diffusers_unet` without memory; the folder's weights are not read."""
     if exact is None:
         kind = folders.unet_kind(folder, UNetSpatioTemporalConditionModel)
         config, spec = image_unet_config(exchange.with_defaults(kind, folder))
@@ -222,18 +232,31 @@ def load_diffusers_unet(
         config, spec = dict(exact), TemporalSpec.from_dict(exact["temporal"])
     else:
         raise CheckpointError(f"{folder.parent / 'inflate.json'} lacks unet.temporal; copy or export the model again")
-    unet = exchange.build_unet(config, spec)
+    return exchange.build_unet(config, spec)
+
+
+def load_diffusers_unet(
+    folder: Path, exact: Mapping[str, Any] | None, read: exchange.Read = exchange.read_tensors
+) -> VideoUNet:
+    """A VideoUNet from UNetSpatioTemporalConditionModel's folder; `exact` is the configuration kept by our export."""
+    unet = outline_unet(folder, exact)
     wanted = exchange.shapes(unet)
     names = exchange.inverse(svd_keys.unet_to_diffusers(wanted))
     exchange.adopt(unet, exchange.convert(exchange.read_weights(folder, read), names, wanted, str(folder)))
     return unet
 
 
-def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides: Mapping[str, Tensor]) -> VideoVAE:
-    """A VideoVAE from AutoencoderKLTemporalDecoder's folder; `exact` and `overrides` are what our export kept."""
-    vae = build_vae(
+def outline_vae(folder: Path, exact: Mapping[str, Any] | None) -> VideoVAE:
+    """The same as `load_diffusers_vae` without memory; the folder's weights are not read."""
+    published = (
         image_vae_config(exchange.with_defaults(AutoencoderKLTemporalDecoder, folder)) if exact is None else exact
     )
+    return build_vae(published)
+
+
+def load_diffusers_vae(folder: Path, exact: Mapping[str, Any] | None, overrides: Mapping[str, Tensor]) -> VideoVAE:
+    """A VideoVAE from AutoencoderKLTemporalDecoder's folder; `exact` and `overrides` are what our export kept."""
+    vae = outline_vae(folder, exact)
     wanted = exchange.shapes(vae)
     names = exchange.inverse(svd_keys.vae_to_diffusers(wanted))
     tensors = exchange.read_weights(folder)

@@ -69,7 +69,7 @@ def power_spectrum(clip: Tensor) -> Tensor:
     side = min(height, width)
     rows, columns = (torch.fft.fftfreq(n, 1 / side, device=light.device) for n in (height, width))
     ring = torch.hypot(rows[:, None], columns[None, :]).round().long().flatten()  # (H*W,)
-    inside = ring <= side // 2
+    inside = (ring <= side // 2).nonzero().flatten()
     total = light.new_zeros(len(power), side // 2 + 1).index_add_(1, ring[inside], power.flatten(1)[:, inside])
     return total / torch.bincount(ring[inside], minlength=side // 2 + 1)  # (B, rings)
 

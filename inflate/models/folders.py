@@ -33,6 +33,17 @@ PIPELINE_FILES = ("*.json", TENSORS_FILE, TEMPORAL_FILE, *(f"{part}/*" for part 
 SHIPPED = {name: Path(__file__).parents[1] / name.replace("-", "_") for name in ("pocket", "pocket-t2v", "pocket-svd")}
 """The models that come with the package, by the names that stand for their folders."""
 
+OUTLINES = {
+    "stabilityai/stable-video-diffusion-img2vid": "svd",
+    "stabilityai/stable-video-diffusion-img2vid-xt": "svd-xt",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+"""Published models whose configurations come with the package, and the folders of these."""
+CONFIGURATIONS = ("*.json", "*/config.json", "*/scheduler_config.json", "*/preprocessor_config.json")
+
 
 def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
     """The local folder of `path`, of a shipped model (`pocket`), or of a model owner/name on the Hub.
@@ -47,6 +58,18 @@ def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=list(files), ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{path} is neither a folder nor a model that can be downloaded: {error}") from error
+
+
+def outline(path: str | Path) -> Path:
+    """A folder with the configurations of a model's parts, and not always with its weights.
+
+    That is its local folder, or what comes with the package of a published model; of another one on the Hub the
+    configurations alone are downloaded. CheckpointError where there is none.
+    """
+    known = OUTLINES.get(str(path))
+    if known is None or Path(path).is_dir():
+        return resolve(path, CONFIGURATIONS)
+    return Path(__file__).parents[1] / "outlines" / known
 
 
 def local_folder(path: str | Path) -> Path | None:

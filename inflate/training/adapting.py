@@ -24,6 +24,7 @@ from inflate.models.unet import VideoUNet
 from inflate.training import record
 from inflate.training.loop import Result
 from inflate.training.noise import seed_of
+from inflate.training.paper import on_paper
 
 SAMPLES = "before_after.png"
 """What a run leaves of its previews, which the card shows."""
@@ -51,15 +52,19 @@ class Adapting:
         """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on. None of none.
 
         `image_only` says that all frames are trained as images, `image_model` what the temporal layers of `path` went
-        over. ConfigError, with the UNet as it was, for layers that the model does not have or that would learn nothing.
+        over. Of a UNet on paper, whose values are unknown, only the names are checked. ConfigError, with the UNet as it
+        was, for layers that the model does not have or that would learn nothing.
         """
         if settings.kind == "none":
             return None
         names = targets.resolve(unet, settings)
-        targets.refuse_zero_rows(unet, names, settings)
-        targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
-        _refuse_drawn(unet, names)
-        base = {"name": path, "sha256": bases.sha256(unet), **({"image_model": image_model} if image_model else {})}
+        known = not on_paper(next(unet.parameters()))
+        if known:
+            targets.refuse_zero_rows(unet, names, settings)
+            targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
+            _refuse_drawn(unet, names)
+        digest = bases.sha256(unet) if known else None
+        base = {"name": path, "sha256": digest, **({"image_model": image_model} if image_model else {})}
         torch.manual_seed(seed_of(seed, "adapter"))
         attach.create(unet, settings, names)
         own = {name: getattr(settings, name) for name in ("targets", "exclude", "trigger", "licence")}

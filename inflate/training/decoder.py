@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -117,6 +116,7 @@ class DecoderTask:
         self.decoder = Player("decoder", LatentDecoder(vae, settings.temporal), self._decoder_loss, settings.lr)
         self.players = [self.decoder, *(self._critic(name, network) for name, network in self.critics.items())]
         self.frozen: list[nn.Module] = [self.perceptual] if settings.perceptual else []
+        self.visiting: list[nn.Module] = []
         self.encoder_sha256 = encoder_sha256(vae)
         self.held_out = HeldOut(vae, held_out, settings.held_out_noise, seed)
         shown = training[: settings.train_clips]
@@ -197,10 +197,15 @@ class DecoderTask:
 
     def preview(self, folder: Path) -> None:
         """An mp4 and a contact sheet per held-out clip: truth, frame-wise parent and present, from noisy latents."""
-        for number in range(min(self.settings.previews, len(self.held_out.pixels))):
-            clips = self.held_out.shown(self.vae, self.settings.temporal, number)
+        for number, drawn in enumerate(self.drawn()):
+            clips = {label: to_uint8(clip[0]) for label, clip in drawn.items()}
             write(folder / f"decoder-{number:02d}.mp4", np.concatenate(list(clips.values()), axis=2), self.fps)
             contact_sheet(folder / f"decoder-{number:02d}.png", list(clips.values()), list(clips))
+
+    def drawn(self) -> Iterator[dict[str, Tensor]]:
+        """What a preview shows of each clip, from noisy latents, by label: (1, F, 3, H, W) in [0, 1]."""
+        for number in range(min(self.settings.previews, len(self.held_out.pixels))):
+            yield self.held_out.shown(self.vae, self.settings.temporal, number)
 
     def export(self, folder: Path) -> None:
         """Write the result by the recipe's own exporter, and into it `decoder.json`, the record of the training."""
@@ -281,11 +286,10 @@ class HeldOut(FixedClips):
         self.parent = self.measure(vae, False)
         self.parent_clips = [self.decoded(vae, False, number, noisy=True) for number in range(len(self.pixels))]
 
-    def shown(self, vae: AutoencoderKL, temporal: bool, number: int) -> dict[str, npt.NDArray[np.uint8]]:
-        """Rows to look at, by label: uint8 (F, H, W, 3), the reconstructions from noisy latents."""
+    def shown(self, vae: AutoencoderKL, temporal: bool, number: int) -> dict[str, Tensor]:
+        """Rows to look at, by label: (1, F, 3, H, W) in [0, 1], the reconstructions from noisy latents."""
         now = self.decoded(vae, temporal, number, noisy=True)
-        clips = {"truth": unit(self.pixels[number][None]), "frame-wise": self.parent_clips[number], "now": now}
-        return {label: to_uint8(clip[0]) for label, clip in clips.items()}
+        return {"truth": unit(self.pixels[number][None]), "frame-wise": self.parent_clips[number], "now": now}
 
 
 def _select_trainable(vae: AutoencoderKL, settings: Decoder) -> None:

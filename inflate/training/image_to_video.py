@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -131,7 +131,7 @@ class ImageToVideoTask:
         self.adapter = adapter
         needed: dict[Frames, list[nn.Module]] = {"all": [family.vae, family.image_encoder], "first": [family.vae]}
         self.frozen = needed.get(frames, [])
-        self._visiting = [one for one in needed["all"] if one not in self.frozen]
+        self.visiting = [one for one in needed["all"] if one not in self.frozen]
         self.held_out = held_out[: settings.held_out_clips]
         self.training = [*training[: settings.train_clips]]
         self.bands = self._bands()
@@ -179,7 +179,7 @@ class ImageToVideoTask:
 
     def _encoders(self) -> AbstractContextManager[None]:
         """Have every encoder on the device meanwhile."""
-        return visiting(self._visiting, self._device())
+        return visiting(self.visiting, self._device())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -230,15 +230,20 @@ class ImageToVideoTask:
         `scores.json` holds the mean over all of them.
         """
         scores: dict[str, list[float]] = {}
-        for places in same_size(self.shown, len(self.shown)):
-            with self._encoders():
-                truth, generated = self.animate([self.shown[place] for place in places], places)
-                measured = self.score(truth, generated)
+        for places, truth, generated, measured in self.drawn():
             self._show(folder, places, truth, generated)
             for name, value in measured.items():
                 scores.setdefault(name, []).extend([value] * len(places))
         means = {name: sum(values) / len(values) for name, values in scores.items()}
         (folder / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
+
+    def drawn(self) -> Iterator[tuple[list[int], Tensor, Tensor, dict[str, float]]]:
+        """What a preview shows, by size: places of clips, the clips, their animations (`animate`) and `score`."""
+        for places in same_size(self.shown, len(self.shown)):
+            with self._encoders():
+                truth, generated = self.animate([self.shown[place] for place in places], places)
+                measured = self.score(truth, generated)
+            yield places, truth, generated, measured
 
     def _show(self, folder: Path, places: list[int], truth: Tensor, generated: Tensor) -> None:
         """Write the videos and the contact sheet of clips of one size, named by their places."""

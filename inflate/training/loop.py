@@ -74,6 +74,13 @@ class Stepwise(Dataset, Protocol):
         """What the numbers rest on beside the seed; a run that resumes must find it unchanged."""
 
 
+class Phases(Protocol):
+    """What is told of the phases of a step: a clock, or a ledger."""
+
+    def begin(self, phase: Any, /) -> None:
+        """Count towards a phase from here on: encode, backward, update, other."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended: steps done, why it stopped (`finished`, `max_seconds`, `SIGINT`, `SIGTERM`), held-out
@@ -137,11 +144,7 @@ def fit(
                 with accelerator.accumulate(*(one.player.network for one in acting)):
                     for one in acting:
                         with turn(one, trainees):
-                            clock.begin("encode")
-                            loss, logs = one.player.loss(batch, noise, state.step)  # (B,)
-                            clock.begin("backward")
-                            accelerator.backward(loss.mean())
-                            clock.begin("other")
+                            loss, logs = learn(one, batch, noise, state.step, accelerator, clock)
                         collect(terms, one, loss, logs)
             clock.begin("update")
             norms = [one.gradient_norm(accelerator) for one in acting]
@@ -464,6 +467,18 @@ def leave_signals(over: Any, _: int) -> None:
 
 
 # --- within a step ----------------------------------------------------------------------------------------------------
+
+
+def learn(
+    one: Trainee, batch: Batch, noise: Noise, step: int, accelerator: Any, clock: Phases
+) -> tuple[Tensor, Mapping[str, Tensor | Selected]]:
+    """Add the gradients of a player's loss on a batch to its own; the loss (B,) and what is logged of it."""
+    clock.begin("encode")
+    loss, logs = one.player.loss(batch, noise, step)  # (B,)
+    clock.begin("backward")
+    accelerator.backward(loss.mean())
+    clock.begin("other")
+    return loss, logs
 
 
 def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor | Selected]) -> None:

@@ -6,7 +6,7 @@ never fragments. Left out: kernel workspaces, allocator rounding and the CUDA co
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 from inflate.errors import TrainingError
 
-FLASH_HEAD_LIMIT = 256  # channels per head; wider heads take another kernel
+FLASH_HEAD_LIMIT = 256  # channels per head; wider heads take the memory-efficient kernel
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,19 @@ class Estimate:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of live storages and the FLOPs of every operation while it is active."""
+    """Counts the bytes of live storages and the FLOPs of every operation while it is active.
 
-    def __init__(self) -> None:
+    Only tensors of one kind of device count. What is counted is told apart by phases, which `begin` names.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.current = self.peak = self.flops = 0
+        self.phase = ""
+        self.peaks: dict[str, int] = {}
+        self.work: dict[tuple[str, bool], int] = {}
+        """FLOPs by phase, and whether they were done in half precision"""
         self.modules: list[str] = [""]
         self._live: dict[int, tuple[Holding, Any]] = {}
 
@@ -64,11 +73,22 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.record(tree_leaves(result), str(func))
+        values = tree_leaves(result)
+        self.record(values, str(func))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+            self._count(int(formula(*args, **(kwargs or {}), out_val=result)), values)
         return result
+
+    def _count(self, flops: int, made: Sequence[Any]) -> None:
+        half = any(isinstance(value, Tensor) and value.dtype in HALVES for value in made)
+        self.flops += flops
+        self.work[self.phase, half] = self.work.get((self.phase, half), 0) + flops
+
+    def begin(self, phase: str) -> None:
+        """Count towards a phase from here on."""
+        self.phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.current)
 
     def record(self, values: Iterable[Any], operation: str = "given") -> None:
         """Enter the storages of the tensors among `values` that are not entered yet."""
@@ -77,6 +97,8 @@ class Ledger(TorchDispatchMode):
                 self._enter(value, operation)
 
     def _enter(self, tensor: Tensor, operation: str) -> None:
+        if tensor.device.type != self.device:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -85,6 +107,7 @@ class Ledger(TorchDispatchMode):
         self._live[key] = (holding, weakref.ref(storage, lambda _: self._leave(key)))
         self.current += holding.bytes
         self.peak = max(self.peak, self.current)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.current)
 
     def _leave(self, key: int) -> None:
         holding, _ = self._live.pop(key)
@@ -118,8 +141,8 @@ class Ledger(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Send unmasked attention on the meta device to the fused kernel that a GPU would choose.
+def fused_attention(fusible: Callable[[Tensor], bool] = lambda query: query.is_meta) -> Iterator[None]:
+    """Send unmasked attention, where queries are `fusible`, to the fused kernel that a GPU would choose.
 
     Without a GPU in sight the dispatcher picks the plain one, whose score matrix would dominate every figure. The
     function itself is exchanged, for a function mode is switched off in a backward pass and would miss recomputation.
@@ -127,7 +150,7 @@ def fused_attention() -> Iterator[None]:
     plain = functional.scaled_dot_product_attention
 
     def choose(*args: Any, **kwargs: Any) -> Tensor:
-        return _fused(*args, **kwargs) if _fusible(*args, **kwargs) else plain(*args, **kwargs)
+        return _fused(*args, **kwargs) if _unmasked(*args, **kwargs) and fusible(args[0]) else plain(*args, **kwargs)
 
     functional.scaled_dot_product_attention = choose
     try:
@@ -136,8 +159,8 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = plain
 
 
-def _fusible(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> bool:
-    return query.device.type == "meta" and attn_mask is None and query.shape[-1] <= FLASH_HEAD_LIMIT
+def _unmasked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> bool:
+    return attn_mask is None
 
 
 def _fused(
@@ -150,8 +173,13 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    attended: Tensor = kernel(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    aten, given = torch.ops.aten, (dropout_p, is_causal)
+    attended: Tensor
+    if query.shape[-1] <= FLASH_HEAD_LIMIT:
+        attended = aten._scaled_dot_product_flash_attention(query, key, value, *given, False, scale=scale)[0]
+    else:
+        learns = torch.is_grad_enabled() and query.requires_grad
+        attended = aten._scaled_dot_product_efficient_attention(query, key, value, None, learns, *given, scale=scale)[0]
     return attended
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,7 +115,7 @@ class TextToVideoTask:
         encoders: list[nn.Module] = [family.vae, *family.text.networks]
         for module in encoders:
             module.requires_grad_(False).eval()
-        self.frozen, self._visiting = ([], encoders) if cached else (encoders, [])
+        self.frozen, self.visiting = ([], encoders) if cached else (encoders, [])
         self.nothing = family.embed([""])
         self.held_out = held_out[: settings.held_out_clips]
         self.training = [*training[: settings.train_clips]]
@@ -196,15 +196,21 @@ class TextToVideoTask:
         """Sample the first held-out clips' captions: an mp4 each, a contact sheet per size, and prompts.txt."""
         lines = [f"{place:02d} {clip['caption'][0]}" for place, clip in enumerate(self.shown)]
         (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
-        for places in same_size(self.shown, len(self.shown)):
-            with self._encoders():
-                clips = [to_uint8(unit(clip)) for clip in self.draw(places)]
+        for places, drawn in self.drawn():
+            clips = [to_uint8(unit(clip)) for clip in drawn]
             for place, clip in zip(places, clips, strict=True):
                 video.write(folder / f"{place:02d}.mp4", clip, float(self.shown[place]["fps"][0]))
             alone = len(places) == len(self.shown)
             size = "x".join(map(str, size_of(self.shown[places[0]])))
             labels = [f"{place:02d}" for place in places]
             video.contact_sheet(folder / ("sheet.png" if alone else f"sheet-{size}.png"), clips, labels)
+
+    def drawn(self) -> Iterator[tuple[list[int], Tensor]]:
+        """What a preview shows, by size: places of clips, and the samples of their captions (`draw`)."""
+        for places in same_size(self.shown, len(self.shown)):
+            with self._encoders():
+                clips = self.draw(places)
+            yield places, clips
 
     def draw(self, places: list[int]) -> Tensor:
         """Samples (N, F, 3, H, W), about in [-1, 1], of the captions at places of one size; the place is the seed."""
@@ -242,7 +248,7 @@ class TextToVideoTask:
         return (clean.shape[1],) if self.stage == "spatial" else ()
 
     def _encoders(self) -> AbstractContextManager[None]:
-        return visiting(self._visiting, self._device())
+        return visiting(self.visiting, self._device())
 
     def _device(self) -> torch.device:
         return next(self.players[0].network.parameters()).device

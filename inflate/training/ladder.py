@@ -1,0 +1,100 @@
+"""Measures that make a run need less memory, from the fastest to the smallest, and the choice among them.
+
+A measure is one entry of `MEASURES`: its name, the settings that it sets, and what it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from inflate.training.cards import Card
+from inflate.training.cost import Cost
+
+Settings = Mapping[str, Any]
+"""All settings of a run, by dotted name."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that lessens a run's memory. `settings` gives, for a run's settings, those to change; none: no use."""
+
+    name: str
+    price: str
+    settings: Callable[[Settings], dict[str, Any]]
+
+
+def _set(**wanted: Any) -> Callable[[Settings], dict[str, Any]]:
+    """Settings that are set where a run has them, in whatever group; the group stands before two underscores."""
+    dotted = {name.replace("__", "."): value for name, value in wanted.items()}
+    return lambda run: {name: value for name, value in dotted.items() if name in run and run[name] != value}
+
+
+def _single_clips(run: Settings) -> dict[str, Any]:
+    batch = run["training.batch"]
+    accumulate = run["training.accumulate"]
+    return {"training.batch": 1, "training.accumulate": batch * accumulate} if batch > 1 else {}
+
+
+def _cached(run: Settings) -> dict[str, Any]:
+    return {"data.cache": "cache"} if run["data.cache"] is None else {}
+
+
+def _draws(run: Settings) -> dict[str, Any]:
+    animates = run.get("stage") == "image_to_video" and not run["data.cache_draws"]
+    return {"data.cache_draws": 4} if animates else {}
+
+
+RECOMPUTING = ("image_to_video.gradient_checkpointing", "text_to_video.gradient_checkpointing")
+FASTEST = _set(image_to_video__gradient_checkpointing=False, text_to_video__gradient_checkpointing=False)
+"""What a ladder begins with: the run without measures that cost time."""
+MEASURES = (
+    Measure("cached clips", "`inflate data cache` first, and disk", _cached),
+    Measure("cached condition frames", "4 noised first frames per window in place of ever new ones", _draws),
+    Measure("half precision", "rounding to bf16", _set(training__precision="bf16")),
+    Measure("one preview at a time", "fewer previews", _set(text_to_video__preview_clips=1)),
+    Measure("one held-out clip at a time", "a coarser held-out loss", _set(
+        image_to_video__held_out_clips=1, text_to_video__held_out_clips=1
+    )),
+    Measure("single clips", "more passes per step", _single_clips),
+    Measure("recomputation", "a second forward pass", _set(
+        image_to_video__gradient_checkpointing=True, text_to_video__gradient_checkpointing=True
+    )),
+)  # fmt: skip
+"""In the order in which they are taken."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run with the measures up to one."""
+
+    measure: str
+    price: str
+    changes: dict[str, Any] = field(hash=False)
+    """settings that differ from those of the run as asked"""
+    cost: Cost = field(hash=False)
+
+
+def climb(run: Settings, cost_of: Callable[[Mapping[str, Any]], Cost]) -> list[Rung]:
+    """The run as asked, without measures that cost time, and then with one measure more on each rung.
+
+    `cost_of` tells what a run costs with such changes.
+    """
+    rungs = [Rung("as asked", "", {}, cost_of({}))]
+    changes = FASTEST(run)
+    if changes:
+        rungs.append(Rung("without recomputation", "memory", changes, cost_of(changes)))
+    for measure in MEASURES:
+        wanted = measure.settings({**run, **changes})
+        merged = {**changes, **wanted}
+        changes = {name: value for name, value in merged.items() if run[name] != value}
+        if changes not in [rung.changes for rung in rungs]:
+            rungs.append(Rung(measure.name, measure.price, changes, cost_of(changes)))
+    return rungs
+
+
+def choose(rungs: Sequence[Rung], card: Card) -> Rung | None:
+    """The fastest of those that fit, the first of equally fast ones; None where none fits."""
+    fitting = [rung for rung in rungs if rung.cost.peak <= card.usable]
+    return min(fitting, key=lambda rung: card.seconds(rung.cost.half_flops, rung.cost.full_flops), default=None)

@@ -1,0 +1,134 @@
+"""A device on paper: its tensors have a shape and a type but no memory, so that a GPU need not be there.
+
+What a training step does there is what PyTorch would do, autocast included: it is its own dispatch, over its fake
+tensors. They call themselves the CPU's, for a build without CUDA knows no other; where a GPU would do otherwise
+(attention, the norms of autocast), `Paper` does as the GPU. Values are unknown: code that asks for one is told 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from inflate.objectives import schedule_sigmas, schedule_signal
+from inflate.training.memory import fused_attention
+
+DEVICE = torch.device("cpu")
+"""What the tensors say of where they are."""
+
+
+@dataclass
+class Paper:
+    """A device that need not be there: a GPU, or else the CPU, for comparison with what can be measured there."""
+
+    gpu: bool = True
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let networks on paper be used; tensors that have nothing to do with them keep their values."""
+        for zero_terminal in (False, True):  # kept for good by whoever asks first: not without values
+            schedule_signal(zero_terminal), schedule_sigmas(zero_terminal)
+        with ExitStack() as stack:
+            if self.gpu:
+                stack.enter_context(fused_attention(on_paper))
+                stack.enter_context(float32_norms())
+            stack.enter_context(_moving())
+            stack.enter_context(self.mode)
+            stack.enter_context(_Routes())
+            yield
+
+    def adopt(self, network: nn.Module) -> None:
+        """Give a network, which may be without memory (on the meta device), parameters and buffers on paper."""
+        _replace(network, self.like)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape and type on paper."""
+        return tensor if on_paper(tensor) else self.empty(*tensor.shape, dtype=tensor.dtype)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor on paper."""
+        return FakeTensor(self.mode, torch.empty(shape, dtype=dtype, device="meta"), DEVICE)
+
+
+def on_paper(tensor: Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+class _Routes(TorchDispatchMode):
+    """Sends to the paper what concerns it, and everything else to where values are known."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if any(isinstance(value, FakeTensor) for value in tree_leaves((args, given))):
+            asked = func is torch.ops.aten._local_scalar_dense.default
+            return 0 if asked else func(*args, **given)
+        with unset_fake_temporarily():
+            return func(*args, **given)
+
+
+@contextmanager
+def float32_norms() -> Iterator[None]:
+    """Let autocast compute norms in float32, as it does on a GPU and not on a CPU.
+
+    The functions are exchanged, for a function mode is switched off in a backward pass and would miss recomputation.
+    """
+    plain = functional.group_norm, functional.layer_norm
+    functional.group_norm, functional.layer_norm = _widened(plain[0]), _widened(plain[1])
+    try:
+        yield
+    finally:
+        functional.group_norm, functional.layer_norm = plain
+
+
+def _widened(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wide(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled(DEVICE.type):
+            return norm(*args, **kwargs)
+        return norm(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
+
+    return wide
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
+def _replace(network: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Put what `function` makes of every parameter and buffer in its place."""
+    for module in network.modules() if recurse else [network]:
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = _replaced(tensor, function(tensor.detach()))
+    return network
+
+
+def _replaced(tensor: Tensor, made: Tensor) -> Tensor:
+    if made.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+        return tensor
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+@contextmanager
+def _moving() -> Iterator[None]:
+    """Let networks be moved: PyTorch would exchange the contents of parameters, which those on paper refuse."""
+    plain = nn.Module._apply
+    nn.Module._apply = _replace  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = plain  # type: ignore[method-assign]

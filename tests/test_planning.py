@@ -1,0 +1,101 @@
+"""`inflate plan`: recipes' own tasks on paper, the table and the choice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from inflate.cli import app
+from inflate.errors import CheckpointError, ConfigError
+from inflate.families import svd_outline, video_ldm_outline
+from inflate.models import folders
+from inflate.planning import Planner, assignments, refusal
+from inflate.training.cards import Card
+from inflate.training.cost import Cost
+from inflate.training.ladder import Rung
+
+ROOT = Path(__file__).resolve().parents[1]
+SVD, VIDEO_LDM = (ROOT / "recipes" / f"{name}_finetune.py" for name in ("svd", "video_ldm"))
+SMALL = ["data.frames=2", "data.height=32", "data.width=32"]
+
+
+def small(recipe: Path, file: str, *more: str) -> Planner:
+    return Planner(recipe, [str(ROOT / "recipes" / file), *SMALL, *more])
+
+
+def test_the_command_prints_the_ladder_and_what_to_add() -> None:
+    settings = [
+        "data.cache=cache",
+        "training.batch=1",
+        "text_to_video.preview_clips=1",
+        "text_to_video.held_out_clips=1",
+    ]
+    arguments = [str(VIDEO_LDM), str(ROOT / "recipes" / "video_ldm_pocket.yaml"), *SMALL, *settings]
+    result = CliRunner().invoke(app, ["plan", *arguments, "--gpu", "1GB"])
+    assert result.exit_code == 0, result.output
+    assert [line.split("  ")[0] for line in result.output.splitlines()[3:5]] == ["as asked", "+ recomputation"]
+    assert result.output.splitlines()[-1].startswith("fits 1GB: 0.")
+    assert result.output.splitlines()[-1].endswith("; as asked")
+
+
+def test_a_cache_takes_the_encoders_from_the_step() -> None:
+    planner = small(SVD, "svd_pocket.yaml", "image_to_video.trainable=all", str(ROOT / "adapters/temporal_lora.yaml"))
+    cached = planner.cost({"data.cache": "cache", "data.cache_draws": 2})
+    assert cached.frozen == 0
+    assert cached.peaks["evaluate"] > cached.peaks["update"]
+    assert cached.gradients == 4 * cached.trained
+
+
+def test_both_players_of_the_decoders_training_act() -> None:
+    cost = small(SVD, "svd_demo_decoder.yaml").cost({})
+    assert cost.optimizer >= 8 * cost.trained
+    assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
+
+
+def test_where_nothing_fits_it_says_by_how_much_and_what_is_smaller() -> None:
+    planner = small(SVD, "svd_pocket.yaml", "data.frames=4", "data.height=64", "data.width=64")
+    asked = Cost(0, 0, 0, 0, 0, 0, {"backward": 20 * 10**9}, 0, 0, 0)
+    told = refusal(planner, [Rung("as asked", "", {"training.batch": 1}, asked)], Card.parse("16GB"))
+    assert "with training.batch=1 it needs 20.00 GB (backward), 5.60 GB more than the 14.40" in told
+    assert re.search(r"smaller are data.frames=2 \(0\.\d\d GB\) or data.height=32 data.width=32 ", told)
+    none = CliRunner().invoke(app, ["plan", str(SVD), *planner.sources, "training.batch=0"])
+    assert none.exit_code == 1
+
+
+def test_a_stage_of_two_models_and_a_script_without_a_task_are_refused() -> None:
+    with pytest.raises(ConfigError, match="stage=demo trains two models"):
+        Planner(SVD, []).ladder()
+    with pytest.raises(ConfigError, match="no make_task"):
+        Planner(ROOT / "recipes" / "pocket_pretrain.py", []).ladder()
+    with pytest.raises(ConfigError, match="no such recipe"):
+        Planner(ROOT / "missing.py", []).ladder()
+
+
+def test_a_single_file_is_refused_with_the_remedy() -> None:
+    for outline in (svd_outline.outline, video_ldm_outline.outline):
+        with pytest.raises(CheckpointError, match="plan with the folder of a model of the same shape"):
+            outline("model.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in folders.OUTLINES if "video" in name])
+def test_published_video_models_have_their_size_without_weights(name: str) -> None:
+    family = svd_outline.outline(name)
+    assert sum(parameter.numel() for parameter in family.unet.parameters()) == 1_524_623_082
+    assert family.decode_chunk == (25 if name.endswith("xt") else 14)
+    assert next(family.vae.parameters()).is_meta
+
+
+@pytest.mark.parametrize(("name", "millions"), [("2-1-base", 865.9), ("v1-5", 859.5), ("xl-base", 2567.5)])
+def test_published_image_models_have_their_size_without_weights(name: str, millions: float) -> None:
+    path = next(one for one in folders.OUTLINES if name in one)
+    family = video_ldm_outline.outline(path)
+    image = [value.numel() for key, value in family.unet.named_parameters() if ".temporal." not in key]
+    assert sum(image) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_settings_are_written_as_a_command_line_takes_them() -> None:
+    written = assignments({"data.cache": None, "training.batch": 1, "a.flag": True, "training.precision": "bf16"})
+    assert written == ["data.cache=null", "training.batch=1", "a.flag=true", "training.precision=bf16"]

@@ -1,0 +1,78 @@
+"""The cost of a step on paper against the real step, tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from inflate.training.cost import Cost, measure, on_paper
+from inflate.training.image_to_video import ImageToVideoTask
+from inflate.training.paper import Paper
+from inflate.training.paper import on_paper as is_on_paper
+from inflate.training.settings import Training
+from tiny_svd import Clips, image_to_video
+
+WITHIN = 0.02
+
+
+def task(paper: Paper | None, **changes: Any) -> ImageToVideoTask:
+    made = image_to_video(**changes)
+    for network in made.family.parts.values():
+        network.float()
+        if paper:
+            paper.adopt(network)
+    made.held_out[0]["pixels"] = made.held_out[0]["pixels"].float()
+    return made
+
+
+def batch(size: int, paper: Paper | None) -> dict[str, Any]:
+    items = [Clips()[number] for number in range(size)]
+    stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    pixels = stacked["pixels"].float()
+    return {**stacked, "pixels": paper.like(pixels) if paper else pixels}
+
+
+def predicted(training: Training, gpu: bool = False, looking: bool = False, **changes: Any) -> Cost:
+    paper = Paper(gpu)
+    return on_paper(task(paper, **changes), training, batch(training.batch, paper), paper, looking)
+
+
+@pytest.mark.parametrize(
+    ("training", "changes"),
+    [
+        ({}, {"gradient_checkpointing": True}),
+        ({"precision": "bf16", "accumulate": 4, "ema": 0.9}, {}),
+        ({"batch": 2}, {"trainable": "temporal"}),
+    ],
+)
+def test_a_step_on_paper_is_the_real_steps_equal(training: dict[str, Any], changes: dict[str, Any]) -> None:
+    settings = Training(tracker="none", **training)
+    looking = not training
+    ahead = predicted(settings, looking=looking, **changes)
+    real = measure(task(None, **changes), settings, batch(settings.batch, None), looking)
+    for name in ("weights", "frozen", "trained", "gradients", "optimizer", "average", "forward_flops", "flops"):
+        assert getattr(ahead, name) == getattr(real, name), name
+    assert list(ahead.peaks) == list(real.peaks)
+    for phase, peak in real.peaks.items():
+        assert ahead.peaks[phase] == pytest.approx(peak, rel=WITHIN), phase
+
+
+def test_a_gpu_keeps_float32_norms_and_all_square_roots_at_once_and_nothing_stays_exchanged() -> None:
+    functional = torch.nn.functional
+    plain = functional.group_norm, functional.scaled_dot_product_attention, torch.nn.Module._apply
+    half = Training(precision="bf16", tracker="none")
+    cpu, gpu = predicted(half), predicted(half, gpu=True)
+    assert gpu.peaks["forward"] > cpu.peaks["forward"]
+    assert gpu.peaks["update"] > cpu.peaks["update"]
+    assert (functional.group_norm, functional.scaled_dot_product_attention, torch.nn.Module._apply) == plain
+
+
+def test_tensors_on_paper_answer_0_and_others_keep_their_values() -> None:
+    paper = Paper()
+    with paper.active():
+        made = paper.empty(3)
+        assert is_on_paper(made * 2)
+        assert float(made.sum()) == 0.0
+        assert float(torch.arange(3).sum()) == 3.0
