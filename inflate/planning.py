@@ -183,7 +183,7 @@ def table(rungs: Sequence[Rung], card: Card | None) -> str:
     told = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
     phases = [phase for phase in PHASES if any(phase in rung.cost.peaks for rung in rungs)]
     timed = card is not None and card.timed
-    head = ("GB at most", *phases, "in all", "TFLOP/step", *(("s/step",) if timed else ()), "for")
+    head = ("GB at most", *phases, "in all", "TFLOP/step", *(("s/step, estimated",) if timed else ()), "for")
     lines = aligned([head, *(_line(rung, phases, card if timed else None) for rung in rungs)])
     return "\n".join([f"as asked, GB: {told}; {asked.trained / 1e6:,.1f} M parameters are trained", "", *lines])
 
@@ -208,10 +208,13 @@ def refusal(planner: Planner, rungs: Sequence[Rung], card: Card) -> str:
     least = min(rungs, key=lambda rung: rung.cost.peak)
     over = (least.cost.peak - card.usable) / GB
     helped = [f"{changes} ({cost.peak / GB:.2f} GB)" for changes, cost in planner.smaller(least.changes).items()]
+    config = planner.config()
+    adaptable = config.adapter.kind == "none" and config.stage != "decoder"
+    helped += ["an adapter (adapters/temporal_lora.yaml)"] if adaptable else []
     return (
         f"nothing fits {card}: with {' '.join(assignments(least.changes)) or 'the run as asked'} it needs "
         f"{least.cost.peak / GB:.2f} GB ({least.cost.limit}), {over:.2f} GB more than the {card.usable / GB:.2f} that "
-        f"may be filled; smaller are {' or '.join([*helped, 'an adapter (adapters/temporal_lora.yaml)'])}"
+        f"may be filled; smaller are {' or '.join(helped) or 'smaller data.buckets'}"
     )
 
 
@@ -222,7 +225,5 @@ def plan(planner: Planner, card: Card | None, say: Callable[[str], None]) -> boo
     if card is None:
         return True
     chosen = choose(rungs, card)
-    say("" if chosen is None else f"\n{verdict(chosen, card)}")
-    if chosen is None:
-        say(refusal(planner, rungs, card))
+    say("\n" + (refusal(planner, rungs, card) if chosen is None else verdict(chosen, card)))
     return chosen is not None

@@ -46,7 +46,6 @@ def _draws(run: Settings) -> dict[str, Any]:
     return {"data.cache_draws": 4} if animates else {}
 
 
-RECOMPUTING = ("image_to_video.gradient_checkpointing", "text_to_video.gradient_checkpointing")
 FASTEST = _set(image_to_video__gradient_checkpointing=False, text_to_video__gradient_checkpointing=False)
 """What a ladder begins with: the run without measures that cost time."""
 MEASURES = (
