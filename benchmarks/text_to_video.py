@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -105,13 +106,19 @@ def right_headings(masks: list[Tensor], scenes: list[demo.Scene]) -> list[bool]:
 
 
 def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> float:
-    """The share of the first frames' pixels that are nearer to a look's colours than to those of another look."""
+    """The share of the first frames' pixels that are nearer to a look's colours than to those of another look.
+
+    Scenes that both paint in the same two colours, the one for the other, tell nothing and are left out.
+    """
     other: demo.Look = "swapped" if look == "vivid" else "vivid"
     shares = []
     for clip, scene in zip(clips, scenes, strict=True):
+        paints = [{demo.PALETTES[one][scene.colour], demo.PALETTES[one][scene.ground]} for one in (look, other)]
+        if paints[0] == paints[1]:
+            continue
         own, theirs = (torch.stack(distances(unit(clip[0]), scene, one)).amin(0) for one in (look, other))
         shares.append(float((own < theirs).float().mean()))
-    return sum(shares) / len(shares)
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def agreement(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from helpers import load_recipe
+from inflate.data import demo
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_equal_loss_counts_the_steps_that_each_run_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_equal_loss_counts_the_steps_that_each_run_took(tmp_path: Path) -> None:
     compare = load_recipe(BENCHMARKS / "image_to_video.py").compare
 
     def run(name: str, *losses: float) -> None:
@@ -29,3 +32,16 @@ def test_equal_loss_counts_the_steps_that_each_run_took(tmp_path: Path, monkeypa
         found = compare(tmp_path, [0], steps)[1]["seed 0"]
         assert found["ratio of steps to equal loss"] == pytest.approx(2)
     assert compare(tmp_path, [0], 3000)[1] == {}
+
+
+def test_a_look_is_found_in_what_is_painted_so_and_not_in_what_is_not() -> None:
+    script, rng = load_recipe(BENCHMARKS / "text_to_video.py"), np.random.default_rng(0)
+    scenes = [demo.draw_scene(rng) for _ in range(40)]
+    assert any(demo.OPPOSITE[scene.colour] == scene.ground for scene in scenes)  # which both looks paint alike
+
+    def painted(look: demo.Look) -> Tensor:
+        frames = torch.stack([torch.tensor(demo.render(scene, [0.0], look=look)) for scene in scenes])
+        return frames.movedim(-1, 2) / 127.5 - 1  # (B, 1, 3, H, W)
+
+    assert script.look_share(painted("opposite"), scenes, "opposite") > 0.99
+    assert script.look_share(painted("vivid"), scenes, "opposite") < 0.01

@@ -93,10 +93,15 @@ def settings_of(adapter: Adapter, origin: object, base: str | None) -> dict[str,
     if name is None:
         raise CheckpointError(f"{origin} does not name its base: name it by --base")
     for place in filter(None, (name, image_model)):
-        if not (Path(place).expanduser().is_file() or folders.local_folder(place)):
+        if not is_here(place):
             whole = f", as `inflate convert {name} OUT --image-model {image_model}` makes it" if image_model else ""
             raise CheckpointError(f"{origin} belongs on {place}, which is not on this disk: name it by --base{whole}")
     return {"path": name, "image_model": image_model}
+
+
+def is_here(place: str) -> bool:
+    """Whether a model is on this disk, and not to be downloaded; CheckpointError where it can be nowhere else."""
+    return Path(place).expanduser().is_file() or folders.local_folder(place) is not None
 
 
 def refuse_another(

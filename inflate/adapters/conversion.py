@@ -11,7 +11,6 @@ from inflate.adapters.algebra import Resized
 from inflate.adapters.names import Network
 from inflate.errors import CheckpointError, ConfigError
 from inflate.formats import ADAPTERS
-from inflate.models import folders
 from inflate.models.exchange import detached
 from inflate.models.unet import VideoUNet
 
@@ -63,14 +62,9 @@ def _network(source: Path, model: str | None) -> Network:
     name = model or (base.get("name") if isinstance(base, dict) else None)
     if not isinstance(name, str):
         raise ConfigError(f"{source} does not tell which model it is for: name it as --model")
-    if model is None and not _is_here(name):  # what a stranger's file names is not downloaded
+    if model is None and not bases.is_here(name):  # what a stranger's file names is not downloaded
         raise ConfigError(f"{source} is for {name}, which is not on this disk: name it, or one like it, as --model")
     return Network.of(outlines.outline(name, family if isinstance(family, str) else None))
-
-
-def _is_here(name: str) -> bool:
-    """Whether a model is on this disk; CheckpointError where it can be nowhere else."""
-    return Path(name).expanduser().is_file() or folders.local_folder(name) is not None
 
 
 def _told(source: Path) -> dict[str, Any]:

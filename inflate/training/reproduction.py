@@ -111,6 +111,12 @@ class Reproduction:
         """CheckpointError or DataError where the base or the clips are others than the run's."""
         settings = self.settings()
         told, model = self.adapter.about.get("base") or {}, asdict(settings)["model"]
+        for name in ("image_encoder", "tokenizer"):
+            if (place := model.get(name)) and not bases.is_here(place):
+                raise CheckpointError(
+                    f"{self.path} was trained with model.{name}={place}, which no file may download unasked: download "
+                    f"it to the folder {place}"
+                )
         family = bases.load(self.adapter.about["family"], model)
         if bases.sha256(family.unet) != told.get("sha256"):
             raise CheckpointError(

@@ -114,6 +114,10 @@ def test_what_cannot_be_made_again_is_refused_before_it_is_trained(trained: Trai
     files["which no file may download unasked"] = other(
         trained, tmp_path / "f.safetensors", config=config.replace(str(trained.clips), "owner/clips")
     )
+    encoder = file.read(trained.file).about["config"].replace("image_encoder: null", "image_encoder: owner/encoder")
+    files["model.image_encoder=owner/encoder, which no file may download unasked"] = other(
+        trained, tmp_path / "g.safetensors", config=encoder
+    )
     for message, path in files.items():
         assert message in refused("adapter", "repro", path, out)
     assert "no such folder" in refused("adapter", "repro", trained.file, out, "--data", tmp_path / "none")
