@@ -112,8 +112,9 @@ def main() -> None:
     for text in arguments.adapters:
         told = told.replace(text, text.partition("=")[0] + "=ADAPTER")
     write(arguments.output / "camera.json", record(told, {"measured": result}))
-    rows = [clips[number] for number in range(2) for clips in drawn.values()]
-    labels = [f"{number} {label}" for number in range(2) for label in drawn]
+    shown = range(min(2, len(images)))
+    rows = [clips[number] for number in shown for clips in drawn.values()]
+    labels = [f"{number} {label}" for number in shown for label in drawn]
     video.contact_sheet(arguments.output / "camera.png", rows, labels)
 
 

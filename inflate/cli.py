@@ -635,12 +635,16 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
         raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
 
 
-def _load(path: str, **given: Any) -> "SVD":
-    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model, on the GPU if there is one."""
+def _load(path: str, frames: int | None = None, **given: Any) -> "SVD":
+    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model, on the GPU if there is one.
+
+    A folder's clip length stays: so many of a sample's frames, however long it is, are decoded together.
+    """
     from inflate.families.svd import SVD
+    from inflate.models.folders import SAFETENSORS
 
     _note_image_model(path)
-    return SVD.load(path, **given).to(_device())
+    return SVD.load(path, frames=frames if path.endswith(SAFETENSORS) else None, **given).to(_device())
 
 
 def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool) -> None:

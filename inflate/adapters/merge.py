@@ -34,7 +34,7 @@ def merge_files(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = Fa
 def merge_keeping(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> Change:
     """Merge as `merge_files` does; the weights that are changed, as they were."""
     added = changes(unet, wanted, any_base)
-    held = _copies(unet, {name for _, tensors in added for name in tensors})
+    held = _changed(unet, added)
     _add(unet, added)
     return held
 
@@ -42,8 +42,10 @@ def merge_keeping(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = 
 @contextmanager
 def merged(unet: VideoUNet, wanted: Sequence[Weighted], any_base: bool = False) -> Iterator[None]:
     """A UNet with adapters merged meanwhile; its weights are then, to the bit, what they were. Errors as above."""
-    held = merge_keeping(unet, wanted, any_base)
+    added = changes(unet, wanted, any_base)
+    held = _changed(unet, added)
     try:
+        _add(unet, added)
         yield
     finally:
         _put_back(unet, held)
@@ -110,6 +112,11 @@ def _add(unet: VideoUNet, added: Iterable[tuple[float, Change]]) -> None:
     for weight, tensors in added:
         for name, tensor in tensors.items():
             unet.get_parameter(name).add_(tensor, alpha=weight)
+
+
+def _changed(unet: VideoUNet, added: Sequence[tuple[float, Change]]) -> Change:
+    """The weights that adapters are about to change, as they are."""
+    return _copies(unet, {name for _, tensors in added for name in tensors})
 
 
 def _copies(unet: VideoUNet, names: Iterable[str]) -> Change:

@@ -48,6 +48,8 @@ from inflate.surgery import evaluating, inflate_unet, inflate_vae
 log = logging.getLogger(__name__)
 
 FAMILY = svd_encoders.FAMILY
+LONGEST = 25
+"""Frames that the longest of the published decoders was trained to decode together."""
 SIGMA_MIN, SIGMA_MAX = 0.002, 700.0
 
 
@@ -353,7 +355,7 @@ class SVD(Encoding):
                 "25, which is said by --frames or model.frames", file, frames,
             )  # fmt: skip
         if frames is not None:
-            settings = {"decode_chunk": frames, **settings, "frames": frames}
+            settings = {"decode_chunk": min(frames, LONGEST), **settings, "frames": frames}
         return cls(unet, vae, encoder, **settings, **statistics)
 
     @property
