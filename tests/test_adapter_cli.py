@@ -147,8 +147,8 @@ def test_sampling_takes_adapters_in_weights(made: Made, tmp_path: Path) -> None:
     file.write(tmp_path / "run" / "export" / file.NAME, file.read(made.adapter))
     told(inflate(*common, "-o", tmp_path / "named.mp4", "--adapter", f"{tmp_path / 'run'}:1"))
     assert (tmp_path / "named.png").read_bytes() == sheets["whole"]
-    assert "no adapter pan_left: there is none of" in refused(
-        *common, "-o", tmp_path / "x.mp4", "--adapter", "pan_left:0.8"
+    assert "no adapter dolly_left: there is none of" in refused(
+        *common, "-o", tmp_path / "x.mp4", "--adapter", "dolly_left:0.8"
     )
     assert "write FILE or FILE:WEIGHT" in refused(*common, "-o", tmp_path / "x.mp4", "--adapter", f"{made.adapter}:big")
     other = moved(made, tmp_path / "b.safetensors", {"name": "other", "sha256": "0" * 64})
