@@ -22,8 +22,10 @@ from inflate.data.clips import collate
 from inflate.families.svd import FAMILY, SVD
 from inflate.training.adapting import Adapting
 from inflate.training.cost import Cost, measure, on_paper
+from inflate.training.economy import save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.memory import bytes_of
+from inflate.training.memory_settings import Memory
 from inflate.training.paper import Paper
 from inflate.training.settings import Training
 from record import command, record, write
@@ -39,15 +41,17 @@ class Case:
     trains: str = "all"
     """all, temporal, or adapter"""
     training: dict[str, Any] = field(default_factory=dict)
-    recompute: bool = False
+    memory: Memory = field(default_factory=Memory)
 
 
+RECOMPUTED = Memory(recompute="units")
 CASES = (
-    Case(), Case(recompute=True), Case(training={"precision": "bf16"}),
-    Case(training={"precision": "bf16"}, recompute=True), Case(training={"batch": 2}), Case(training={"ema": 0.9}),
-    Case(training={"accumulate": 4, "precision": "bf16"}), Case("temporal"), Case("temporal", recompute=True),
-    Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}), Case("adapter"), Case("adapter", recompute=True),
-    Case("adapter", {"precision": "bf16"}), Case("adapter", {"batch": 2, "accumulate": 2}, recompute=True),
+    Case(), Case(memory=RECOMPUTED), Case(training={"precision": "bf16"}),
+    Case(training={"precision": "bf16"}, memory=RECOMPUTED), Case(training={"batch": 2}), Case(training={"ema": 0.9}),
+    Case(training={"accumulate": 4, "precision": "bf16"}), Case("temporal"), Case("temporal", memory=RECOMPUTED),
+    Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}),
+    Case("adapter"), Case("adapter", memory=RECOMPUTED), Case("adapter", {"precision": "bf16"}),
+    Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
 )  # fmt: skip
 
 
@@ -65,7 +69,6 @@ def prepared(case: Case, paper: Paper | None = None) -> tuple[ImageToVideoTask, 
         paper.adopt(network)
     settings = ImageToVideo(
         trainable="temporal" if case.trains == "temporal" else "all", held_out_clips=1, preview_clips=1,
-        gradient_checkpointing=case.recompute,
     )  # fmt: skip
     adapter = None
     if case.trains == "adapter":
@@ -76,6 +79,7 @@ def prepared(case: Case, paper: Paper | None = None) -> tuple[ImageToVideoTask, 
         adapter = Adapting.on(family.unet, wanted, FAMILY, "pocket-svd", 0)
     training = Training(tracker="none", **case.training)
     task = ImageToVideoTask(family, settings, [collate([item(0)])], Preview(steps=1), 1e-4, 0, adapter=adapter)
+    save_memory(family.unet, case.memory)
     batch = dict(collate([item(number) for number in range(training.batch)]))
     return task, training, {**batch, "pixels": paper.like(batch["pixels"]) if paper else batch["pixels"]}
 
@@ -114,6 +118,11 @@ def compare(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def changed(memory: Memory) -> dict[str, Any]:
+    """The measures that a case takes."""
+    return {name: value for name, value in asdict(memory).items() if value != asdict(Memory())[name]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -127,8 +136,8 @@ def main() -> None:
         rows.append(compare(case))
         row = rows[-1]
         sizes = "  ".join(f"{name} {row[name] / 1e6:8.2f} MB" for name in ("predicted", "counted", "profiled"))
-        settings = ", ".join(f"{name} {value}" for name, value in case.training.items())
-        what = f"{case.trains}{', recomputed' if case.recompute else ''}{', ' if settings else ''}{settings}"
+        settings = {**case.training, **changed(case.memory)}
+        what = ", ".join([case.trains, *(f"{name} {value}" for name, value in settings.items())])
         print(f"{what:52s} {sizes}  error {row['error']:+.2%} ({row['phase']})", flush=True)
     wrong = [row for row in rows if abs(row["error"]) > 0.02]
     print(f"{len(rows) - len(wrong)} of {len(rows)} within 2 %")

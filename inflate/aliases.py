@@ -52,7 +52,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 BARE: dict[str, tuple[str, str]] = {
     "--use_ema": ("training.ema", "0.9999"),  # the decay is that of diffusers' EMAModel
-    "--gradient_checkpointing": ("*.gradient_checkpointing", "true"),
+    "--gradient_checkpointing": ("memory.recompute", "units"),
 }
 """Flags without a value, and what they set to which value."""
 

@@ -33,11 +33,13 @@ from inflate.training.adapting import Adapting
 from inflate.training.card import image_use, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.economy import save_memory
 from inflate.training.encoding import clip_encoder
 from inflate.training.held_out import join
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
+from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
 from inflate.training.previews import compare_previews
@@ -62,6 +64,7 @@ class Config:
     decoder: Decoder = field(default_factory=Decoder)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    memory: Memory = field(default_factory=Memory)
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
@@ -152,6 +155,7 @@ def make_task(
         family.vae.to(device)  # the others stay where they take no memory of the GPU
         pixels = join(batches)["pixels"]
         known = [dataset[n]["pixels"] for n in numbers_in(dataset, main)[: config.decoder.train_clips]]
+        save_memory(family.vae, config.memory)
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
     batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
@@ -161,6 +165,7 @@ def make_task(
         family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
         frames_encoded(config) if config.data.cache else "all", adapter,
     )  # fmt: skip
+    save_memory(family.unet, config.memory)
     family.frames, family.height, family.width = main.frames, main.height, main.width
     family.fps = float(task.shown[0]["fps"][0])
     family.motion = MotionBuckets.fit(dataset.motion_scores())

@@ -28,9 +28,11 @@ from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
 from inflate.training.checkpoint import writing
+from inflate.training.economy import save_memory
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
+from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
 from inflate.training.previews import compare_previews
@@ -51,6 +53,7 @@ class Config:
     training: Training = field(default_factory=Training)
     text_to_video: TextToVideo = field(default_factory=TextToVideo)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    memory: Memory = field(default_factory=Memory)
     sampling: Preview = field(default_factory=Preview)
 
     def __post_init__(self) -> None:
@@ -104,10 +107,12 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
     place, over = (FAMILY, config.model.path, config.training.seed), config.model.image_model
     adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
-    return TextToVideoTask(
+    task = TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
         cached=dataset.cache is not None, adapter=adapter,
     )  # fmt: skip
+    save_memory(family.unet, config.memory)
+    return task
 
 
 def finish(config: Config, result: Result) -> None:

@@ -13,7 +13,7 @@ from inflate.config import from_command_line, load, names
 from inflate.errors import ConfigError
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "svd_finetune.py"
-NAMES = ["training.lr", "training.ema", "training.schedule", "data.height", "data.width", "unet.gradient_checkpointing"]
+NAMES = ["training.lr", "training.ema", "training.schedule", "data.height", "data.width", "memory.recompute"]
 
 
 def meant(*arguments: str) -> list[str]:
@@ -51,10 +51,10 @@ def test_a_value_that_is_called_differently_here() -> None:
 
 
 def test_the_group_is_the_one_that_the_recipe_has() -> None:
-    assert meant("--gradient_checkpointing") == ["unet.gradient_checkpointing=true"]
-    two = [*NAMES, "vae.gradient_checkpointing"]
-    with pytest.raises(ConfigError, match=r"could be unet\.gradient_checkpointing or vae\.gradient_checkpointing"):
-        list(translate(["--gradient_checkpointing"], two))
+    assert meant("--gradient_checkpointing") == ["memory.recompute=units"]
+    two = [*NAMES, "adapter.rank", "critic.rank"]
+    with pytest.raises(ConfigError, match=r"could be adapter\.rank or critic\.rank"):
+        list(translate(["--rank=4"], two))
 
 
 def test_a_flag_without_an_equivalent_says_so() -> None:
@@ -95,7 +95,7 @@ def test_every_flag_of_the_table_sets_what_the_recipe_reads() -> None:
     config = load(schema, [flag if flag in BARE else f"{flag}={values.get(flag, '3')}" for flag in given])
     assert (config.training.lr, config.training.steps, config.data.width, config.model.path) == (3.0, 3, 3, "3")
     assert (config.training.precision, config.training.schedule) == ("bf16", "cosine")
-    assert (config.training.ema, config.image_to_video.gradient_checkpointing) == (0.9999, True)
+    assert (config.training.ema, config.memory.recompute) == (0.9999, "units")
 
 
 @dataclass

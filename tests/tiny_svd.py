@@ -12,7 +12,9 @@ from helpers import randomise, tiny_unet, tiny_vae
 from inflate.families.svd import SVD
 from inflate.models.unet import TemporalSpec
 from inflate.surgery import inflate_unet, inflate_vae
+from inflate.training.economy import save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
+from inflate.training.memory_settings import Memory
 
 FRAMES, SIDE = 2, 12
 
@@ -51,11 +53,13 @@ def family() -> SVD:
     return made
 
 
-def image_to_video(**changes: Any) -> ImageToVideoTask:
+def image_to_video(memory: Memory | None = None, **changes: Any) -> ImageToVideoTask:
     """A task on one held-out clip, as cheap as can be."""
     batch = {name: value[None] for name, value in Clips()[100].items()}
     small = ImageToVideo(held_out_clips=1, bands=1, preview_clips=1, **changes)
-    return ImageToVideoTask(family(), small, [batch], Preview(steps=1), lr=1e-3, seed=3)
+    task = ImageToVideoTask(family(), small, [batch], Preview(steps=1), lr=1e-3, seed=3)
+    save_memory(task.family.unet, memory or Memory())
+    return task
 
 
 def largest_difference(ours: dict[str, Tensor], others: dict[str, Tensor]) -> float:

@@ -22,7 +22,7 @@ Settings = Mapping[str, Any]
 FREE = (
     "training.output", "training.resume", "training.workers", "training.progress", "training.tracker", "training.keep",
     "training.max_seconds", "training.*_every", "data.path", "data.seconds_per_clip", "data.memory_megabytes",
-    "sampling.*", "*.previews", "*.preview_clips", "*.gradient_checkpointing",
+    "sampling.*", "*.previews", "*.preview_clips", "memory.*",
 )  # fmt: skip
 """Settings on which no weight rests."""
 TOLD = (

@@ -49,8 +49,6 @@ class ImageToVideo:
     """mean of the log noise level in training: higher for larger frames (0.7 at 320x576, 1.0 at 576x1024)"""
     P_std: float = 1.6
     """its standard deviation"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory for about a third more time"""
     drop_both: float = 0.10
     """share of samples without image embedding and image latent, the null condition of guidance"""
     drop_embedding: float = 0.05
@@ -125,8 +123,6 @@ class ImageToVideoTask:
         adapter: Adapting | None = None,
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
-        if settings.gradient_checkpointing:
-            family.unet.enable_gradient_checkpointing()
         self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
         self.adapter = adapter
         needed: dict[Frames, list[nn.Module]] = {"all": [family.vae, family.image_encoder], "first": [family.vae]}

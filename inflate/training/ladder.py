@@ -46,7 +46,7 @@ def _draws(run: Settings) -> dict[str, Any]:
     return {"data.cache_draws": 4} if animates else {}
 
 
-FASTEST = _set(image_to_video__gradient_checkpointing=False, text_to_video__gradient_checkpointing=False)
+FASTEST = _set(memory__recompute="nothing")
 """What a ladder begins with: the run without measures that cost time."""
 MEASURES = (
     Measure("cached clips", "`inflate data cache` first, and disk", _cached),
@@ -57,9 +57,7 @@ MEASURES = (
         image_to_video__held_out_clips=1, text_to_video__held_out_clips=1
     )),
     Measure("single clips", "more passes per step", _single_clips),
-    Measure("recomputation", "a second forward pass", _set(
-        image_to_video__gradient_checkpointing=True, text_to_video__gradient_checkpointing=True
-    )),
+    Measure("recomputation", "a second forward pass", _set(memory__recompute="units")),
 )  # fmt: skip
 """In the order in which they are taken."""
 

@@ -30,7 +30,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
     "FSDP_OFFLOAD_PARAMS": "keeping weights on the CPU",
-    "FSDP_ACTIVATION_CHECKPOINTING": "recomputing by the launcher, in place of image_to_video.gradient_checkpointing,",
+    "FSDP_ACTIVATION_CHECKPOINTING": "recomputing by the launcher, in place of memory.recompute=units,",
 }
 """What accelerate's launcher sets for what is not done here."""
 

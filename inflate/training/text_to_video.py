@@ -39,8 +39,6 @@ class TextToVideo:
     timestep_power: float = 1.0
     """timesteps are the last one's share u ** power, u uniform: below 1, more of them are noisy, where it is decided
     how a clip moves"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory for about a third more time"""
     held_out_clips: int = 32
     """held-out clips that the loss is measured on"""
     bands: int = 4
@@ -108,8 +106,6 @@ class TextToVideoTask:
     ) -> None:
         if not held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
-        if settings.gradient_checkpointing:
-            family.unet.enable_gradient_checkpointing()
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
         self.adapter = adapter
         encoders: list[nn.Module] = [family.vae, *family.text.networks]

@@ -9,6 +9,7 @@ import torch
 
 from inflate.training.cost import Cost, measure, on_paper
 from inflate.training.image_to_video import ImageToVideoTask
+from inflate.training.memory_settings import Memory
 from inflate.training.paper import Paper
 from inflate.training.paper import on_paper as is_on_paper
 from inflate.training.settings import Training
@@ -42,7 +43,7 @@ def predicted(training: Training, gpu: bool = False, looking: bool = False, **ch
 @pytest.mark.parametrize(
     ("training", "changes"),
     [
-        ({}, {"gradient_checkpointing": True}),
+        ({}, {"memory": Memory(recompute="units")}),
         ({"precision": "bf16", "accumulate": 4, "ema": 0.9}, {}),
         ({"batch": 2}, {"trainable": "temporal"}),
     ],

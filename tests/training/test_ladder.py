@@ -14,7 +14,7 @@ from inflate.training.ladder import MEASURES, choose, climb
 
 RUN = {
     "stage": "image_to_video", "training.batch": 2, "training.accumulate": 3, "training.precision": "no",
-    "data.cache": None, "data.cache_draws": 0, "image_to_video.gradient_checkpointing": True,
+    "data.cache": None, "data.cache_draws": 0, "memory.recompute": "units",
     "image_to_video.held_out_clips": 32,
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ def cost(peak: float, half: float, full: float = 0.0) -> Cost:
 
 def made_up(changes: Mapping[str, Any]) -> Cost:
     """Recomputing halves the memory for a third more work; each other measure takes 1 GB."""
-    recomputing = changes.get("image_to_video.gradient_checkpointing", True)
+    recomputing = changes.get("memory.recompute", "units") == "units"
     return cost((20 if recomputing else 40) - len(changes), 4 if recomputing else 3)
 
 

@@ -25,6 +25,7 @@ from helpers import randomise
 from inflate.errors import TrainingError
 from inflate.training import checkpoint, log
 from inflate.training.loop import fit
+from inflate.training.memory_settings import Memory
 from inflate.training.player import Trainee, check_shardable
 from inflate.training.processes import join_processes, start_accelerator
 from inflate.training.sharding import Sharding, asked, own, units
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 ZERO2 = FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 STEPS = 2
-PART = {"trainable": "temporal", "gradient_checkpointing": True}
+PART = {"trainable": "temporal", "memory": Memory(recompute="units")}
 """Most weights frozen, activations recomputed."""
 
 
@@ -260,7 +261,7 @@ def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         (FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism config"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),
-        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "image_to_video.gradient_checkpointing"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "memory.recompute=units"),
     ],
 )
 def test_other_ways_are_refused_with_the_file_that_has_their_memory(

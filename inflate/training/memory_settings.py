@@ -1,0 +1,15 @@
+"""What a run does to need less memory; importable without torch, so that the command line checks it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Memory:
+    """How a run saves memory of the GPU. Every measure leaves results as they are, but for those that say otherwise."""
+
+    recompute: Literal["nothing", "units"] = "nothing"
+    """What the backward pass computes again: nothing, or every residual block and every transformer, its temporal
+    layers included, for about a third more time."""
