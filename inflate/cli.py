@@ -541,7 +541,8 @@ def plan_run(
         list[str] | None, typer.Argument(metavar="[FILE.yaml] [key=value] ...", help="What a run is given.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="16GB|NAME", help="The card to choose for: its memory, or its name.")
+        list[str] | None,
+        typer.Option("--gpu", metavar="16GB|NAME", help="A card to choose for: its memory, or its name; repeatable."),
     ] = None,
 ) -> None:
     """Tell what a run would need of a GPU's memory, phase by phase, without one, and which measures make it fit.
@@ -550,10 +551,11 @@ def plan_run(
     """
     from inflate.training.cards import Card
 
-    card = None if gpu is None else Card.parse(gpu)
-    from inflate import planning
+    cards = [Card.parse(one) for one in gpu or []]
+    from inflate import fitting
+    from inflate.planning import Planner
 
-    if not planning.plan(planning.Planner(recipe, settings or []), card, typer.echo):
+    if not fitting.plan(Planner(recipe, settings or []), cards, typer.echo):
         raise typer.Exit(1)
 
 

@@ -1,11 +1,13 @@
-"""What a run would cost, before it starts and without a GPU: its recipe's own task on paper, in a table."""
+"""What a run would cost, before it starts and without a GPU: its recipe's own task on paper."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,9 @@ from inflate.families import svd_outline, video_ldm_outline
 from inflate.families.svd import SVD
 from inflate.families.svd_model import Model
 from inflate.families.video_ldm import VideoLDM
-from inflate.tables import aligned
-from inflate.training.cards import USABLE, Card
-from inflate.training.cost import PHASES, Cost, on_paper
+from inflate.training.cost import Cost, on_paper
 from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
-from inflate.training.ladder import Rung, choose, climb
+from inflate.training.ladder import Step, steps
 from inflate.training.paper import Paper
 
 SHORT = {
@@ -35,9 +35,11 @@ SHORT = {
     "decoder.held_out_clips": 1, "text_to_video.domain_adapter": None,
 }  # fmt: skip
 """What repeats the same in the same memory is done once; what a domain adapter changes is kept outside of the GPU."""
+LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")
+"""How names begin of what a launcher tells the processes of a run."""
+MOST_WORKERS = 8
 CLIPS = 4
 """Clips on paper: as many as are measured together."""
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Planner:
 
     recipe: Path
     sources: Sequence[str]
+    gpu: bool = True
+    """whether the run is on a GPU, or on a CPU"""
 
     @cached_property
     def schema(self) -> Any:
@@ -109,7 +113,7 @@ class Planner:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # a recipe asks for the device, which is on paper here
         short = {name: value for name, value in SHORT.items() if name in configuration.names(self.schema)}
         config = self.config({**changes, **short})
-        script, paper, size = sweep.load_script(self.recipe), Paper(), largest(config)
+        script, paper, size = sweep.load_script(self.recipe), Paper(self.gpu), largest(config)
         with paper.active():
             family = outline(config)
             check_multiples([size], 2 ** (len(family.vae.config.block_out_channels) - 1))
@@ -122,21 +126,44 @@ class Planner:
             batch = collate([clips[number] for number in range(batch_of(config, size))])
         return on_paper(task, config.training, batch, paper)
 
-    def ladder(self) -> list[Rung]:
+    def steps(self) -> list[Step]:
         """The run as asked and with one measure after the other; ConfigError for a stage that trains several models."""
         config = self.config()
         if getattr(config, "stage", "") == "demo":
             raise ConfigError("stage=demo trains two models in turn: plan stage=decoder or stage=image_to_video")
-        return climb(configuration.flat(config), self.cost)
+        return steps(configuration.flat(config))
 
-    def smaller(self, changes: Mapping[str, Any]) -> dict[str, Cost]:
-        """What half as many frames and half the height and width would cost beside changes, by the settings."""
-        config = self.config(changes)
-        if config.data.buckets:
-            return {}
-        sides = {f"data.{name}": getattr(config.data, name) // 16 * 8 for name in ("height", "width")}
-        options: list[dict[str, Any]] = [{"data.frames": max(2, config.data.frames // 2)}, sides]
-        return {" ".join(assignments(option)): self.cost({**changes, **option}) for option in options}
+    def smaller(self, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Half as many frames, and half the height and width; nothing where buckets say the sizes."""
+        data = self.config(changes).data
+        sides = {f"data.{name}": getattr(data, name) // 16 * 8 for name in ("height", "width")}
+        return [] if data.buckets else [{"data.frames": max(2, data.frames // 2)}, sides]
+
+
+def costs(planner: Planner, wanted: Sequence[Mapping[str, Any]]) -> Iterator[Cost]:
+    """What the run costs with each of several changes, worked out side by side in processes of their own.
+
+    A run's own process cannot do it: it knows a GPU, and perhaps other processes.
+    """
+    known = partial(_cost, planner.recipe, [*planner.sources], planner.gpu)
+    with ProcessPoolExecutor(workers(len(wanted)), get_context("spawn"), _forget_devices) as pool:
+        yield from pool.map(known, wanted)
+
+
+def workers(most: int) -> int:
+    """How many costs are worked out at once."""
+    return max(1, min(most, os.cpu_count() or 1, MOST_WORKERS))
+
+
+def _cost(recipe: Path, sources: list[str], gpu: bool, changes: Mapping[str, Any]) -> Cost:
+    return Planner(recipe, sources, gpu).cost(changes)
+
+
+def _forget_devices() -> None:
+    """Leave the GPUs and the other processes of the run that asks out of it."""
+    for variable in [name for name in os.environ if name.startswith(LAUNCHED)]:
+        del os.environ[variable]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def outline(config: Any) -> SVD | VideoLDM:
@@ -170,60 +197,3 @@ def assignments(changes: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for name, value in changes.items()
     ]
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
-
-
-def table(rungs: Sequence[Rung], card: Card | None) -> str:
-    """The parts of the run as asked, then a line for each rung; sizes in GB."""
-    asked = rungs[0].cost
-    parts = {"weights": asked.weights, "frozen networks": asked.frozen, "gradients": asked.gradients,
-             "optimiser": asked.optimizer, "average": asked.average}  # fmt: skip
-    told = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
-    phases = [phase for phase in PHASES if any(phase in rung.cost.peaks for rung in rungs)]
-    timed = card is not None and card.timed
-    head = ("GB at most", *phases, "in all", "TFLOP/step", *(("s/step, estimated",) if timed else ()), "for")
-    lines = aligned([head, *(_line(rung, phases, card if timed else None) for rung in rungs)])
-    return "\n".join([f"as asked, GB: {told}; {asked.trained / 1e6:,.1f} M parameters are trained", "", *lines])
-
-
-def _line(rung: Rung, phases: Sequence[str], card: Card | None) -> tuple[str, ...]:
-    cost = rung.cost
-    sizes = [f"{cost.peaks.get(phase, 0) / GB:.2f}" for phase in phases]
-    time = [] if card is None else [f"{card.seconds(cost.half_flops, cost.full_flops):.2f}"]
-    name = rung.measure if not rung.price else f"+ {rung.measure}"
-    return name, *sizes, f"{cost.peak / GB:.2f}", f"{cost.flops / 1e12:.2f}", *time, rung.price
-
-
-def verdict(rung: Rung, card: Card) -> str:
-    """What to add to a run's command so that it fits."""
-    added = " ".join(assignments(rung.changes))
-    told = f"fits {card}: {rung.cost.peak / GB:.2f} of {card.usable / GB:.2f} GB ({USABLE:.0%} of its memory)"
-    return f"{told}; {f'add {added}' if added else 'as asked'}"
-
-
-def refusal(planner: Planner, rungs: Sequence[Rung], card: Card) -> str:
-    """By how much the smallest rung does not fit, and what would help."""
-    least = min(rungs, key=lambda rung: rung.cost.peak)
-    over = (least.cost.peak - card.usable) / GB
-    helped = [f"{changes} ({cost.peak / GB:.2f} GB)" for changes, cost in planner.smaller(least.changes).items()]
-    config = planner.config()
-    adaptable = config.adapter.kind == "none" and config.stage != "decoder"
-    helped += ["an adapter (adapters/temporal_lora.yaml)"] if adaptable else []
-    return (
-        f"nothing fits {card}: with {' '.join(assignments(least.changes)) or 'the run as asked'} it needs "
-        f"{least.cost.peak / GB:.2f} GB ({least.cost.limit}), {over:.2f} GB more than the {card.usable / GB:.2f} that "
-        f"may be filled; smaller are {' or '.join(helped) or 'smaller data.buckets'}"
-    )
-
-
-def plan(planner: Planner, card: Card | None, say: Callable[[str], None]) -> bool:
-    """Print the table, and with a card the choice; whether there is one."""
-    rungs = planner.ladder()
-    say(table(rungs, card))
-    if card is None:
-        return True
-    chosen = choose(rungs, card)
-    say("\n" + (refusal(planner, rungs, card) if chosen is None else verdict(chosen, card)))
-    return chosen is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ from inflate.data.settings import Data
 from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import FAMILY, SVD, MotionBuckets
 from inflate.families.svd_model import Model
+from inflate.fitting import fitted
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import image_use, write_card
@@ -85,10 +87,11 @@ class Config:
 def main(config: Config, arguments: list[str]) -> None:
     if not join_processes().is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    config, foreseen = fitted(config, Path(__file__), arguments)
     if config.stage == "demo":
         demo(config, arguments)
     else:
-        say(train(config), config.stage, config.training.output)
+        say(train(config, foreseen), config.stage, config.training.output, foreseen)
 
 
 def demo(config: Config, arguments: list[str]) -> None:
@@ -115,8 +118,8 @@ def demo(config: Config, arguments: list[str]) -> None:
         start = str(config.training.output / "export")
 
 
-def train(config: Config) -> Result:
-    """One stage: load, inflate where needed, fit, write the card."""
+def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
+    """One stage: load, inflate where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
     model = config.model
     check_inputs(config.training, config.data, model.path, model.image_encoder, model.image_model)
     logging.info("checking the clips of %s", config.data.path)
@@ -129,7 +132,7 @@ def train(config: Config) -> Result:
         dataset.read_encoded(clip_encoder(family, config.data, config.image_to_video), frames_encoded(config))
     task = make_task(config, family, dataset, held_out)
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
+    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
     if result.export and join_processes().is_main_process:
         with writing(config.training.output, config.training.output):
             finish(config, result)

@@ -13,7 +13,10 @@ accelerate launch recipes/video_ldm_finetune.py recipes/video_ldm_pocket.yaml
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,7 @@ from inflate.data.clips import ClipDataset, collate
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, report_errors
 from inflate.families.video_ldm import FAMILY, Clips, Model, VideoLDM
+from inflate.fitting import fitted
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
@@ -72,14 +76,15 @@ class Config:
             )
 
 
-def main(config: Config) -> None:
+def main(config: Config, arguments: list[str]) -> None:
     if not join_processes().is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
-    say(train(config), config.stage, config.training.output)
+    config, foreseen = fitted(config, Path(__file__), arguments)
+    say(train(config, foreseen), config.stage, config.training.output, foreseen)
 
 
-def train(config: Config) -> Result:
-    """Load, inflate where needed, fit, write the card."""
+def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
+    """Load, inflate where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
     model, below = config.model, config.text_to_video.domain_adapter
     check_inputs(config.training, config.data, model.path, model.tokenizer, model.image_model, adapter=below)
     logging.info("checking the clips of %s", config.data.path)
@@ -92,7 +97,7 @@ def train(config: Config) -> Result:
         dataset.read_encoded(TextClipEncoder(family, config.data.cache_dtype), "none")
     task = make_task(config, family, dataset, held_out)
     table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table)
+    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
     if result.export and join_processes().is_main_process:
         with writing(config.training.output, config.training.output):
             finish(config, result)
@@ -138,4 +143,4 @@ def finish(config: Config, result: Result) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with report_errors():
-        main(configuration.from_command_line(Config))
+        main(configuration.from_command_line(Config), sys.argv[1:])

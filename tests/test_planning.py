@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from inflate.cli import app
 from inflate.errors import CheckpointError, ConfigError
 from inflate.families import svd_outline, video_ldm_outline
+from inflate.fitting import refusal
 from inflate.models import folders
-from inflate.planning import Planner, assignments, refusal
+from inflate.planning import Planner, assignments
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
 from inflate.training.ladder import Rung
@@ -34,11 +35,13 @@ def test_the_command_prints_the_ladder_and_what_to_add() -> None:
         "text_to_video.held_out_clips=1",
     ]
     arguments = [str(VIDEO_LDM), str(ROOT / "recipes" / "video_ldm_pocket.yaml"), *SMALL, *settings]
-    result = CliRunner().invoke(app, ["plan", *arguments, "--gpu", "1GB"])
+    result = CliRunner().invoke(app, ["plan", *arguments, "--gpu", "1GB", "--gpu", "H100"])
     assert result.exit_code == 0, result.output
     assert [line.split("  ")[0] for line in result.output.splitlines()[3:5]] == ["as asked", "+ recomputation"]
-    assert result.output.splitlines()[-1].startswith("fits 1GB: 0.")
-    assert result.output.splitlines()[-1].endswith("; as asked")
+    one, _, other = result.output.splitlines()[-3:]
+    assert one.startswith("fits 1GB: 0.")
+    assert one.endswith("; as asked")
+    assert other.startswith("fits H100: 0.")
 
 
 def test_a_cache_takes_the_encoders_from_the_step() -> None:
@@ -67,11 +70,11 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_is_smaller() -> None:
 
 def test_a_stage_of_two_models_and_a_script_without_a_task_are_refused() -> None:
     with pytest.raises(ConfigError, match="stage=demo trains two models"):
-        Planner(SVD, []).ladder()
+        Planner(SVD, []).steps()
     with pytest.raises(ConfigError, match="no make_task"):
-        Planner(ROOT / "recipes" / "pocket_pretrain.py", []).ladder()
+        Planner(ROOT / "recipes" / "pocket_pretrain.py", []).steps()
     with pytest.raises(ConfigError, match="no such recipe"):
-        Planner(ROOT / "missing.py", []).ladder()
+        Planner(ROOT / "missing.py", []).steps()
 
 
 def test_a_single_file_is_refused_with_the_remedy() -> None:

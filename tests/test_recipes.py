@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -214,7 +215,8 @@ def aligned(clips: Path, output: Path, *arguments: str) -> Path:
     few = ("text_to_video.held_out_clips=1", "text_to_video.train_clips=1", "text_to_video.preview_clips=1")
     quiet = ("training.tracker=none", "training.progress=false", "data.seconds_per_clip=null")
     card, places = str(ROOT / "recipes" / "video_ldm_pocket.yaml"), (f"data.path={clips}", f"training.output={output}")
-    module.main(load(module.Config, [card, *small, *few, *quiet, *places, *arguments]))
+    sources = [card, *small, *few, *quiet, *places, *arguments]
+    module.main(load(module.Config, sources), sources)
     return output
 
 
@@ -235,3 +237,24 @@ def test_text_to_video_trains_from_a_cache(clips: Path, tmp_path: Path, capsys: 
 def test_images_are_refused_where_only_temporal_layers_learn(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bucket 1x64x64 has one frame.*stage=joint"):
         aligned(clips, tmp_path / "run", "data.buckets=[8x64x64,1x64x64]")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_a_run_that_is_to_fit_a_card_keeps_to_what_was_predicted(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("text_to_video.train_clips=0", "text_to_video.bands=1")
+    output = aligned(clips, tmp_path / "run", "training.fit=0.5GB", "training.steps=2", *few)
+    memory = json.loads((output / "environment.json").read_text())["memory"]
+    assert memory["predicted"].keys() <= memory["measured"].keys()
+    for phase, predicted in memory["predicted"].items():
+        assert memory["measured"][phase] == pytest.approx(predicted, rel=0.02), phase
+    assert re.search(r"memory at most, GB +predicted +measured +difference\n +encode ", capsys.readouterr().out)
+
+
+def test_a_run_that_fits_no_card_says_what_is_smaller(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.fit=0\.01GB: nothing fits 0\.01GB: with .*smaller are data"):
+        aligned(clips, tmp_path / "run", "training.fit=0.01GB")
+    with pytest.raises(ConfigError, match=r"training\.fit=huge: write its memory"):
+        aligned(clips, tmp_path / "other", "training.fit=huge")

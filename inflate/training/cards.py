@@ -34,15 +34,15 @@ class Card:
         return (half_flops / self.half + full_flops / self.full) / (1e12 * SHARE_OF_PEAK)
 
     @classmethod
-    def parse(cls, text: str) -> Card:
-        """A card by its name, or by its memory alone (16GB); ConfigError for another text."""
+    def parse(cls, text: str, option: str = "--gpu ") -> Card:
+        """A card by its name, or by its memory alone (16GB); ConfigError, naming the option, for another text."""
         size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB?", text.strip(), re.IGNORECASE)
         if size and float(size[1]) > 0:
             return cls(text, int(float(size[1]) * 1e9), timed=False)
         found = CARDS.get(_plain(text))
         if found is None:
             raise ConfigError(
-                f"--gpu {text}: write its memory, as 16GB, or one of {', '.join(map(str, CARDS.values()))}"
+                f"{option}{text}: write its memory, as 16GB, or one of {', '.join(map(str, CARDS.values()))}"
             )
         return found
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from inflate.measures import SHARES, Share
+from inflate.training.gauge import Gauge
 
 MOST_MARKS = 4096
 """Marks that wait to be read; a log entry is rarely that far off."""
@@ -31,10 +32,11 @@ class Clock:
     """Counts all time towards one share after another; hooks on the trained networks tell `forward` from `encode`.
 
     Only the outermost call of a network counts, and only within a loss: not another network's call inside it, nor the
-    repeated one of gradient checkpointing in the backward pass.
+    repeated one of gradient checkpointing in the backward pass. A gauge is told of the same phases.
     """
 
-    def __init__(self, device: torch.device, networks: Iterable[nn.Module]) -> None:
+    def __init__(self, device: torch.device, networks: Iterable[nn.Module], gauge: Gauge | None = None) -> None:
+        self.gauge = gauge or Gauge()
         self.on_gpu = device.type == "cuda"
         self.share: Share | None = "other"
         self.depth = 0
@@ -52,6 +54,7 @@ class Clock:
     def begin(self, share: Share | None) -> None:
         """Count the time from here on towards a share; None = a pause, which counts for nothing."""
         self.share = share
+        self.gauge.begin(share)
         self.marks.append((share, self._now()))
         if len(self.marks) > MOST_MARKS:
             self._settle()

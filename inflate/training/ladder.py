@@ -6,7 +6,7 @@ A measure is one entry of `MEASURES`: its name, the settings that it sets, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from inflate.training.cards import Card
@@ -60,35 +60,50 @@ MEASURES = (
     Measure("recomputation", "a second forward pass", _set(memory__recompute="units")),
 )  # fmt: skip
 """In the order in which they are taken."""
+BEFOREHAND = ("data.cache", "data.cache_draws")
+"""Settings of measures that take work before the run: it cannot choose them by itself."""
 
 
 @dataclass(frozen=True)
-class Rung:
+class Step:
     """A run with the measures up to one."""
 
     measure: str
     price: str
     changes: dict[str, Any] = field(hash=False)
     """settings that differ from those of the run as asked"""
+
+
+@dataclass(frozen=True)
+class Rung(Step):
+    """A step whose cost is known."""
+
     cost: Cost = field(hash=False)
 
 
-def climb(run: Settings, cost_of: Callable[[Mapping[str, Any]], Cost]) -> list[Rung]:
-    """The run as asked, without measures that cost time, and then with one measure more on each rung.
-
-    `cost_of` tells what a run costs with such changes.
-    """
-    rungs = [Rung("as asked", "", {}, cost_of({}))]
+def steps(run: Settings) -> list[Step]:
+    """The run as asked, without measures that cost time, and then with one measure more at each step."""
+    found = [Step("as asked", "", {})]
     changes = FASTEST(run)
     if changes:
-        rungs.append(Rung("without recomputation", "memory", changes, cost_of(changes)))
+        found.append(Step("without recomputation", "memory", changes))
     for measure in MEASURES:
         wanted = measure.settings({**run, **changes})
         merged = {**changes, **wanted}
         changes = {name: value for name, value in merged.items() if run[name] != value}
-        if changes not in [rung.changes for rung in rungs]:
-            rungs.append(Rung(measure.name, measure.price, changes, cost_of(changes)))
-    return rungs
+        if changes not in [step.changes for step in found]:
+            found.append(Step(measure.name, measure.price, changes))
+    return found
+
+
+def without_preparation(found: Sequence[Step]) -> list[Step]:
+    """Steps that a run can take by itself: without what would have to be done before it."""
+    able = [replace(step, changes=_able(step.changes)) for step in found]
+    return [step for place, step in enumerate(able) if step.changes not in [one.changes for one in able[:place]]]
+
+
+def _able(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if name not in BEFOREHAND}
 
 
 def choose(rungs: Sequence[Rung], card: Card) -> Rung | None:

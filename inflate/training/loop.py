@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from inflate.training import changes, checkpoint, record
 from inflate.training.checkpoint import State, writing
 from inflate.training.clock import Clock
 from inflate.training.endings import SIGNALS, Keeper, Stop, check_room
+from inflate.training.gauge import gauge_of
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import (
@@ -91,6 +92,8 @@ class Result:
     stopped: str
     held_out: list[dict[str, float]]
     export: Path | None
+    peaks: dict[str, int] = field(default_factory=dict)
+    """the highest use of memory by phase, bytes, where it was measured"""
 
 
 def fit(
@@ -100,12 +103,14 @@ def fit(
     collate: Callable[[list[Any]], Any] = default_collate,
     config: str = "",
     clips: str = "",
+    predicted: Mapping[str, int] | None = None,
 ) -> Result:
     """Train the task's players until the last step, the time limit or a signal, and leave a checkpoint in each case.
 
     Where a step fails or is given up, too: the error then says so in a note (see `Keeper`).
     `collate` makes a batch with the key `number` (B,) of samples; `config` is kept in the output folder as config.yaml,
-    `clips`, which says what became of each clip, as clips.txt; `inflate.training.record` writes environment.json.
+    `clips`, which says what became of each clip, as clips.txt; `inflate.training.record` writes environment.json, with
+    the `predicted` peaks of memory by phase beside those measured.
     Every process of a run calls it. Raises ConfigError for a setting out of range, TrainingError for an output that
     cannot be used, processes that do not see each other, drift apart or end, and a value that is not finite,
     CheckpointError for a checkpoint that cannot be resumed, DiskError for a file that cannot be written, Interrupted
@@ -119,13 +124,15 @@ def fit(
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
     restore(found, state, settings, trainees, accelerator)
-    clock = Clock(accelerator.device, [network for one in trainees for network in (one.module, one.player.network)])
+    gauge = gauge_of(accelerator.device, predicted is not None, residents(task, trainees))
+    networks = [network for one in trainees for network in (one.module, one.player.network)]
+    clock = Clock(accelerator.device, networks, gauge)
     stop = Stop(settings.max_seconds, accelerator.is_main_process)
     report = Report(settings, accelerator, state, clock, task.players)
     keeper = Keeper(settings, accelerator, trainees, report, state, stop, {found} if found else set())
     batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
     reason = ""
-    with stop, keeper, noticing_losses(), report:
+    with stop, keeper, noticing_losses(), report, gauge:
         run = Run(task, settings, accelerator, trainees, report, state, keeper)
         if state.step == 0:
             with report.paused():
@@ -164,8 +171,8 @@ def fit(
         exported = run.finish() if completes else None
     for one in trainees:
         one.release(accelerator)
-    record.end(settings.output, accelerator, state.step, reason or "finished")
-    return Result(state.step, reason or "finished", state.held_out, exported)
+    record.end(settings.output, accelerator, state.step, reason or "finished", dict(predicted or {}), gauge.peaks)
+    return Result(state.step, reason or "finished", state.held_out, exported, gauge.peaks)
 
 
 @dataclass
@@ -202,12 +209,16 @@ class Run:
                 self._look(evaluate, preview)
 
     def _look(self, evaluate: bool, preview: bool) -> None:
+        gauge = self.report.clock.gauge
         if evaluate:
+            gauge.begin("evaluate")
             self.report.held_out(self.state.step, self.task.evaluate())
         if preview:
+            gauge.begin("preview")
             folder = self.settings.output / "samples" / f"step-{self.state.step:06}"
             with writing(folder, self.settings.output), new_folder(folder) as aside:
                 self.task.preview(aside)
+        gauge.begin(None)
 
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""
@@ -360,6 +371,17 @@ def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
         module.to(accelerator.device).eval()
     for one in trainees:
         one.prepare(accelerator)
+
+
+def residents(task: Task, trainees: Sequence[Trainee]) -> Iterator[Tensor]:
+    """What lies on the device between steps, as far as it is there already."""
+    for network in (*task.frozen, *(one.module for one in trainees)):
+        yield from (*network.parameters(), *network.buffers())
+    for one in trainees:
+        yield from one.average.values()
+        yield from (
+            value for state in one.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        )
 
 
 def restore(

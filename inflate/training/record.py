@@ -7,6 +7,7 @@ platform, devices, processes
 git               revision of the repository that the recipe lies in, and whether it was dirty; null outside one
 data              samples of an epoch, and the digest of their clips (`inflate.data.digest`; null without one)
 changed           settings that are others than at the start before, in words
+memory            bytes in use at most, by phase: as predicted (training.fit) and as measured, where they were
 ended             how, when and at which step the run ended, once its model is exported or a signal stopped it; else
                   null: a run that was killed or failed, or is at work
 earlier           the records of the starts before a resumed one, oldest first
@@ -19,7 +20,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,15 +61,25 @@ def begin(output: Path, samples: int, clips: str | None, accelerator: Any, step:
         now = {"started": utc_now(), "step": step, **command(), "versions": versions(), "platform": platform.platform()}
         place = {"devices": devices, "processes": accelerator.num_processes, "git": git_state(Path(sys.argv[0]))}
         data = {"samples": samples, "digest": clips}
-        found = {"data": data, "changed": [*changed], "ended": None, "earlier": earlier}
+        found = {"data": data, "changed": [*changed], "memory": None, "ended": None, "earlier": earlier}
         _write(output / NAME, now | place | found)
 
 
-def end(output: Path, accelerator: Any, step: int, reason: str) -> None:
-    """Record that the run ended: `finished`, `max_seconds` or the name of a signal, after `step` steps in all."""
+def end(
+    output: Path,
+    accelerator: Any,
+    step: int,
+    reason: str,
+    predicted: Mapping[str, int],
+    measured: Mapping[str, int],
+) -> None:
+    """Record that the run ended: `finished`, `max_seconds` or the name of a signal, after `step` steps in all; and its
+    memory.
+    """
     if accelerator.is_main_process:
         *earlier, now = starts(output / NAME)
-        ended = {"ended": {"reason": reason, "step": step, "at": utc_now()}, "earlier": earlier}
+        memory = {"predicted": dict(predicted), "measured": dict(measured)}
+        ended = {"memory": memory, "ended": {"reason": reason, "step": step, "at": utc_now()}, "earlier": earlier}
         _write(output / NAME, now | ended)
 
 

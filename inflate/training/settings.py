@@ -26,6 +26,9 @@ class Training:
     """Forward passes per optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the trained networks; their weights stay as loaded. fp16 needs a GPU and a single player."""
+    fit: str | None = None
+    """A card, by its memory (16GB) or its name: the fastest measures that make the run fit are chosen before it, as
+    `inflate plan` shows them, and what they need is compared with their prediction; null = all as set."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

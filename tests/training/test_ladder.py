@@ -10,7 +10,7 @@ import pytest
 from inflate.errors import ConfigError
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
-from inflate.training.ladder import MEASURES, choose, climb
+from inflate.training.ladder import MEASURES, Rung, choose, steps, without_preparation
 
 RUN = {
     "stage": "image_to_video", "training.batch": 2, "training.accumulate": 3, "training.precision": "no",
@@ -31,7 +31,7 @@ def made_up(changes: Mapping[str, Any]) -> Cost:
 
 
 def test_a_ladder_begins_as_asked_and_ends_with_every_measure_that_applies() -> None:
-    rungs = climb(RUN, made_up)
+    rungs = steps(RUN)
     assert [rung.measure for rung in rungs[:2]] == ["as asked", "without recomputation"]
     assert rungs[-1].changes == {
         "data.cache": "cache", "data.cache_draws": 4, "training.precision": "bf16", "training.batch": 1,
@@ -43,14 +43,14 @@ def test_a_ladder_begins_as_asked_and_ends_with_every_measure_that_applies() -> 
 
 def test_what_a_run_has_already_is_no_measure() -> None:
     cached = {**RUN, "data.cache": "mine", "data.cache_draws": 2, "training.batch": 1, "training.precision": "fp16"}
-    changes = climb(cached, made_up)[-1].changes
+    changes = steps(cached)[-1].changes
     assert changes == {"image_to_video.held_out_clips": 1, "training.precision": "bf16"}
     least = {**cached, "image_to_video.held_out_clips": 1, "training.precision": "bf16"}
-    assert [rung.measure for rung in climb(least, made_up)] == ["as asked", "without recomputation"]
+    assert [rung.measure for rung in steps(least)] == ["as asked", "without recomputation"]
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
-    rungs = climb(RUN, made_up)
+    rungs = [Rung(**vars(step), cost=made_up(step.changes)) for step in steps(RUN)]
     large, small, tiny = (choose(rungs, Card(f"{size}", int(size * 1e9))) for size in (80, 22, 5))
     assert large is not None
     assert large.measure == "without recomputation"
@@ -73,3 +73,11 @@ def test_another_text_is_refused_with_the_cards_that_are_known(text: str) -> Non
 def test_half_precision_counts_for_less_time() -> None:
     card = Card.parse("H100")
     assert card.seconds(10**15, 0) < card.seconds(0, 10**15) / 10
+
+
+def test_a_run_chooses_for_itself_only_what_needs_no_work_before_it() -> None:
+    able = without_preparation(steps(RUN))
+    assert not any(name.startswith("data.cache") for step in able for name in step.changes)
+    assert [step.measure for step in able] == [
+        step.measure for step in steps(RUN) if step.measure not in ("cached clips", "cached condition frames")
+    ]
