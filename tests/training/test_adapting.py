@@ -209,7 +209,7 @@ def test_a_recipes_mistake_is_told(recipe: str, arguments: list[str], message: s
         load(module.Config, [str(ROOT / "adapters" / "camera_lora.yaml"), *arguments])
 
 
-@pytest.mark.parametrize("card", ["temporal_lora", "spatial_lora", "camera_lora", "full_lora"])
+@pytest.mark.parametrize("card", ["temporal_lora", "spatial_lora", "camera_lora", "attention_lora", "full_lora"])
 def test_every_card_learns_on_a_trained_model(card: str) -> None:
     module = load_recipe(ROOT / "recipes" / "svd_finetune.py")
     settings = load(module.Config, [str(ROOT / "adapters" / f"{card}.yaml"), "stage=image_to_video"]).adapter
