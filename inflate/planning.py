@@ -170,8 +170,9 @@ def outline(config: Any) -> SVD | VideoLDM:
     """The model of a recipe's settings, without memory; temporal layers alone are of the shape of their image model."""
     path = config.model.image_model or config.model.path
     if isinstance(config.model, Model):
-        return svd_outline.outline(path, config.model.image_encoder, config.data.main.frames)
-    return video_ldm_outline.outline(path)
+        frames = config.model.frames or config.data.main.frames
+        return svd_outline.outline(path, config.model.image_encoder, frames)
+    return video_ldm_outline.outline(path, config.model.tokenizer)
 
 
 def encoder_of(family: SVD | VideoLDM, config: Any) -> ClipEncoder | TextClipEncoder:

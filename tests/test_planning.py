@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from original_files import published_like, write_single_file, write_whole_file
 from typer.testing import CliRunner
 
 from inflate.cli import app
-from inflate.errors import CheckpointError, ConfigError
+from inflate.errors import ConfigError
 from inflate.families import svd_outline, video_ldm_outline
+from inflate.families.svd import SVD as SVDFamily
+from inflate.families.video_ldm import VideoLDM
 from inflate.fitting import refusal
-from inflate.models import folders
+from inflate.models import exchange, folders
+from inflate.models.folders import SHIPPED
 from inflate.planning import Planner, assignments
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
@@ -77,10 +83,24 @@ def test_a_stage_of_two_models_and_a_script_without_a_task_are_refused() -> None
         Planner(ROOT / "missing.py", []).steps()
 
 
-def test_a_single_file_is_refused_with_the_remedy() -> None:
-    for outline in (svd_outline.outline, video_ldm_outline.outline):
-        with pytest.raises(CheckpointError, match="plan with the folder of a model of the same shape"):
-            outline("model.safetensors")
+def shapes(family: Any) -> dict[str, dict[str, torch.Size]]:
+    networks = {"unet": family.unet, "vae": family.vae}
+    return {name: exchange.shapes(network.float()) for name, network in networks.items()}
+
+
+def test_a_single_file_has_the_shapes_of_what_is_loaded_from_it(tmp_path: Path) -> None:
+    svd, image, text = (tmp_path / f"{name}.safetensors" for name in ("svd", "image", "text"))
+    published_like().save_sgm(svd)
+    ahead, real = svd_outline.outline(svd), SVDFamily.load(svd, frames=14)
+    assert shapes(ahead) == shapes(real)
+    assert exchange.shapes(ahead.image_encoder) == exchange.shapes(real.image_encoder)
+    assert (ahead.frames, ahead.decode_chunk) == (real.frames, real.decode_chunk)
+    write_single_file(image, cross_attention_dim=64)
+    assert shapes(svd_outline.outline(image, "pocket")) == shapes(SVDFamily.load(image, "pocket"))
+    write_whole_file(text, "Stable Diffusion 1")
+    found = video_ldm_outline.outline(text, SHIPPED["pocket"])
+    assert shapes(found) == shapes(VideoLDM.load(text, tokenizer=SHIPPED["pocket"]))
+    assert all(parameter.is_meta for network in found.networks for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in folders.OUTLINES if "video" in name])

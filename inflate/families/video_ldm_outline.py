@@ -12,24 +12,24 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from inflate.errors import CheckpointError
-from inflate.families.video_ldm import FAMILY, Clips, VideoLDM, load_noise
-from inflate.models import exchange, folders, temporal_layers
+from inflate.families.video_ldm import FAMILY, Clips, VideoLDM, load_noise, noise_of
+from inflate.models import exchange, folders, single_file, temporal_layers
+from inflate.models.single_file_text import load_text_encoders
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 
 
-def outline(path: str | Path) -> VideoLDM:
-    """What `VideoLDM.load` loads from a folder or by a published name, on the meta device; no weights are read.
+def outline(path: str | Path, tokenizer: str | Path | None = None) -> VideoLDM:
+    """What `VideoLDM.load` loads from a folder, by a published name, or from a file, on the meta device.
 
-    CheckpointError for a single file, and where a configuration is missing.
+    No weights are read. CheckpointError where a configuration is missing, or a file is not whole.
     """
     if str(path).endswith(folders.SAFETENSORS):
-        raise CheckpointError(f"{path} holds no configurations: plan with the folder of a model of the same shape")
+        return _of_file(Path(path).expanduser(), tokenizer)
     folder = folders.outline(path)
     if temporal_layers.are_in(folder):
-        return outline(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY))
+        return outline(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY), tokenizer)
     noise = load_noise(folder / "scheduler")
     return VideoLDM(_unet(folder / "unet"), _vae(folder / "vae"), _text(folder), noise, Clips())
 
@@ -42,6 +42,15 @@ class Tokens:
 
     def __call__(self, prompts: Sequence[str], **_: Any) -> Any:
         return SimpleNamespace(input_ids=torch.zeros(len(prompts), self.model_max_length, dtype=torch.long))
+
+
+def _of_file(file: Path, tokenizer: str | Path | None) -> VideoLDM:
+    image = single_file.load_image_model(file, "epsilon", exchange.read_headers)  # what it predicts costs nothing
+    text = load_text_encoders(file, tokenizer, exchange.read_headers)
+    for network in (image.vae, *text.networks):
+        network.float()
+    unet = exchange.build_unet(folders.plain(image.unet.config), VIDEO_LDM)
+    return VideoLDM(unet, image.vae, text, noise_of(image.noise.config, file), Clips())
 
 
 def _unet(folder: Path) -> VideoUNet:
