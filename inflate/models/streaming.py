@@ -6,14 +6,14 @@ it no more than a mean and a variance per group: one pass over the strips finds 
 clip is a list of frames (1, C, H, W), so that each frame's memory is given back as soon as the next layer has read it.
 
 With gradients a unit keeps its input and four vectors. In its backward pass mean and variance are treated as inputs of
-their own: their gradients are summed over strips, and what they owe to each pixel is added afterwards. It computes a
-unit's 2D layers twice more and its temporal ones up to three times.
+their own: their gradients are summed over strips, and what they owe to each pixel is added afterwards. 2D layers are
+computed once more there, temporal ones three times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from inflate.layers.temporal import TemporalResnet, VideoResnet, VideoUpsample, mix
+from inflate.layers.temporal import TemporalResnet, VideoConvOut, VideoResnet, VideoUpsample, mix
 from inflate.objectives import at_least_float32
 
 Frames = list[Tensor]
+Inflated = VideoResnet | VideoUpsample | VideoConvOut
 
 
 class Moments(NamedTuple):
@@ -39,6 +39,13 @@ class Moments(NamedTuple):
     def leaves(self) -> Moments:
         """The same without history, to take gradients at."""
         return Moments(*(value.detach().requires_grad_() for value in self))
+
+
+class Known(NamedTuple):
+    """The moments before both norms of a temporal block."""
+
+    first: Moments
+    second: Moments
 
 
 def moments(parts: Iterable[Tensor], groups: int) -> Moments:
@@ -109,15 +116,19 @@ def _leave(layer: TemporalResnet, strip: Tensor, hidden: Tensor, second: Moments
     return mix(strip, strip + change, layer.share, None)
 
 
-def _over_time(layer: TemporalResnet, frames: Sequence[Tensor], rows: int) -> tuple[Moments, Moments]:
-    """Put what a temporal block makes of frames in their place; the moments before its two norms."""
+def _find(layer: TemporalResnet, frames: Sequence[Tensor], rows: int) -> Known:
+    """The moments before the norms of a temporal block, whose input the frames are."""
     first = moments(frames, layer.norm1.num_groups)
     halfway = (_enter(layer, _strip(frames, place), first) for place in _strips(frames, rows))
-    second = moments(halfway, layer.norm2.num_groups)
+    return Known(first, moments(halfway, layer.norm2.num_groups))
+
+
+def _fill(layer: TemporalResnet, frames: Sequence[Tensor], rows: int, known: Known, into: Frames) -> Frames:
+    """What a temporal block makes of frames, put `into` others, which may be the same."""
     for place in _strips(frames, rows):
         strip = _strip(frames, place)
-        _put(frames, place, _leave(layer, strip, _enter(layer, strip, first), second))
-    return first, second
+        _put(into, place, _leave(layer, strip, _enter(layer, strip, known.first), known.second))
+    return into
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -125,19 +136,26 @@ def _over_time(layer: TemporalResnet, frames: Sequence[Tensor], rows: int) -> tu
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """2D layers that act on each frame alone, the last of them a residual block, and its temporal layer."""
+    """The temporal layer of a residual block, if any, and the 2D layers up to the next block's or to the pixels."""
 
+    temporal: TemporalResnet | None
     layers: tuple[nn.Module, ...]
-    temporal: TemporalResnet
 
     def __call__(self, frames: Frames, rows: int) -> Frames:
-        """Frames (1, C, H, W) to frames (1, C', H', W'); without gradients the list given is used up."""
+        """Frames (1, C, H, W) to frames (1, C', H', W'); without gradients those given are used up."""
         if torch.is_grad_enabled():
-            learning = [parameter for layer in self.layers for parameter in layer.parameters()]
-            learning = [parameter for parameter in learning if parameter.requires_grad]
+            learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
             return list(_Recomputed.apply(self, rows, learning, len(frames), *frames, *learning))
-        _over_time(self.temporal, self.images(frames), rows)
-        return frames
+        if self.temporal is not None:
+            _fill(self.temporal, frames, rows, _find(self.temporal, frames, rows), into=frames)
+        return self.images(frames)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that the unit computes with."""
+        for layer in self.layers:
+            yield from (value for name, value in layer.named_parameters() if not name.startswith("temporal."))
+        if self.temporal is not None:
+            yield from self.temporal.parameters()
 
     def images(self, frames: Frames) -> Frames:
         """Put what the 2D layers make of each frame in its place in the list."""
@@ -148,38 +166,39 @@ class Unit:
     def image(self, frame: Tensor) -> Tensor:
         """What the 2D layers make of one frame."""
         for layer in self.layers:
-            frame = layer.image(frame) if isinstance(layer, VideoResnet | VideoUpsample) else layer(frame)
+            frame = layer.image(frame) if isinstance(layer, Inflated) else layer(frame)
         return frame
 
 
 def units(decoder: Decoder) -> list[Unit]:
-    """All of a video decoder but its head; upsampling belongs to the residual block after it."""
-    middle = decoder.mid_block
-    layers: list[Any] = [decoder.conv_in, middle.resnets[0]]
-    for pair in zip(middle.attentions, middle.resnets[1:], strict=True):
-        layers += pair
-    for block in decoder.up_blocks:
-        layers += [*block.resnets, *(block.upsamplers or ())]
+    """All of a video decoder but the temporal convolution over its pixels."""
     found: list[Unit] = []
+    temporal: TemporalResnet | None = None
     before: list[nn.Module] = []
-    for layer in (layer for layer in layers if layer is not None):
+    for layer in _layers(decoder):
         before.append(layer)
         if isinstance(layer, VideoResnet) and isinstance(layer.temporal, TemporalResnet):
-            found.append(Unit(tuple(before), layer.temporal))
-            before = []
-    return found
+            found.append(Unit(temporal, tuple(before)))
+            temporal, before = layer.temporal, []
+    return [*found, Unit(temporal, tuple(before))]
 
 
-def decode(decoder: Any, latents: Tensor, rows: int) -> Tensor:
+def _layers(decoder: Decoder) -> Iterator[nn.Module]:
+    """In the order of computation."""
+    middle = decoder.mid_block
+    yield from (decoder.conv_in, middle.resnets[0])
+    for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+        yield from (resnet,) if attention is None else (attention, resnet)
+    for block in decoder.up_blocks:
+        yield from (*block.resnets, *(block.upsamplers or ()))
+    yield from (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
+
+
+def decode(decoder: Decoder, latents: Tensor, rows: int) -> Tensor:
     """Latents (F, C, h, w) of one clip to pixels (F, 3, H, W); `rows` pixel rows at a time in temporal layers."""
     frames = list(latents.split(1))
     for unit in units(decoder):
-        frames = unit(frames, rows)
-    head: Callable[[Tensor], Tensor] = decoder.image_head
-    if torch.is_grad_enabled():
-        head = partial(checkpoint, decoder.image_head, use_reentrant=False, preserve_rng_state=False)
-    for number, frame in enumerate(frames):
-        frames[number] = head(frame)  # (1, 3, H, W)
+        frames = unit(frames, rows)  # after the last (1, 3, H, W) each
     pixels: Tensor = decoder.conv_out.over_time(torch.cat(frames), len(frames))  # (F, 3, H, W)
     return pixels
 
@@ -196,23 +215,28 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.unit, ctx.rows, ctx.learning, ctx.count = unit, rows, learning, count
         ctx.precision = _precision(tensors[0].device.type)
-        frames = unit.images(list(tensors[:count]))
-        first, second = _over_time(unit.temporal, frames, rows)
-        ctx.save_for_backward(*tensors[:count], *first, *second)
-        return tuple(frames)
+        frames: Sequence[Tensor] = tensors[:count]
+        found: tuple[Tensor, ...] = ()
+        if unit.temporal is not None:
+            known = _find(unit.temporal, frames, rows)
+            found = (*known.first, *known.second)
+            frames = _fill(unit.temporal, frames, rows, known, into=[torch.empty_like(frame) for frame in frames])
+        ctx.save_for_backward(*tensors[:count], *found)
+        return tuple(unit.images(list(frames)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        frames, first, second = saved[: ctx.count], Moments(*saved[-4:-2]), Moments(*saved[-2:])
-        sums = _Sums(ctx.learning)
-        with ctx.precision():
-            hidden = ctx.unit.images(list(frames))
-            strips = _Strips(ctx.unit.temporal, hidden, gradients, ctx.rows, first, second)
-            arriving = strips.backward(sums)
-            del hidden, strips
-            wanted = any(ctx.needs_input_grad[4 : 4 + ctx.count])
-            leaving = _images_backward(ctx.unit, frames, arriving, wanted, sums)
+        unit, rows, sums = ctx.unit, ctx.rows, _Sums(ctx.learning)
+        frames, values = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = any(ctx.needs_input_grad[4 : 4 + ctx.count])
+        with ctx.precision(), requiring_gradient(ctx.learning):
+            if unit.temporal is None:
+                leaving = _images_backward(unit, list(frames), gradients, wanted, sums)
+            else:
+                known = Known(Moments(*values[:2]), Moments(*values[2:]))
+                between = _fill(unit.temporal, frames, rows, known, into=[torch.empty_like(frame) for frame in frames])
+                arriving = _images_backward(unit, between, gradients, True, sums)
+                leaving = _Strips(unit.temporal, frames, arriving, rows, known).backward(sums)
         return None, None, None, None, *leaving, *sums.gradients()
 
 
@@ -222,6 +246,19 @@ def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
         return nullcontext
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
+
+
+@contextmanager
+def requiring_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let what is computed inside depend on parameters that may be frozen; they are as before afterwards."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
 
 
 class _Sums:
@@ -245,79 +282,73 @@ class _Sums:
         return [None if total is None else total.to(parameter.dtype) for total, parameter in pairs]
 
 
-@dataclass
+def _images_backward(
+    unit: Unit, frames: list[Any], gradients: Sequence[Tensor], wanted: bool, sums: _Sums
+) -> list[Any]:
+    """Gradients of the frames, which are used up, if `wanted`, of those of what the 2D layers made of them."""
+    for number, gradient in enumerate(gradients):
+        leaf = frames[number].detach().requires_grad_(wanted)
+        with torch.enable_grad():
+            made = unit.image(leaf)
+        inputs = [*([leaf] if wanted else []), *sums.parameters]
+        found = torch.autograd.grad(made, inputs, gradient, allow_unused=True)
+        frames[number] = found[0] if wanted else None
+        sums.add(found[len(found) - len(sums.parameters) :])
+    return frames
+
+
+@dataclass(frozen=True)
 class _Strips:
-    """The backward pass of a temporal block. `hidden`: its input; `gradients`: those of its output."""
+    """The backward pass of a temporal block. `frames`: its input; `gradients`: those of its output, to be changed."""
 
     layer: TemporalResnet
-    hidden: Frames
-    gradients: Sequence[Tensor]
+    frames: Sequence[Tensor]
+    gradients: Frames
     rows: int
-    first: Moments
-    second: Moments
+    known: Known
 
     def backward(self, sums: _Sums) -> Frames:
-        """Gradients of the block's input; those of its parameters go to `sums`. `hidden` is used up."""
-        of_first, of_second = self._zeros(self.first), self._second_moments()
-        arriving = [torch.empty_like(frame) for frame in self.hidden]
-        for place in _strips(self.hidden, self.rows):
-            strip, of_strip = self._one(place, of_second, of_first, sums)
-            _put(arriving, place, strip)
-            of_first = of_strip
-        for gradient in arriving:
-            gradient += _owed(self.hidden.pop(0), self.first, of_first, self._count())
-        return arriving
+        """Put gradients of the block's input in the place of its output's; those of its parameters go to `sums`."""
+        of_second, of_first = self._second_moments(), _nothing(self.known.first)
+        for place in _strips(self.frames, self.rows):
+            of_strip, of_moments = self._one(place, of_second, sums)
+            _put(self.gradients, place, of_strip)
+            of_first = _added(of_first, of_moments)
+        for frame, gradient in zip(self.frames, self.gradients, strict=True):
+            gradient += _owed(frame, self.known.first, of_first, self._count())
+        return self.gradients
 
     def _second_moments(self) -> Moments:
         """Gradients of the moments before the second norm."""
-        total = self._zeros(self.second)
-        for place in _strips(self.hidden, self.rows):
-            strip = _strip(self.hidden, place)
-            entered, second = _enter(self.layer, strip, self.first), self.second.leaves()
+        total = _nothing(self.known.second)
+        for place in _strips(self.frames, self.rows):
+            strip, second = _strip(self.frames, place), self.known.second.leaves()
+            entered = _enter(self.layer, strip, self.known.first)
             with torch.enable_grad():
                 left = _leave(self.layer, strip, entered, second)
-            found = torch.autograd.grad(left, second, _strip(self.gradients, place))
-            total = _added(total, found)
+            total = _added(total, torch.autograd.grad(left, second, _strip(self.gradients, place)))
         return total
 
-    def _one(self, place: slice, of_second: Moments, of_first: Moments, sums: _Sums) -> tuple[Tensor, Moments]:
-        """Gradient of a strip, but for what it owes to the first moments; and `of_first` with theirs added."""
-        strip, first = _strip(self.hidden, place).requires_grad_(), self.first.leaves()
+    def _one(self, place: slice, of_second: Moments, sums: _Sums) -> tuple[Tensor, Sequence[Tensor]]:
+        """Gradient of a strip, but for what it owes to the first moments; and gradients of those."""
+        strip, first = _strip(self.frames, place).requires_grad_(), self.known.first.leaves()
         with torch.enable_grad():
             entered = _enter(self.layer, strip, first)
-            left = _leave(self.layer, strip, entered, self.second)
-        given = (_strip(self.gradients, place), _owed(entered.detach(), self.second, of_second, self._count()))
+            left = _leave(self.layer, strip, entered, self.known.second)
+        owed = _owed(entered.detach(), self.known.second, of_second, self._count())
+        given = (_strip(self.gradients, place), owed)
         found = torch.autograd.grad((left, entered), (strip, *first, *sums.parameters), given, allow_unused=True)
         sums.add(found[3:])
-        return found[0], _added(of_first, found[1:3])
+        return found[0], found[1:3]
 
     def _count(self) -> int:
         """Values that a mean of a group is over."""
-        return len(self.gradients) * self.gradients[0].numel() // self.layer.norm1.num_groups
+        return len(self.frames) * self.frames[0].numel() // self.layer.norm1.num_groups
 
-    @staticmethod
-    def _zeros(like: Moments) -> Moments:
-        return Moments(torch.zeros_like(like.mean), torch.zeros_like(like.variance))
+
+def _nothing(like: Moments) -> Moments:
+    return Moments(*(torch.zeros_like(value) for value in like))
 
 
 def _added(total: Moments, found: Sequence[Tensor]) -> Moments:
     return Moments(total.mean + found[0], total.variance + found[1])
-
-
-def _images_backward(
-    unit: Unit, frames: Sequence[Tensor], arriving: Frames, wanted: bool, sums: _Sums
-) -> list[Tensor | None]:
-    """Gradients of a unit's frames, if `wanted`, of those after its 2D layers, which are used up."""
-    leaving: list[Tensor | None] = [None for _ in frames]
-    temporal = {id(parameter) for parameter in unit.temporal.parameters()}
-    if not wanted and all(id(parameter) in temporal for parameter in sums.parameters):
-        return leaving
-    for number, frame in enumerate(frames):
-        leaf = frame.detach().requires_grad_(wanted)
-        with torch.enable_grad():
-            made = unit.image(leaf)
-        inputs = [*([leaf] if wanted else []), *sums.parameters]
-        found = torch.autograd.grad(made, inputs, arriving.pop(0), allow_unused=True)
-        leaving[number] = found[0] if wanted else None
-        sums.add(found[len(found) - len(sums.parameters) :])
-    return leaving

@@ -46,11 +46,6 @@ class VideoDecoder(Decoder):
         clips = sample.split(state.frames)
         return torch.cat([streaming.decode(self, clip, self.rows) for clip in clips])  # (N, 3, H, W)
 
-    def image_head(self, hidden: Tensor) -> Tensor:
-        """The last layers without the temporal one: features (N,C',H,W) to pixels (N,3,H,W)."""
-        output: Tensor = self.conv_out.image(self.conv_act(self.conv_norm_out(hidden)))  # (N, 3, H, W)
-        return output
-
     def _whole(self, sample: Tensor, latent_embeds: Tensor | None) -> Tensor:
         hidden = self.mid_block(self.conv_in(sample), latent_embeds)  # (N, C', h, w)
         for block in self.up_blocks:
@@ -99,11 +94,6 @@ class VideoVAE(AutoencoderKL):
         if rows is not None and rows < 1:
             raise ConfigError(f"cannot decode {rows} pixel rows at a time: 1 or more, or None for whole clips")
         self.decoder.rows = rows
-
-    @property
-    def streams(self) -> bool:
-        """Whether clips are decoded frame by frame."""
-        return self.decoder.rows is not None
 
     def temporal_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the temporal layers, by name."""
@@ -170,6 +160,11 @@ class VideoVAE(AutoencoderKL):
         inflate_conv_out(self.decoder.conv_out, self.clip)
         self.decoder.__class__ = VideoDecoder
         self.decoder.clip = self.clip
+
+
+def streams(vae: AutoencoderKL) -> bool:
+    """Whether a VAE has been told to decode in little memory: a video VAE frame by frame, another image by image."""
+    return vae.decoder.rows is not None if isinstance(vae, VideoVAE) else bool(vae.use_slicing)
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
