@@ -21,8 +21,9 @@ from inflate.adapters.settings import AdapterSettings
 from inflate.data.clips import collate
 from inflate.families.svd import FAMILY, SVD
 from inflate.training.adapting import Adapting
-from inflate.training.cost import Cost, measure, on_paper
-from inflate.training.economy import save_memory
+from inflate.training.cost import Cost, Watched, measure, on_paper
+from inflate.training.decoder import Decoder, DecoderTask
+from inflate.training.economy import save_decoding, save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.memory import bytes_of
 from inflate.training.memory_settings import Memory
@@ -39,7 +40,7 @@ class Case:
     """One setting of a training step."""
 
     trains: str = "all"
-    """all, temporal, or adapter"""
+    """all, temporal, adapter, or decoder (the VAE's, against its discriminator)"""
     training: dict[str, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
 
@@ -52,6 +53,8 @@ CASES = (
     Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}),
     Case("adapter"), Case("adapter", memory=RECOMPUTED), Case("adapter", {"precision": "bf16"}),
     Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
+    Case("decoder"), Case("decoder", memory=Memory(decode_rows=8)),
+    Case("decoder", {"precision": "bf16"}, memory=Memory(decode_rows=8)),
 )  # fmt: skip
 
 
@@ -62,11 +65,27 @@ def item(number: int) -> dict[str, Any]:
     return {"pixels": pixels, **told, "caption": "", "name": str(number)}
 
 
-def prepared(case: Case, paper: Paper | None = None) -> tuple[ImageToVideoTask, Training, dict[str, Any]]:
+def prepared(case: Case, paper: Paper | None = None) -> tuple[Watched, Training, dict[str, Any]]:
     """The task, its settings and a batch; on paper where there is one."""
     family = SVD.load("pocket", frames=FRAMES)
     for network in family.parts.values() if paper else ():
         paper.adopt(network)
+    training = Training(tracker="none", **case.training)
+    batch = dict(collate([item(number) for number in range(training.batch)]))
+    batch["pixels"] = paper.like(batch["pixels"]) if paper else batch["pixels"]
+    save_decoding(family.vae, case.memory)
+    task = decoder_task(family, batch) if case.trains == "decoder" else image_to_video_task(case, family)
+    return task, training, batch
+
+
+def decoder_task(family: SVD, batch: dict[str, Any]) -> DecoderTask:
+    """The VAE's decoder against its discriminator from the first step on."""
+    settings = Decoder(adversarial_start=0, discriminator_channels=16, held_out_clips=1)
+    return DecoderTask(family.vae, settings, batch["pixels"], family.save_pretrained)
+
+
+def image_to_video_task(case: Case, family: SVD) -> ImageToVideoTask:
+    """The UNet, or some of it."""
     settings = ImageToVideo(
         trainable="temporal" if case.trains == "temporal" else "all", held_out_clips=1, preview_clips=1,
     )  # fmt: skip
@@ -77,11 +96,9 @@ def prepared(case: Case, paper: Paper | None = None) -> tuple[ImageToVideoTask, 
         for parameter in family.unet.parameters():  # a layer freshly inflated is zero, and would be refused
             parameter.data += 0.01
         adapter = Adapting.on(family.unet, wanted, FAMILY, "pocket-svd", 0)
-    training = Training(tracker="none", **case.training)
     task = ImageToVideoTask(family, settings, [collate([item(0)])], Preview(steps=1), 1e-4, 0, adapter=adapter)
     save_memory(family.unet, case.memory)
-    batch = dict(collate([item(number) for number in range(training.batch)]))
-    return task, training, {**batch, "pixels": paper.like(batch["pixels"]) if paper else batch["pixels"]}
+    return task
 
 
 def predicted(case: Case) -> Cost:
@@ -95,7 +112,7 @@ def predicted(case: Case) -> Cost:
 def profiled(case: Case) -> tuple[Cost, int]:
     """The real step's cost by the ledger, and its peak by the profiler."""
     task, training, batch = prepared(case)
-    networks = [*task.frozen, task.family.unet]
+    networks = [*task.frozen, *(player.network for player in task.players)]
     resident = bytes_of(tensor for one in networks for tensor in (*one.parameters(), *one.buffers()))
     resident += bytes_of(value for value in batch.values() if isinstance(value, torch.Tensor))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -34,7 +34,7 @@ from inflate.training.adapting import Adapting
 from inflate.training.card import image_use, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
-from inflate.training.economy import save_memory
+from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import clip_encoder
 from inflate.training.held_out import join
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
@@ -150,6 +150,7 @@ def make_task(
     """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
     training, main, device = config.training, config.data.main, join_processes().device
     encode_at_most(family.vae, config.memory.encode_frames)
+    save_decoding(family.vae, config.memory)
     if config.stage == "decoder":
         batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
         fps = float(batches[0]["fps"][0])

@@ -29,7 +29,7 @@ from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
 from inflate.training.checkpoint import writing
-from inflate.training.economy import save_memory
+from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
@@ -104,6 +104,7 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     """The task; it says what the export has to remember of the clips: those of the main bucket."""
     settings, main = config.text_to_video, config.data.main
     encode_at_most(family.vae, config.memory.encode_frames)
+    save_decoding(family.vae, config.memory)
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)

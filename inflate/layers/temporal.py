@@ -18,6 +18,7 @@ Source: Blattmann et al., Stable Video Diffusion (2023), appendix D; Align your 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,8 +127,12 @@ class TemporalResnet(nn.Module):
             hidden = hidden + shift.unflatten(0, (-1, state.frames)).transpose(1, 2)[..., None, None]
         hidden = self.conv2(functional.silu(self.norm2(hidden)))  # (B, C, F, H, W)
         temporal = spatial + hidden.transpose(1, 2)  # (B, F, C, H, W)
-        share = torch.sigmoid(self.mix if self.reverse else -self.mix)
-        return mix(spatial, temporal, share, state.image_only).flatten(0, 1)  # (B*F, C, H, W)
+        return mix(spatial, temporal, self.share, state.image_only).flatten(0, 1)  # (B*F, C, H, W)
+
+    @property
+    def share(self) -> Tensor:
+        """The temporal path's share of the mix, shape (1,)."""
+        return torch.sigmoid(self.mix if self.reverse else -self.mix)
 
 
 class ContextAttention(Attention):
@@ -260,8 +265,13 @@ class VideoResnet(ResnetBlock2D):
         output: Tensor = run(self, self._both, input_tensor, temb)
         return output
 
+    def image(self, hidden: Tensor, time: Tensor | None = None) -> Tensor:
+        """The 2D residual block alone: (N,C,H,W) features and (N,E) time embedding to (N,C',H',W')."""
+        output: Tensor = super().forward(hidden, time)
+        return output
+
     def _both(self, hidden: Tensor, time: Tensor | None) -> Tensor:
-        hidden = super().forward(hidden, time)  # (B*F, C', H', W')
+        hidden = self.image(hidden, time)  # (B*F, C', H', W')
         state = self.clip.state
         if self.temporal is None or state.bypass:
             return hidden
@@ -338,13 +348,14 @@ class VideoUpsample(Upsample2D):
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """(N,C,H,W) features to (N,C',2H,2W), or to `output_size`."""
-
-        def enlarge(hidden: Tensor) -> Tensor:
-            output: Tensor = super(VideoUpsample, self).forward(hidden, output_size)
-            return output
-
         learns = any(parameter.requires_grad for parameter in self.parameters())
+        enlarge = partial(self.image, output_size=output_size)
         output: Tensor = run(self, enlarge, hidden_states) if learns else enlarge(hidden_states)
+        return output
+
+    def image(self, hidden: Tensor, output_size: Any = None) -> Tensor:
+        """The same, whatever is recomputed."""
+        output: Tensor = super().forward(hidden, output_size)
         return output
 
 
@@ -356,11 +367,17 @@ class VideoConvOut(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B*F,C,H,W) features to (B*F,3,H,W) pixels."""
-        pixels = super().forward(input)  # (B*F, 3, H, W)
+        pixels = self.image(input)  # (B*F, 3, H, W)
         state = self.clip.state
-        if state.bypass:
-            return pixels
-        video = pixels.unflatten(0, (-1, state.frames)).transpose(1, 2)  # (B, 3, F, H, W)
+        return pixels if state.bypass else self.over_time(pixels, state.frames)
+
+    def image(self, input: Tensor) -> Tensor:
+        """The 2D convolution alone: (N,C,H,W) features to (N,3,H,W) pixels."""
+        return super().forward(input)
+
+    def over_time(self, pixels: Tensor, frames: int) -> Tensor:
+        """The temporal convolution alone, over clips of `frames`: (B*F,3,H,W) pixels."""
+        video = pixels.unflatten(0, (-1, frames)).transpose(1, 2)  # (B, 3, F, H, W)
         return self.temporal(video).transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
 
 

@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -93,6 +94,41 @@ class EncoderFeatures(nn.Module):
             x = block(x)
             stages.append(x)
         return stages
+
+
+def framewise(distance: nn.Module, output: Tensor, truth: Tensor) -> Tensor:
+    """A perceptual distance of images (N, 3, H, W), one image at a time: `(N,)`.
+
+    Nothing but the gradient of each image is kept for the backward pass. The distance's own weights get none.
+    """
+    found: Tensor = _Framewise.apply(distance, output, truth)
+    return found
+
+
+class _Framewise(torch.autograd.Function):
+    """A frame's distance is a single number: its gradient, taken at once, is all that its backward pass needs."""
+
+    @staticmethod
+    def forward(ctx: Any, distance: nn.Module, output: Tensor, truth: Tensor) -> Tensor:
+        pairs = zip(output.split(1), truth.split(1), strict=True)
+        if not ctx.needs_input_grad[1]:
+            return torch.cat([distance(*pair) for pair in pairs])
+        found, gradients = zip(*(_with_gradient(distance, *pair) for pair in pairs), strict=True)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (of_images,) = ctx.saved_tensors
+        return None, of_images * gradient.view(-1, 1, 1, 1).to(of_images.dtype), None
+
+
+def _with_gradient(distance: nn.Module, image: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of one image (1, 3, H, W) and its gradient."""
+    image = image.detach().requires_grad_()
+    with torch.enable_grad():
+        found = distance(image, truth)  # (1,)
+    return found.detach(), torch.autograd.grad(found, image, torch.ones_like(found))[0]
 
 
 def perceptual_distance(backbone: Path | None, heads: Path | None, vae: AutoencoderKL) -> nn.Module:

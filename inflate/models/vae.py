@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from inflate.errors import ConfigError, InflateError, SurgeryError
 from inflate.layers.clip import Clip, ClipState, Recompute, recomputes, run, set_recompute
 from inflate.layers.temporal import VideoResnet, inflate_conv_out, inflate_resnet, inflate_upsample
+from inflate.models import streaming
 from inflate.models.unet import check_no_adapters, keep_signature, load_strictly, temporal_resnet
 from inflate.models.weights import weights_sha256
 
@@ -33,9 +34,19 @@ class VideoDecoder(Decoder):
 
     clip: Clip
     recompute: Recompute | None = None
+    rows: int | None = None
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Latents (N,C,h,w) to pixels (N,3,H,W)."""
+        if self.rows is None:
+            return self._whole(sample, latent_embeds)
+        state = self.clip.state
+        if state.bypass:
+            return torch.cat([self._whole(image, latent_embeds) for image in sample.split(1)])  # (N, 3, H, W)
+        clips = sample.split(state.frames)
+        return torch.cat([streaming.decode(self, clip, self.rows) for clip in clips])  # (N, 3, H, W)
+
+    def _whole(self, sample: Tensor, latent_embeds: Tensor | None) -> Tensor:
         hidden = self.mid_block(self.conv_in(sample), latent_embeds)  # (N, C', h, w)
         for block in self.up_blocks:
             hidden = block(hidden, latent_embeds)  # (N, C', 2h, 2w), after the last (N, C', H, W)
@@ -73,6 +84,16 @@ class VideoVAE(AutoencoderKL):
         video.use_slicing = video.use_tiling = False
         video._insert()
         return video
+
+    def stream(self, rows: int | None) -> None:
+        """From now on decode frame by frame, temporal layers by that many pixel rows; None: whole clips at once.
+
+        Exact, in a fraction of the memory, images too. With gradients nothing but the inputs of residual blocks is
+        kept, whatever is recomputed otherwise. Raises `ConfigError`.
+        """
+        if rows is not None and rows < 1:
+            raise ConfigError(f"cannot decode {rows} pixel rows at a time: 1 or more, or None for whole clips")
+        self.decoder.rows = rows
 
     def temporal_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the temporal layers, by name."""
@@ -125,7 +146,7 @@ class VideoVAE(AutoencoderKL):
     @staticmethod
     def _refuse_cutting() -> NoReturn:
         raise ConfigError(
-            "VideoVAE neither slices nor tiles: both change the decoded clip; decode fewer frames per call instead"
+            "VideoVAE neither slices nor tiles: both change the decoded clip; use its stream(rows), which does not"
         )
 
     def _insert(self) -> None:
@@ -139,6 +160,11 @@ class VideoVAE(AutoencoderKL):
         inflate_conv_out(self.decoder.conv_out, self.clip)
         self.decoder.__class__ = VideoDecoder
         self.decoder.clip = self.clip
+
+
+def streams(vae: AutoencoderKL) -> bool:
+    """Whether a VAE has been told to decode in little memory: a video VAE frame by frame, another image by image."""
+    return vae.decoder.rows is not None if isinstance(vae, VideoVAE) else bool(vae.use_slicing)
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:

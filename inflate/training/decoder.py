@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from inflate.data.pixels import to_uint8, unit
 from inflate.data.video import contact_sheet, write
 from inflate.errors import ConfigError, TrainingError
 from inflate.measures import TRAINING
-from inflate.metrics.perceptual import perceptual_distance
+from inflate.metrics.perceptual import framewise, perceptual_distance
 from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, spectrum_distance, ssim
 from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encoder_sha256
+from inflate.models.streaming import requiring_gradient
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encoder_sha256, streams
 from inflate.objectives import at_least_float32, hinge_discriminator_loss, hinge_generator_loss
 from inflate.training.decoder_settings import Decoder, check
 from inflate.training.noise import Noise
@@ -131,7 +131,7 @@ class DecoderTask:
         settings, last = self.settings, self.vae.decoder.conv_out.weight
         acting = [*self.critics.values()] if step >= settings.adversarial_start else []
         real, latents = self._corrupt(batch, noise)
-        with _requiring_gradient(last, bool(acting)):
+        with requiring_gradient([last] if acting else []):  # frozen again before gradients accumulate
             fake = at_least_float32(self.decoder.network(latents))  # (B, F, 3, H, W)
             self._left = batch, fake.detach()
             loss, logs = self._reconstruction(fake, real)  # (B,)
@@ -168,7 +168,8 @@ class DecoderTask:
         l1, l2 = difference.abs().flatten(1).mean(1), difference.square().flatten(1).mean(1)  # (B,)
         loss, logs = settings.l1 * l1 + settings.l2 * l2, {"l1": l1.detach()}
         if settings.perceptual:
-            distance = self.perceptual(fake.flatten(0, 1), real.flatten(0, 1))  # (B*F,)
+            images = fake.flatten(0, 1), real.flatten(0, 1)  # (B*F, 3, H, W) each
+            distance = framewise(self.perceptual, *images) if streams(self.vae) else self.perceptual(*images)  # (B*F,)
             distance = distance.unflatten(0, real.shape[:2]).mean(1)  # (B,)
             loss, logs["perceptual"] = loss + settings.perceptual * distance, distance.detach()
         return loss, logs
@@ -314,17 +315,6 @@ def _critics(settings: Decoder, seed: int) -> dict[str, nn.Module]:
         if settings.image_adversarial:
             critics["image_discriminator"] = ImageDiscriminator(*shape)
     return critics
-
-
-@contextmanager
-def _requiring_gradient(parameter: nn.Parameter, wanted: bool) -> Iterator[None]:
-    """Let the graph built inside reach a parameter that is frozen; it is frozen again before gradients accumulate."""
-    before = parameter.requires_grad
-    parameter.requires_grad_(before or wanted)
-    try:
-        yield
-    finally:
-        parameter.requires_grad_(before)
 
 
 def _per_clip(loss: Callable[..., Tensor], *logits: Tensor) -> Tensor:

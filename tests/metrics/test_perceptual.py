@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from helpers import tiny_vae
 from inflate.errors import CheckpointError, ConfigError
-from inflate.metrics.perceptual import LPIPS, VGG16, EncoderFeatures, perceptual_distance
+from inflate.metrics.perceptual import LPIPS, VGG16, EncoderFeatures, framewise, perceptual_distance
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,19 @@ def test_one_file_of_two_is_an_error_and_none_is_logged(tmp_path, caplog):
 
 def test_encoder_features_neither_own_nor_move_the_encoder():
     assert list(EncoderFeatures(tiny_vae()).parameters()) == []
+
+
+def test_one_image_at_a_time_gives_the_same_distances_and_gradients():
+    distance = EncoderFeatures(tiny_vae().double().requires_grad_(False))
+    truth, weights = images(3, seed=1).double(), torch.tensor([1.0, 2.0, -3.0])
+    found = []
+    for measure in (distance, lambda *pair: framewise(distance, *pair)):
+        output = images(3, seed=2).double().requires_grad_()
+        values = measure(output, truth)
+        (values * weights).sum().backward(retain_graph=True)
+        (values * weights).sum().backward()
+        found.append((values.detach(), output.grad))
+    for whole, single in zip(*found, strict=True):
+        torch.testing.assert_close(single, whole, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(framewise(distance, images(3, seed=2).double(), truth), found[0][0])

@@ -48,6 +48,7 @@ def batch_of(numbers: list[int]) -> tuple[dict, Noise]:
 def act(task: DecoderTask, numbers: list[int], step: int = 0):
     """One turn of every player; their mean losses are back-propagated."""
     batch, noise = batch_of(numbers)
+    batch["pixels"] = batch["pixels"].to(task.vae.dtype)
     logs = {}
     for player in task.players:
         others = [p for other in task.players if other is not player for p in other.network.parameters()]
@@ -151,6 +152,27 @@ def test_the_adversarial_gradient_at_the_last_layer_has_the_asked_share():
     task.settings = replace(task.settings, adversarial_start=1)
     alone = torch.autograd.grad(task.decoder.loss(batch, noise, 0)[0].sum(), weight)[0]
     assert ((total - alone).norm() / alone.norm()).item() == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("trainable", ["temporal", "decoder"])
+def test_training_in_little_memory_has_the_same_losses_and_gradients(trainable):
+    found = []
+    for rows in (None, 3):
+        task = make(replace(SMALL, trainable=trainable))
+        for network in (task.vae, *task.critics.values()):
+            randomise(network.double())
+        task.vae.stream(rows)
+        logs = act(task, [0, 1])
+        last = task.vae.decoder.conv_out.weight
+        assert (last.grad is None) is not last.requires_grad
+        grads = {f"{key}.{name}": value for key, network in {"vae": task.vae, **task.critics}.items()
+                 for name, value in gradients(network).items()}  # fmt: skip
+        found.append(({(key, name): value for key, log in logs.items() for name, value in log.items()}, grads))
+    (plain_logs, plain), (logs, streamed) = found
+    for before, after in ((plain_logs, logs), (plain, streamed)):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-8, atol=1e-10, msg=str(name))
 
 
 def test_the_discriminator_waits_and_may_lead():
