@@ -18,11 +18,13 @@ from inflate.formats import WRITTEN
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
     from inflate.data.preflight import Progress
     from inflate.data.settings import Data
     from inflate.families.svd import SVD
     from inflate.families.video_ldm import VideoLDM
+    from inflate.models.precision import Precision
     from inflate.sampling.svd import Sampling
     from inflate.sampling.text_to_video import Sampling as TextSampling
 
@@ -60,6 +62,17 @@ Tokenizer = Annotated[
 Prediction = Annotated[
     Literal["epsilon", "v_prediction"] | None,
     typer.Option("--prediction", help="What a Stable Diffusion 2's file predicts."),
+]
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        "--dtype", help="Round all weights to this and compute in it, in half the memory [default: as loaded]"
+    ),
+]
+LittleMemory = Annotated[
+    bool | None,
+    typer.Option("--little-memory/--at-once", help="The same clip, part by part or at once [default: by its size]"),
 ]
 
 Adapters = Annotated[
@@ -304,9 +317,11 @@ def sample(
     prediction: Prediction = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
+    dtype: Dtype = None,
+    little_memory: LittleMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
-    """Animate IMAGE with the model in PATH."""
+    """Animate IMAGE with the model in PATH. Its networks take turns on the GPU."""
     wanted = [Weighted.parse(text) for text in adapter or ()]
     _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if (height is None) != (width is None):
@@ -318,7 +333,7 @@ def sample(
 
     given = {"image_model": image_model, "image_encoder": image_encoder, "prediction": prediction}
     family = _load(path, frames=frames, **given)
-    _adapt(family, wanted, any_base)
+    _adapt(family, wanted, any_base, dtype)
     size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
     settings = Sampling(
         steps=steps,
@@ -329,6 +344,7 @@ def sample(
         noise_aug=noise_aug,
         frames=frames,
         seed=seed,
+        little_memory=little_memory,
     )
     _write(output, _animate(family, read_image(image, size), settings), settings.fps)
 
@@ -408,9 +424,11 @@ def generate(
     any_base: AnyBase = False,
     tokenizer: Tokenizer = None,
     prediction: Prediction = None,
+    dtype: Dtype = None,
+    little_memory: LittleMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
-    """Draw a clip of PROMPT with the text-to-video model in PATH."""
+    """Draw a clip of PROMPT with the text-to-video model in PATH. Its networks take turns on the GPU."""
     wanted = [Weighted.parse(text) for text in adapter or ()]
     _check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if sampler not in ("ddim", "euler"):
@@ -419,10 +437,10 @@ def generate(
     from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path, image_model, tokenizer, prediction).to(_device())
+    family = VideoLDM.load(path, image_model, tokenizer, prediction)
     _note_image_model(path)
     _note_unknown_words(family, prompt, negative)
-    _adapt(family, wanted, any_base)
+    _adapt(family, wanted, any_base, dtype)
     settings = Sampling(
         steps=steps,
         guidance=guidance,
@@ -432,6 +450,7 @@ def generate(
         height=height,
         width=width,
         batch=batch,
+        little_memory=little_memory,
     )
     clips = _draw(family, [prompt], range(seed, seed + grid), settings)
     _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
@@ -505,7 +524,7 @@ def _drawings(
     from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path).to(_device())
+    family = VideoLDM.load(path)
     _note_image_model(path)
     _note_unknown_words(family, *prompts)
     settings = Sampling(steps=steps or Sampling.steps, frames=frames)
@@ -638,7 +657,7 @@ def _check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> N
 
 
 def _load(path: str, frames: int | None = None, **given: Any) -> "SVD":
-    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model, on the GPU if there is one.
+    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model.
 
     A folder's clip length stays: so many of a sample's frames, however long it is, are decoded together.
     """
@@ -646,15 +665,19 @@ def _load(path: str, frames: int | None = None, **given: Any) -> "SVD":
     from inflate.models.folders import SAFETENSORS
 
     _note_image_model(path)
-    return SVD.load(path, frames=frames if path.endswith(SAFETENSORS) else None, **given).to(_device())
+    return SVD.load(path, frames=frames if path.endswith(SAFETENSORS) else None, **given)
 
 
-def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool) -> None:
-    """Merge adapters into the UNet, for as long as this command runs."""
+def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool, dtype: "Precision | None") -> None:
+    """Merge adapters into the UNet, and then round all weights, for as long as this command runs."""
     if wanted:
         from inflate.adapters.merge import merge_files
 
         merge_files(family.unet, wanted, any_base)
+    if dtype is not None:
+        from inflate.models.precision import cast
+
+        cast(family.parts.values(), dtype)
 
 
 def _note_image_model(path: str) -> None:
@@ -675,11 +698,11 @@ def _note_unknown_words(family: "VideoLDM", *prompts: str) -> None:
         typer.echo(f"note: the model's text encoder does not know: {', '.join(unknown)}", err=True)
 
 
-def _device() -> str:
+def _device() -> "torch.device":
     """Return the GPU, if there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:
@@ -704,7 +727,7 @@ def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling"
     from inflate.data.pixels import to_uint8, unit
     from inflate.sampling.svd import sample as draw
 
-    image = torch.tensor(first).permute(2, 0, 1)[None].to(family.device) / 127.5 - 1  # (1, 3, H, W)
+    image = torch.tensor(first).permute(2, 0, 1)[None].to(_device()) / 127.5 - 1  # (1, 3, H, W)
     clip = draw(family, image, settings, progress=lambda steps: tqdm(steps, desc="sampling", unit="step"))[0]
     return to_uint8(unit(clip))  # (F, H, W, 3)
 
@@ -719,7 +742,7 @@ def _draw(
     from inflate.sampling.text_to_video import sample as draw
 
     named, drawn = [one for one in prompts for _ in seeds], [*seeds] * len(prompts)
-    clips = draw(family, named, drawn, settings, lambda steps: tqdm(steps, desc="sampling", unit="step"))
+    clips = draw(family, named, drawn, settings, lambda steps: tqdm(steps, desc="sampling", unit="step"), _device())
     return [to_uint8(unit(clip)) for clip in clips]  # (F, H, W, 3)
 
 

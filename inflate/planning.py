@@ -39,7 +39,7 @@ LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")
 """How names begin of what a launcher tells the processes of a run."""
 MOST_WORKERS = 8
 CLIPS = 4
-"""Clips on paper: as many as are measured together."""
+"""Clips on paper: as many as are measured together at most."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class ClipsOnPaper:
     """what the cache has been filled by, where there is one"""
     frames: str = "all"
     """which frames are read beside the cache"""
+    count: int = CLIPS
+    """how many there are"""
 
     @property
     def cache(self) -> str | None:
@@ -69,7 +71,7 @@ class ClipsOnPaper:
         return [0.0]
 
     def __len__(self) -> int:
-        return CLIPS
+        return self.count
 
     def __getitem__(self, number: int) -> Any:
         return {
@@ -122,7 +124,10 @@ class Planner:
             encoder = encoder_of(family, config) if config.data.cache else None
             frames = script.frames_encoded(config) if isinstance(family, SVD) else "none"
             clips = ClipsOnPaper(config.data, paper, size, encoder, frames)
-            task = script.make_task(config, family, clips, ClipsOnPaper(config.data, paper, size))
+            # Of held-out clips as many as are measured together cost what all do; of prompts, all are drawn together.
+            few = config.data.smallest_batch(config.training.batch) if isinstance(family, SVD) else CLIPS
+            held_out = ClipsOnPaper(config.data, paper, size, count=min(CLIPS, few))
+            task = script.make_task(config, family, clips, held_out)
             batch = collate([clips[number] for number in range(batch_of(config, size))])
         return on_paper(task, config.training, batch, paper)
 
@@ -190,7 +195,7 @@ def largest(config: Any) -> Bucket:
 
 def batch_of(config: Any, bucket: Bucket) -> int:
     """Clips of a bucket in one forward pass."""
-    return config.training.batch if config.data.tokens is None else bucket.batch(config.data.tokens)
+    return int(config.data.batch(bucket, config.training.batch))
 
 
 def assignments(changes: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import FAMILY, SVD, MotionBuckets
 from inflate.families.svd_model import Model
 from inflate.fitting import fitted
+from inflate.models.vae import encode_at_most
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import image_use, write_card
@@ -151,6 +152,7 @@ def make_task(
 ) -> DecoderTask | ImageToVideoTask:
     """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
     training, main, device = config.training, config.data.main, join_processes().device
+    encode_at_most(family.vae, config.memory.encode_frames)
     save_decoding(family.vae, config.memory)
     if config.stage == "decoder":
         batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
@@ -167,7 +169,7 @@ def make_task(
     adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed, image_model=over)
     task = ImageToVideoTask(
         family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
-        frames_encoded(config) if config.data.cache else "all", adapter,
+        frames_encoded(config) if config.data.cache else "all", adapter, config.data.smallest_batch(training.batch),
     )  # fmt: skip
     save_memory(family.unet, config.memory)
     family.frames, family.height, family.width = main.frames, main.height, main.width

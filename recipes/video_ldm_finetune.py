@@ -28,6 +28,7 @@ from inflate.data.settings import Data
 from inflate.errors import ConfigError, report_errors
 from inflate.families.video_ldm import FAMILY, Clips, Model, VideoLDM
 from inflate.fitting import fitted
+from inflate.models.vae import encode_at_most
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
@@ -107,6 +108,7 @@ def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
 def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: ClipDataset) -> TextToVideoTask:
     """The task; it says what the export has to remember of the clips: those of the main bucket."""
     settings, main = config.text_to_video, config.data.main
+    encode_at_most(family.vae, config.memory.encode_frames)
     save_decoding(family.vae, config.memory)
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
@@ -115,7 +117,7 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
     task = TextToVideoTask(
         family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
-        cached=dataset.cache is not None, adapter=adapter,
+        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(config.training.batch),
     )  # fmt: skip
     save_memory(family.unet, config.memory)
     return task

@@ -136,7 +136,7 @@ class ClipDataset:
 
         batch: clips per forward pass, where `data.tokens` does not say how many of each bucket.
         """
-        samples = tuple(lanes * size for size in self._batches(batch))
+        samples = tuple(lanes * self.settings.batch(bucket, batch) for bucket in self.buckets)
         bucket, turn = Schedule(self.seed, tuple(map(len, self._places)), samples).step(step)
         places = self._places[bucket]
         epochs, turns = np.divmod(np.arange(turn * samples[bucket], (turn + 1) * samples[bucket]), len(places))
@@ -161,10 +161,6 @@ class ClipDataset:
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded clips: a worker that is started afresh decodes its own."""
         return self.__dict__ | {"_decoded": Decoded(0)}
-
-    def _batches(self, batch: int) -> list[int]:
-        tokens = self.settings.tokens
-        return [batch if tokens is None else bucket.batch(tokens) for bucket in self.buckets]
 
     def _place(self, number: int) -> int:
         """The place in the list of the window that a sample shows."""

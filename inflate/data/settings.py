@@ -112,6 +112,14 @@ class Data:
         """The first bucket of two or more frames, else the first: the size that an export remembers."""
         return next((bucket for bucket in self.sizes if bucket.frames > 1), self.sizes[0])
 
+    def batch(self, bucket: Bucket, asked: int) -> int:
+        """Clips of a bucket in one forward pass: as `asked`, where `tokens` does not say."""
+        return asked if self.tokens is None else bucket.batch(self.tokens)
+
+    def smallest_batch(self, asked: int) -> int:
+        """Clips in the smallest forward pass of any bucket."""
+        return min(self.batch(bucket, asked) for bucket in self.sizes)
+
     def evaluation(self) -> Data:
         """The same settings for the held-out clips, with one fixed window each: the centre's, where there are several.
 

@@ -363,6 +363,11 @@ class SVD(Encoding):
         """Where the UNet's parameters are."""
         return next(self.unet.parameters()).device
 
+    @property
+    def factor(self) -> int:
+        """Pixels along a latent's side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
     def to(self, device: torch.device | str) -> Self:
         """Moves the networks, in place."""
         for network in (self.unet, self.vae, self.image_encoder):
@@ -523,9 +528,8 @@ def predictor(unet: nn.Module, condition: Condition, image_only: bool = False) -
         latent = condition.image_latent.to(scaled)[:, None].expand(-1, scaled.shape[1], -1, -1, -1)  # (B, F, C, h, w)
         inputs = torch.cat([scaled, latent], dim=2)  # (B, F, 2C, h, w)
         marks = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
-        output: Tensor = unet(
-            inputs, c_noise, condition.context, added_time_ids=condition.added_ids, image_only=marks
-        ).sample
+        context = condition.context.to(scaled)  # (B, 1, D)
+        output: Tensor = unet(inputs, c_noise, context, added_time_ids=condition.added_ids, image_only=marks).sample
         return output  # (B, F, C, h, w)
 
     return predict

@@ -17,7 +17,7 @@ from inflate.families import svd_files
 from inflate.families.svd_original import Original
 from inflate.models import exchange, folders, temporal_layers
 from inflate.models.single_file import is_single_image_model, load_vae
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encode_frames
 from inflate.surgery import inflate_vae
 
 FAMILY = "svd"
@@ -42,12 +42,9 @@ class Encoding:
         """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), chunk by chunk of frames."""
         return decode_clips(self.vae, latents, self.decode_chunk)
 
-    @torch.no_grad()
     def image_latent(self, first_frame: Tensor, aug: Tensor, noise: Tensor) -> Tensor:
         """The unscaled latent (B, C, h, w) of first frames (B, 3, H, W), noise of level `aug` (B,) on their pixels."""
-        noised = first_frame + aug[:, None, None, None] * noise
-        latent: Tensor = self.vae.encode(noised.to(self.vae.dtype)).latent_dist.mode()
-        return latent
+        return encode_frames(self.vae, first_frame + aug[:, None, None, None] * noise)
 
     @torch.no_grad()
     def embed(self, image: Tensor) -> Tensor:

@@ -172,15 +172,32 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
     return weights_sha256(vae, "encoder.", "quant_conv.")
 
 
+def encode_at_most(vae: AutoencoderKL, frames: int) -> None:
+    """Let `encode_frames` and `encode_clips` give a VAE so many frames at once; 0 = as many as they would.
+
+    It encodes each frame by itself, so this changes memory alone.
+    """
+    setattr(vae, "frames_at_once", frames)  # noqa: B010 -- a plain attribute, of a class that may be diffusers'
+
+
 @torch.no_grad()
+def encode_frames(vae: AutoencoderKL, frames: Tensor, together: int | None = None) -> Tensor:
+    """Unscaled latents (N, C, h, w), the posterior's modes, of frames (N, 3, H, W) in [-1, 1]; without gradient.
+
+    At most so many frames `together`, and no more than `encode_at_most` allows.
+    """
+    allowed = [size for size in (together, getattr(vae, "frames_at_once", 0), len(frames)) if size]
+    parts = frames.to(vae.dtype).split(min(allowed))
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in parts])  # (N, C, h, w)
+
+
 def encode_clips(vae: AutoencoderKL, pixels: Tensor, chunk: int | None = None) -> Tensor:
     """Scaled latents (B, F, C, h, w), the posterior's modes, of clips (B, F, 3, H, W) in [-1, 1]; without gradient.
 
-    `chunk` frames at a time, by default those of one clip.
+    At most `chunk` frames at a time, by default those of one clip.
     """
-    frames = pixels.flatten(0, 1).to(vae.dtype)  # (B F, 3, H, W)
-    modes = [vae.encode(part).latent_dist.mode() for part in frames.split(chunk or pixels.shape[1])]
-    latents: Tensor = vae.config.scaling_factor * torch.cat(modes)  # (B F, C, h, w)
+    modes = encode_frames(vae, pixels.flatten(0, 1), chunk or pixels.shape[1])  # (B F, C, h, w)
+    latents: Tensor = vae.config.scaling_factor * modes  # (B F, C, h, w)
     # The encoder leaves channels last, and PyTorch 2.13 on a CPU crashes in the backward pass of a group norm over such
     # an input that needs no gradient: that of the first temporal layer, when the 2D layers before it are frozen.
     return latents.contiguous().unflatten(0, pixels.shape[:2])

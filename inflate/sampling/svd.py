@@ -1,6 +1,7 @@
 """Sampling Stable Video Diffusion: Euler steps over Karras' noise levels, guidance rising over the frames.
 
-Equal to diffusers' StableVideoDiffusionPipeline on the exported folder, down to its random draws.
+Equal to diffusers' StableVideoDiffusionPipeline on the exported folder, down to its random draws. The networks take
+turns on the device: each is there while it works, unless it is there already.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
+from inflate.models.visits import visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import Progress, integrate
+from inflate.sampling.steps import Progress, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -40,6 +42,9 @@ class Sampling:
     """lowest noise level; none: the model's own, 0.002"""
     sigma_max: float | None = None
     """highest noise level; none: the model's own, 700 where the network can be told of it"""
+    little_memory: bool | None = None
+    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: for clips so large that
+    it costs no time, of more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.frames is not None and self.frames < 1):
@@ -49,19 +54,19 @@ class Sampling:
 def sample(family: SVD, image: Tensor, settings: Sampling | None = None, progress: Progress | None = None) -> Tensor:
     """Draws clips (B, F, 3, H, W), about in [-1, 1], whose first frame is `image` (B, 3, H, W) in [-1, 1].
 
-    `progress` wraps the list of steps, as tqdm does. ConfigError where the image does not fit the VAE's factor.
+    The networks visit the image's device one after the other. `progress` wraps the list of steps, as tqdm does.
+    ConfigError where the image does not fit the VAE's factor.
     """
     settings = settings or Sampling()
     generator = torch.Generator().manual_seed(settings.seed)
     condition = condition_of(family, image, settings, generator)
     latents = sample_latents(family, condition, initial_noise(family, image, settings, generator), settings, progress)
-    with torch.no_grad(), evaluating(family.vae):
-        return family.decode(latents).float()  # (B, F, 3, H, W)
+    return decoded(family, latents)
 
 
 def condition_of(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Condition:
     """The condition of `image` (B, 3, H, W) by the settings; draws the image's noise from `generator`."""
-    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    factor = family.factor
     if image.ndim != 4 or image.shape[-1] % factor or image.shape[-2] % factor:
         raise ConfigError(
             f"the image is {tuple(image.shape)}; it must be (batch, 3, height, width), multiples of {factor}"
@@ -70,12 +75,15 @@ def condition_of(family: SVD, image: Tensor, settings: Sampling, generator: torc
     fps, bucket, aug = (
         image.new_full((len(image),), value) for value in (settings.fps, settings.motion_bucket, settings.noise_aug)
     )
-    return family.condition(image, fps, bucket, aug, noise)
+    with visiting([family.image_encoder], image.device):
+        context = family.embed(image)  # (B, 1, D)
+    with visiting([family.vae], image.device):
+        return family.condition(image, fps, bucket, aug, noise, context)
 
 
 def initial_noise(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
     """Standard normal latents (B, F, C, h, w) for clips as large as `image`."""
-    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    factor = family.factor
     height, width = image.shape[-2] // factor, image.shape[-1] // factor
     shape = (len(image), settings.frames or family.frames, family.vae.config.latent_channels, height, width)
     return torch.randn(shape, generator=generator).to(image)
@@ -89,13 +97,26 @@ def sample_latents(
     settings = settings or Sampling()
     scheduler = family.scheduler(settings.sigma_min, settings.sigma_max)
     scheduler.set_timesteps(settings.steps, device=noise.device)
-    if settings.guidance_max <= 1.0:
-        predict, guidance = family.predict(condition), None
-    else:
-        predict = family.predict(Condition.cat([condition.null(), condition]))
+    guidance, without = None, None
+    if settings.guidance_max > 1.0:
         guidance = torch.linspace(settings.guidance_min, settings.guidance_max, noise.shape[1]).to(noise)
-    with evaluating(family.unet):
-        return euler(predict, noise, scheduler, guidance, progress)
+        if is_large(noise, family.factor, settings.little_memory):
+            without = _predict(family, condition.null())
+        else:
+            condition = Condition.cat([condition.null(), condition])
+    with visiting([family.unet], noise.device), evaluating(family.unet):
+        return euler(_predict(family, condition), noise, scheduler, guidance, progress, without)
+
+
+def _predict(family: SVD, condition: Condition) -> Predict:
+    return in_precision(family.predict(condition), family.unet.dtype)
+
+
+@torch.no_grad()
+def decoded(family: SVD, latents: Tensor) -> Tensor:
+    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents."""
+    with visiting([family.vae], latents.device), evaluating(family.vae):
+        return family.decode(latents).float()  # (B, F, 3, H, W)
 
 
 def euler(
@@ -104,10 +125,11 @@ def euler(
     scheduler: EulerDiscreteScheduler,
     guidance: Tensor | None = None,
     progress: Progress | None = None,
+    without: Predict | None = None,
 ) -> Tensor:
     """Integrates from `noise` (B, F, C, h, w) along the scheduler's noise levels to clean latents of that shape.
 
-    With `guidance` (F,), `predict` is given the batch twice: first without, then with the condition.
+    `guidance` (F,) and `without` are as `integrate` takes them.
     """
     scheduler.set_begin_index(0)
-    return integrate(predict, noise, scheduler, guidance, progress)
+    return integrate(predict, noise, scheduler, guidance, progress, without)

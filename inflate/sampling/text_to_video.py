@@ -1,4 +1,7 @@
-"""Sampling clips from prompts: DDIM or Euler steps on the image model's noise schedule, with guidance."""
+"""Sampling clips from prompts: DDIM or Euler steps on the image model's noise schedule, with guidance.
+
+The networks take turns on the device: each is there while it works, unless it is there already.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
-from inflate.sampling.steps import Progress, integrate
+from inflate.models.text_encoders import TextCondition
+from inflate.models.visits import visiting
+from inflate.objectives import Predict
+from inflate.sampling.steps import TOGETHER, Progress, in_precision, integrate, is_large
 from inflate.surgery import evaluating
-
-TOGETHER = 16 * 512 * 512
-"""Pixels of the clips that are drawn together where no other number of clips is asked for."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Sampling:
     """pixels; none: the width of training"""
     batch: int | None = None
     """clips drawn together; none: as many as have the pixels of 16 frames of 512x512"""
+    little_memory: bool | None = None
+    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: where so much is
+    drawn together that it costs no time, more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
         given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
@@ -51,30 +57,32 @@ def sample(
     seeds: Sequence[int],
     settings: Sampling | None = None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Draws a clip of each prompt and seed: (B, F, 3, H, W), about in [-1, 1].
 
-    A clip depends on its own seed alone, not on those beside it. ConfigError where the size does not fit the VAE.
+    A clip depends on its own seed alone, not on those beside it. The networks visit the device one after the other;
+    none: where the UNet is. ConfigError where the size does not fit the VAE.
     """
     settings = settings or Sampling()
-    noise = initial_noise(family, seeds, settings)
+    noise = initial_noise(family, seeds, settings).to(device or family.device)
     batch = settings.batch or max(1, TOGETHER // (noise[0, :, 0].numel() * family.factor**2))
     texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     parts = zip(texts, noise.split(batch), strict=True)
     latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
-    with evaluating(family.vae):
+    with visiting([family.vae], noise.device), evaluating(family.vae):
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 
 def initial_noise(family: VideoLDM, seeds: Sequence[int], settings: Sampling) -> Tensor:
-    """Standard normal latents (B, F, C, h, w), each clip's of its own seed."""
+    """Standard normal latents (B, F, C, h, w) on the CPU, each clip's of its own seed; float32 at least."""
     height, width = settings.height or family.size[0], settings.width or family.size[1]
     if height % family.factor or width % family.factor:
         raise ConfigError(f"height {height} and width {width} must be multiples of {family.factor}")
     latent = (height // family.factor, width // family.factor)
     shape = (settings.frames or family.clips.frames, family.vae.config.latent_channels, *latent)
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn).to(family.device, family.unet.dtype)  # (B, F, C, h, w)
+    return torch.stack(drawn).to(torch.promote_types(family.unet.dtype, torch.float32))  # (B, F, C, h, w)
 
 
 @torch.no_grad()
@@ -89,8 +97,19 @@ def sample_latents(
     settings = settings or Sampling()
     scheduler = family.scheduler(settings.sampler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
-    guided = settings.guidance > 1.0
-    with evaluating(family.unet, *family.text.networks):
-        condition = family.embed([*[settings.negative] * len(prompts), *prompts] if guided else prompts)
-        scale = noise.new_full((noise.shape[1],), settings.guidance) if guided else None
-        return integrate(family.predict(condition), noise, scheduler, scale, progress)
+    guidance, without = None, None
+    texts = [list(prompts)]
+    if settings.guidance > 1.0:
+        guidance = noise.new_full((noise.shape[1],), settings.guidance)
+        negatives = [settings.negative] * len(prompts)
+        in_turn = is_large(noise, family.factor, settings.little_memory)
+        texts = [list(prompts), negatives] if in_turn else [[*negatives, *prompts]]
+    with visiting(family.text.networks, noise.device), evaluating(*family.text.networks):
+        predict, *others = [_predict(family, family.embed(each)) for each in texts]
+    without = others[0] if others else None
+    with visiting([family.unet], noise.device), evaluating(family.unet):
+        return integrate(predict, noise, scheduler, guidance, progress, without)
+
+
+def _predict(family: VideoLDM, condition: TextCondition) -> Predict:
+    return in_precision(family.predict(condition), family.unet.dtype)

@@ -23,9 +23,11 @@ from inflate.errors import ConfigError
 from inflate.families import svd_encoders, svd_model, video_ldm
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
+from inflate.models.vae import encode_at_most
 from inflate.tables import aligned
 from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
 from inflate.training.image_to_video import ImageToVideo
+from inflate.training.memory_settings import Memory
 from inflate.training.processes import join_processes, together
 from inflate.training.text_to_video import Stage
 
@@ -48,6 +50,7 @@ class Caching:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    memory: Memory = field(default_factory=Memory)
     stage: str = "image_to_video"
     """what a recipe trains: its stages of text-to-video read captions, all others first frames"""
 
@@ -57,12 +60,14 @@ class Caching:
             return self._text_encoder(device)
         encoders = self.model.encoders()
         encoders.decode_chunk = self.data.main.frames
+        encode_at_most(encoders.vae, self.memory.encode_frames)
         for network in (encoders.vae, encoders.image_encoder):
             network.requires_grad_(False).eval().to(device)
         return clip_encoder(encoders, self.data, self.image_to_video)
 
     def _text_encoder(self, device: torch.device) -> TextClipEncoder:
         encoders = video_ldm.Encoders.load(self.model.path, self.model.tokenizer, self.model.image_model)
+        encode_at_most(encoders.vae, self.memory.encode_frames)
         for network in (encoders.vae, *encoders.text.networks):
             network.requires_grad_(False).eval().to(device)
         return TextClipEncoder(encoders, self.data.cache_dtype)

@@ -14,7 +14,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from inflate.training.loop import learn, place
-from inflate.training.memory import Ledger, bytes_of
+from inflate.training.memory import Ledger, bytes_of, tensors_of
 from inflate.training.noise import Noise
 from inflate.training.paper import DEVICE, Paper
 from inflate.training.player import Batch, Task, Trainee, at_rest, turn
@@ -105,10 +105,15 @@ class Desk:
 
 
 def on_paper(task: Watched, settings: Training, batch: Batch, paper: Paper, looking: bool = True) -> Cost:
-    """The cost of a task on paper; `looking` runs `evaluate` and `drawn`, too."""
+    """The cost of a task on paper; `looking` runs `evaluate` and `drawn`, too.
+
+    Networks that come only to look are away before.
+    """
     for network in _networks(task):
         paper.adopt(network)
     with paper.active():
+        for network in task.visiting:
+            network.to("meta")
         return measure(task, settings, batch, looking, paper.gpu)
 
 
@@ -119,7 +124,7 @@ def measure(task: Watched, settings: Training, batch: Batch, looking: bool = Fal
     """
     desk, ledger = Desk(settings, gpu), Ledger(DEVICE.type)
     gc.collect()  # a dead cycle that is collected in mid-run would count as memory that the step gave back
-    ledger.record(tensor for network in _networks(task) for tensor in _tensors(network))
+    ledger.record(tensor for network in _networks(task) for tensor in tensors_of(network))
     ledger.record(batch.values())
     with ledger, _noting(ledger, [player.network for player in task.players]):
         trainees = [Trainee(player, settings) for player in task.players]
@@ -160,7 +165,7 @@ def _step(trainees: Sequence[Trainee], settings: Training, batch: Batch, desk: D
 
 
 def _look(task: Watched, trainees: Sequence[Trainee], ledger: Ledger) -> None:
-    ledger.record(tensor for network in task.visiting for tensor in _tensors(network))
+    ledger.record(tensor for network in task.visiting for tensor in tensors_of(network))
     with at_rest(trainees):
         ledger.begin("evaluate")
         task.evaluate()
@@ -180,8 +185,8 @@ def _cost(task: Task, trainees: Sequence[Trainee], settings: Training, gradients
     forward = sum(flops for (phase, _), flops in ledger.work.items() if phase == "forward")
     parameters = [parameter for one in trainees for parameter in one.parameters.values()]
     return Cost(
-        weights=bytes_of(tensor for one in trainees for tensor in _tensors(one.module)),
-        frozen=bytes_of(tensor for network in task.frozen for tensor in _tensors(network)),
+        weights=bytes_of(tensor for one in trainees for tensor in tensors_of(one.module)),
+        frozen=bytes_of(tensor for network in task.frozen for tensor in tensors_of(network)),
         trained=sum(parameter.numel() for parameter in parameters),
         gradients=gradients,
         optimizer=bytes_of(state for one in trainees for state in _states(one, ledger.device)),
@@ -191,10 +196,6 @@ def _cost(task: Task, trainees: Sequence[Trainee], settings: Training, gradients
         half_flops=sum(flops for (_, half), flops in work.items() if half),
         full_flops=sum(flops for (_, half), flops in work.items() if not half),
     )
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
 
 
 def _states(one: Trainee, device: str) -> Iterator[Tensor]:

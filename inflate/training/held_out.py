@@ -1,19 +1,21 @@
-"""What tasks on clips share: batches by size, losses on fixed noise, and encoders that only visit the device."""
+"""What tasks on clips share: batches by size, and losses on fixed noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 
 REMEDY = "cache what the frozen encoders make of the clips (`inflate data cache`)"
 """For a run whose time goes into encoding."""
+
+TOGETHER = 4
+"""Most clips that a held-out loss is measured on at once."""
 
 Measure = Callable[[Batch, Noise], Tensor]
 """The loss of a batch at each noise level (B, levels)."""
@@ -56,24 +58,12 @@ def band_name(low: float, high: float) -> str:
     return f"{low:.3g}-{high:.3g}" if math.isfinite(high) else f"above {low:.3g}"
 
 
-@contextmanager
-def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The modules on the device, and afterwards in the memory of the CPU."""
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")
-
-
 def fixed_losses(
-    clips: list[Batch], levels: int, seed: int, device: torch.device, measure: Measure, together: int = 4
+    clips: list[Batch], levels: int, seed: int, device: torch.device, measure: Measure, together: int
 ) -> Tensor:
     """What `measure` gives for each clip (N, levels), float64, with noise that the seed and the clip's number fix."""
     losses = torch.zeros(len(clips), levels, dtype=torch.float64)
-    for places in same_size(clips, together):
+    for places in same_size(clips, min(together, TOGETHER)):
         batch = join([clips[place] for place in places])
         losses[places] = measure(batch, Noise(seed, batch["number"], device)).double().cpu()
     return losses

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -22,17 +22,18 @@ from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
+from inflate.models.visits import visiting
 from inflate.sampling.svd import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.held_out import (
     REMEDY,
+    TOGETHER,
     band_name,
     fixed_losses,
     is_image,
     named_losses,
     same_size,
     size_of,
-    visiting,
 )
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
@@ -93,6 +94,9 @@ class Preview:
     """guidance scale of the last frame; up to 1 there is no guidance, at half the cost"""
     noise_aug: float = 0.02
     """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
+    little_memory: bool | None = None
+    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: for clips so large that
+    it costs no time, of more than 8 frames of 512x512"""
 
 
 class ImageToVideoTask:
@@ -105,7 +109,8 @@ class ImageToVideoTask:
 
     `frames` says which frames a step encodes: all; the first alone, whose noise is on its pixels, where batches hold
     the clips' `latents` and `context` and the `first` frame; or none, where they also hold `image_latents` (B, K, ...)
-    at the noise levels `augs` (B, K). An encoder that no step needs is on the device only to look at the model.
+    at the noise levels `augs` (B, K). An encoder that no step needs is on the device only while it works to look at the
+    model. So many clips are measured `together`, at most: as many as a step has need no more memory than it.
 
     Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
     """
@@ -121,10 +126,11 @@ class ImageToVideoTask:
         training: Sequence[Batch] = (),
         frames: Frames = "all",
         adapter: Adapting | None = None,
+        together: int = TOGETHER,
     ) -> None:
         family.objective = replace(family.objective, P_mean=settings.P_mean, P_std=settings.P_std)
         self.family, self.settings, self.sampling, self.seed = family, settings, sampling, seed
-        self.adapter = adapter
+        self.adapter, self.together = adapter, together
         needed: dict[Frames, list[nn.Module]] = {"all": [family.vae, family.image_encoder], "first": [family.vae]}
         self.frozen = needed.get(frames, [])
         self.visiting = [one for one in needed["all"] if one not in self.frozen]
@@ -161,21 +167,42 @@ class ImageToVideoTask:
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
         """The condition of each clip's first frame, noise-augmented by a draw of its own; of an image, without it."""
-        dtype, device = self.family.vae.dtype, noise.device
-        context = batch["context"].to(device, dtype) if "context" in batch else None  # (B, 1, D)
-        told = batch["fps"].to(device), self.family.motion.bucket(batch["motion"].to(device))
-        if "image_latents" in batch:
-            latent, aug = drawn(batch, noise)
-            condition = assemble(batch["context"].to(device, dtype), latent, *told, aug)
-        else:
-            first = first_frame(batch).to(device)  # (B, 3, H, W)
-            aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))
-            condition = self.family.condition(first, *told, aug, noise.normal("aug pixels", *first.shape[1:]), context)
+        family, device = self.family, noise.device
+        known = batch.get("context")
+        context = family.embed(first_frame(batch).to(device)) if known is None else known.to(device, family.vae.dtype)
+        latent, aug = drawn(batch, noise) if "image_latents" in batch else self._noised(batch, noise)
+        told = batch["fps"].to(device), family.motion.bucket(batch["motion"].to(device))
+        condition = assemble(context, latent, *told, aug)
         return condition.without_image() if is_image(batch) else condition
 
-    def _encoders(self) -> AbstractContextManager[None]:
-        """Have every encoder on the device meanwhile."""
-        return visiting(self.visiting, self._device())
+    def _noised(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """The latent (B, C, h, w) of each clip's first frame with noise on its pixels, and the noise's level (B,)."""
+        first = first_frame(batch).to(noise.device)  # (B, 3, H, W)
+        aug = torch.exp(self.settings.noise_aug_mean + self.settings.noise_aug_std * noise.normal("aug"))  # (B,)
+        return self.family.image_latent(first, aug, noise.normal("aug pixels", *first.shape[1:])), aug
+
+    @cached_property
+    def measured(self) -> tuple[list[Batch], list[Batch]]:
+        """The held-out clips and those of training as a cache holds them, on the CPU: encoded once in a run.
+
+        Each encoder is on the device while it works.
+        """
+        family, device, clips = self.family, self._device(), [*self.held_out, *self.training]
+        with visiting([family.vae], device):
+            encoded = [self._with_latents(clip, device) for clip in clips]
+        with visiting([family.image_encoder], device):
+            for clip, found in zip(clips, encoded, strict=True):
+                if "context" not in found:
+                    found["context"] = family.embed(first_frame(clip).to(device)).cpu()
+        return encoded[: len(self.held_out)], encoded[len(self.held_out) :]
+
+    def _with_latents(self, clip: Batch, device: torch.device) -> Batch:
+        """A clip with its latents and its first frame's, noised by the draw that is fixed for it, without pixels."""
+        found = {name: value for name, value in clip.items() if name not in ("pixels", "first")}
+        if "image_latents" not in clip:
+            latent, aug = self._noised(clip, Noise(self.seed, clip["number"], device))
+            found |= {"image_latents": latent[:, None].cpu(), "augs": aug[:, None].cpu()}
+        return {**found, "latents": self.clean(clip, device).cpu()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -185,10 +212,10 @@ class ImageToVideoTask:
         over clips of the training set is told as well.
         """
         levels = self.levels()
-        with self._encoders():
-            losses = self.fixed_losses(self.held_out, levels)  # (N, levels)
-            bypassed = self.fixed_losses(self.held_out, levels, image_only=True)  # (N, levels)
-            known = self.fixed_losses(self.training, levels)
+        held_out, training = self.measured
+        losses = self.fixed_losses(held_out, levels)  # (N, levels)
+        bypassed = self.fixed_losses(held_out, levels, image_only=True)  # (N, levels)
+        known = self.fixed_losses(training, levels)
         named = [f"sigma {sigma:.3g}" for sigma in levels]
         return named_losses(losses, bypassed, known, named, [size_of(clip) for clip in self.held_out])
 
@@ -218,7 +245,7 @@ class ImageToVideoTask:
             sigmas = torch.tensor(levels, device=clean.device)[:, None].expand(-1, len(clean))  # (levels, B)
             return torch.stack([objective.loss(predict, clean, sigma, fixed) for sigma in sigmas], dim=1)
 
-        return fixed_losses(clips, len(levels), self.seed, self._device(), measure)
+        return fixed_losses(clips, len(levels), self.seed, self._device(), measure, self.together)
 
     def preview(self, folder: Path) -> None:
         """Animate the first held-out clips' first frames: an mp4 each, a contact sheet per size (truth above sample).
@@ -236,10 +263,8 @@ class ImageToVideoTask:
     def drawn(self) -> Iterator[tuple[list[int], Tensor, Tensor, dict[str, float]]]:
         """What a preview shows, by size: places of clips, the clips, their animations (`animate`) and `score`."""
         for places in same_size(self.shown, len(self.shown)):
-            with self._encoders():
-                truth, generated = self.animate([self.shown[place] for place in places], places)
-                measured = self.score(truth, generated)
-            yield places, truth, generated, measured
+            truth, generated = self.animate([self.shown[place] for place in places], places)
+            yield places, truth, generated, self.score(truth, generated)
 
     def _show(self, folder: Path, places: list[int], truth: Tensor, generated: Tensor) -> None:
         """Write the videos and the contact sheet of clips of one size, named by their places."""
@@ -273,8 +298,9 @@ class ImageToVideoTask:
     @torch.no_grad()
     def score(self, truth: Tensor, generated: Tensor) -> dict[str, float]:
         """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
-        each = truth.split(1)  # one clip at a time: decoding holds whole feature maps at full resolution
-        given = torch.cat([self.family.decode(self.family.encode(clip.to(self._device()))).cpu() for clip in each])
+        family, device = self.family, self._device()
+        with visiting([family.vae], device):  # one clip at a time: decoding holds whole feature maps
+            given = torch.cat([family.decode(family.encode(clip.to(device))).cpu() for clip in truth.split(1)])
         truth, generated, given = unit(truth), unit(generated), unit(given)
         static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
         first, near = slice(0, 1), slice(1, 4)

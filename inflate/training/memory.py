@@ -183,6 +183,11 @@ def _fused(
     return attended
 
 
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """All that a network holds."""
+    return [*network.parameters(), *network.buffers()]
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """The bytes of the elements of `tensors`, shared storage counted once per tensor."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,6 +3,7 @@
 What a training step does there is what PyTorch would do, autocast included: it is its own dispatch, over its fake
 tensors. They call themselves the CPU's, for a build without CUDA knows no other; where a GPU would do otherwise
 (attention, the norms of autocast), `Paper` does as the GPU. Values are unknown: code that asks for one is told 0.
+What is on the meta device is away, as in the CPU's memory: a network that visits the paper takes its place there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Paper:
             if self.gpu:
                 stack.enter_context(fused_attention(on_paper))
                 stack.enter_context(float32_norms())
-            stack.enter_context(_moving())
+            stack.enter_context(self._moving())
             stack.enter_context(self.mode)
             stack.enter_context(_Routes())
             yield
@@ -50,6 +51,30 @@ class Paper:
     def adopt(self, network: nn.Module) -> None:
         """Give a network, which may be without memory (on the meta device), parameters and buffers on paper."""
         _replace(network, self.like)
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Let networks be moved: PyTorch would exchange the contents of parameters, which those on paper refuse."""
+        plain = nn.Module._apply
+
+        def move(network: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+            return _replace(network, lambda tensor: self._moved(tensor, function), recurse)
+
+        nn.Module._apply = move  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module._apply = plain  # type: ignore[method-assign]
+
+    def _moved(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a move makes of a tensor, also of one that comes from the meta device or goes there."""
+        goal = function(torch.empty(0, dtype=tensor.dtype))
+        here = on_paper(tensor)
+        if here and goal.is_meta:
+            return torch.empty(tensor.shape, dtype=goal.dtype, device="meta")
+        if tensor.is_meta and not here and not goal.is_meta:
+            return torch.empty_like(self.like(tensor), dtype=goal.dtype)
+        return function(tensor)
 
     def like(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape and type on paper."""
@@ -121,14 +146,3 @@ def _replaced(tensor: Tensor, made: Tensor) -> Tensor:
     if made.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
         return tensor
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-
-@contextmanager
-def _moving() -> Iterator[None]:
-    """Let networks be moved: PyTorch would exchange the contents of parameters, which those on paper refuse."""
-    plain = nn.Module._apply
-    nn.Module._apply = _replace  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module._apply = plain  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +19,12 @@ from inflate.errors import ConfigError, DataError
 from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.models.text_encoders import TextCondition
 from inflate.models.unet import VideoUNet
+from inflate.models.visits import visiting
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.domain import Domain
-from inflate.training.held_out import REMEDY, fixed_losses, is_image, named_losses, same_size, size_of, visiting
+from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, same_size, size_of
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
@@ -74,6 +76,9 @@ class Preview:
     """prompt that guidance leads away from"""
     sampler: Sampler = "ddim"
     """ddim, or euler"""
+    little_memory: bool | None = None
+    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: where so much is
+    drawn together that it costs no time, more than 8 frames of 512x512"""
 
 
 class TextToVideoTask:
@@ -85,7 +90,8 @@ class TextToVideoTask:
 
     `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`, and
     where they are known their `origin`). Where batches hold the clips' `latents` and what is encoded of captions
-    (`cached`), the encoders are on the device only to look at the model.
+    (`cached`), the encoders are on the device only while they work to look at the model. So many clips are measured
+    `together`, at most: as many as a step has need no more memory than it.
 
     Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported. The setting
     `domain_adapter` is merged into the UNet for every loss, and for no sample and no export.
@@ -103,11 +109,12 @@ class TextToVideoTask:
         training: Sequence[Batch] = (),
         cached: bool = False,
         adapter: Adapting | None = None,
+        together: int = TOGETHER,
     ) -> None:
         if not held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
-        self.adapter = adapter
+        self.adapter, self.together = adapter, together
         encoders: list[nn.Module] = [family.vae, *family.text.networks]
         for module in encoders:
             module.requires_grad_(False).eval()
@@ -165,12 +172,36 @@ class TextToVideoTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The loss on fixed noise: its mean, per timestep, per size, and with temporal layers bypassed."""
-        with self._encoders():
-            losses = self.fixed_losses(self.held_out)  # (N, levels)
-            bypassed = self.fixed_losses(self.held_out, image_only=True)  # (N, levels)
-            known = self.fixed_losses(self.training)
+        held_out, training = self.measured
+        losses = self.fixed_losses(held_out)  # (N, levels)
+        bypassed = self.fixed_losses(held_out, image_only=True)  # (N, levels)
+        known = self.fixed_losses(training)
         named = [f"timestep {timestep}" for timestep in self.levels()]
         return named_losses(losses, bypassed, known, named, [size_of(clip) for clip in self.held_out])
+
+    @cached_property
+    def measured(self) -> tuple[list[Batch], list[Batch]]:
+        """The held-out clips and those of training as a cache holds them, on the CPU: encoded once in a run.
+
+        The encoders are on the device while they work.
+        """
+        device, clips = self._device(), [*self.held_out, *self.training]
+        with visiting([self.family.vae], device):
+            encoded = [
+                {**{name: value for name, value in clip.items() if name != "pixels"},
+                 "latents": self.clean(clip, device).cpu()}
+                for clip in clips
+            ]  # fmt: skip
+        with visiting(self.family.text.networks, device):
+            for clip in encoded:
+                clip |= {} if "caption_states" in clip else self._captions(clip["caption"])
+        return encoded[: len(self.held_out)], encoded[len(self.held_out) :]
+
+    def _captions(self, captions: list[str]) -> Batch:
+        """What is encoded of captions, by the names that a cache has for it, on the CPU."""
+        text = self.family.embed(captions)
+        pooled = {} if text.pooled is None else {"caption_pooled": text.pooled.cpu()}
+        return {"caption_states": text.context.cpu(), **pooled}
 
     def levels(self) -> list[int]:
         """The timesteps of the held-out loss: the middles of the bands."""
@@ -186,7 +217,7 @@ class TextToVideoTask:
             steps = torch.tensor(self.levels(), device=noise.device)[:, None].expand(-1, len(clean))  # (levels, B)
             return torch.stack([objective.loss(predict, clean, one, fixed).mean(1) for one in steps], dim=1)
 
-        return fixed_losses(clips, self.settings.bands, self.seed, self._device(), measure)
+        return fixed_losses(clips, self.settings.bands, self.seed, self._device(), measure, self.together)
 
     def preview(self, folder: Path) -> None:
         """Sample the first held-out clips' captions: an mp4 each, a contact sheet per size, and prompts.txt."""
@@ -204,9 +235,7 @@ class TextToVideoTask:
     def drawn(self) -> Iterator[tuple[list[int], Tensor]]:
         """What a preview shows, by size: places of clips, and the samples of their captions (`draw`)."""
         for places in same_size(self.shown, len(self.shown)):
-            with self._encoders():
-                clips = self.draw(places)
-            yield places, clips
+            yield places, self.draw(places)
 
     def draw(self, places: list[int]) -> Tensor:
         """Samples (N, F, 3, H, W), about in [-1, 1], of the captions at places of one size; the place is the seed."""
@@ -242,9 +271,6 @@ class TextToVideoTask:
 
     def _drawn_alone(self, clean: Tensor) -> tuple[int, ...]:
         return (clean.shape[1],) if self.stage == "spatial" else ()
-
-    def _encoders(self) -> AbstractContextManager[None]:
-        return visiting(self.visiting, self._device())
 
     def _device(self) -> torch.device:
         return next(self.players[0].network.parameters()).device

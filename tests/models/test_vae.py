@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import randomise, tiny_vae
 from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
-from inflate.models.vae import VideoVAE
+from inflate.models.precision import cast
+from inflate.models.vae import VideoVAE, encode_at_most, encode_clips, encode_frames
 from inflate.surgery import verify_identity
 
 
@@ -169,3 +170,25 @@ def test_surgery_refuses_what_it_does_not_know():
         VideoVAE.from_2d(torch.nn.Linear(2, 2))
     with pytest.raises(SurgeryError, match="AttnUpDecoderBlock2D"):
         VideoVAE.from_2d(tiny_vae(up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D")))
+
+
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize(("limit", "sizes"), [(0, [5, 5]), (1, [1] * 10), (2, [2, 2, 2, 2, 2]), (8, [5, 5])])
+def test_frames_are_encoded_alike_however_many_go_together(video, limit, sizes):
+    vae = (trained_vae() if video else tiny_vae()).double()
+    clips, seen = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64), []
+    expected = encode_clips(vae, clips)
+    encode_at_most(vae, limit)
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(encode_clips(vae, clips), expected, atol=1e-12, rtol=1e-12)
+    assert seen == sizes
+    unscaled = encode_frames(vae, clips[:, 0])
+    torch.testing.assert_close(vae.config.scaling_factor * unscaled, expected[:, 0], atol=1e-12, rtol=1e-12)
+
+
+def test_an_autoencoder_that_overflows_stays_as_it_is_in_float16():
+    one, other = tiny_vae(), tiny_vae(force_upcast=False)
+    cast([one, other], "float16")
+    assert [vae.dtype for vae in (one, other)] == [torch.float32, torch.float16]
+    cast([one], "bfloat16")
+    assert one.dtype == torch.bfloat16

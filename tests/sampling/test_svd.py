@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from helpers import randomise, tiny_unet, tiny_vae
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition, euler_scheduler, evaluating
+from inflate.models.precision import cast
 from inflate.models.unet import TemporalSpec
 from inflate.objectives import EDM
+from inflate.sampling.steps import is_large
 from inflate.sampling.svd import Sampling, condition_of, euler, initial_noise, sample, sample_latents
 from inflate.surgery import inflate_unet, inflate_vae
 
@@ -23,7 +26,10 @@ class MeanEncoder(nn.Module):
         super().__init__()
         self.projection = nn.Linear(3, WIDTH)
         self.config = SimpleNamespace(projection_dim=WIDTH, image_size=8)
-        self.dtype = torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.projection.weight.dtype
 
     def forward(self, pixels: Tensor) -> Any:
         return SimpleNamespace(image_embeds=self.projection(pixels.mean(dim=(2, 3))))
@@ -94,6 +100,40 @@ def test_without_guidance_the_network_runs_on_the_condition_alone(family: SVD, i
     sample(family, image, settings(guidance_max=2.0))
     handle.remove()
     assert batches == [2, 2, 4, 4]
+
+
+def test_passes_in_turn_draw_the_clip_of_passes_together(family: SVD, image: Tensor) -> None:
+    family, batches = copy.deepcopy(family), list[int]()
+    for network in family.parts.values():
+        network.double()
+    family.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    drawn = [sample(family, image.double(), settings(little_memory=little)) for little in (True, False, None)]
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-6, rtol=0)  # float32 in the end
+    assert torch.equal(drawn[2], drawn[1])
+    assert batches == [2] * 4 + [4] * 4
+    condition = condition_of(family, image.double(), settings(), torch.Generator().manual_seed(0))
+    noise = initial_noise(family, image.double(), settings(), torch.Generator().manual_seed(0))
+    latents = [sample_latents(family, condition, noise, settings(little_memory=one)) for one in (True, False)]
+    torch.testing.assert_close(*latents, atol=1e-10, rtol=1e-10)
+
+
+def test_passes_are_taken_in_turn_where_the_clips_are_large() -> None:
+    large, small = torch.empty(1, 25, 4, 72, 128, device="meta"), torch.empty(1, 8, 4, 64, 64, device="meta")
+    assert is_large(large, 8, None)
+    assert not is_large(small, 8, None)
+    assert [is_large(small, 8, asked) for asked in (True, False)] == [True, False]
+
+
+def test_a_network_in_half_precision_draws_about_the_same(family: SVD, image: Tensor) -> None:
+    half, latents = copy.deepcopy(family), []
+    cast(half.parts.values(), "bfloat16")
+    for one in (family, half):
+        condition = condition_of(one, image, settings(), torch.Generator().manual_seed(0))
+        noise = initial_noise(one, image, settings(), torch.Generator().manual_seed(0))
+        latents.append(sample_latents(one, condition, noise, settings()))
+    assert latents[1].dtype == torch.float32
+    assert 0 < float((latents[1] - latents[0]).std() / latents[0].std()) < 0.05
+    assert sample(half, image, settings()).isfinite().all()
 
 
 def test_exact_denoiser_is_followed_to_the_data() -> None:

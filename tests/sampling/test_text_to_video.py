@@ -1,6 +1,7 @@
 """Text-to-video sampling: at birth it is the image model's, and clips depend on their own seeds."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,18 @@ def test_batches_draw_the_clips_that_are_drawn_one_by_one(family: VideoLDM, monk
     monkeypatch.setattr(text_to_video, "TOGETHER", 2 * 3 * 16 * 16)
     sample(family, prompts, seeds, Sampling(steps=1))
     assert sizes[6:] == [2, 1]
+
+
+def test_passes_in_turn_draw_the_clip_of_passes_together(family: VideoLDM) -> None:
+    family, batches = copy.deepcopy(family), list[int]()
+    for network in family.networks:
+        network.double()
+    family.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    noise, wanted = initial_noise(family, [0], Sampling()), Sampling(2, guidance=3.0, negative=NEGATIVE)
+    drawn = [sample_latents(family, [PROMPT], noise, replace(wanted, little_memory=one)) for one in (True, False, None)]
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-10, rtol=1e-10)
+    assert torch.equal(drawn[2], drawn[1])
+    assert batches == [1] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize("change", [{"guidance": 1.0}, {"guidance": 3.0}, {"negative": NEGATIVE}, {"sampler": "euler"}])

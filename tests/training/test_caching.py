@@ -19,6 +19,7 @@ from inflate.data.settings import Data
 from inflate.data.store import Store
 from inflate.errors import ConfigError, DataError, InflateError
 from inflate.training.caching import Caching, Model, cache_clips, show_cached
+from inflate.training.memory_settings import Memory
 from launch import launch
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
@@ -117,6 +118,19 @@ def test_what_is_cached_can_be_looked_at(clips: Path, tmp_path: Path) -> None:
     truth = ClipDataset(settings(clips, None).data, shuffle=False)[4]["pixels"]
     shown = torch.from_numpy(frames[:, :, :64]).permute(0, 3, 1, 2) / 127.5 - 1
     assert float((shown - truth).abs().mean()) < 0.05, "the file's own frames are at the left"
+
+
+def test_frames_encoded_one_by_one_are_the_same_entries(clips: Path, tmp_path: Path) -> None:
+    cached(clips, tmp_path)
+    alone = replace(settings(clips, tmp_path), memory=Memory(encode_frames=1))
+    said: list[str] = []
+    cache_clips(alone, False, False, lambda _: lambda done, whole: None, said.append)
+    assert said[0] == "5 clips: 0 encoded (0 frames), 5 were there"
+    pixels = ClipDataset(settings(clips, None).data, shuffle=False)[0]["pixels"]
+    made = [one.encoder(torch.device("cpu")).latents(pixels) for one in (alone, settings(clips, tmp_path))]
+    torch.testing.assert_close(*made, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"memory\.encode_frames=-1: "):
+        Memory(encode_frames=-1)
 
 
 def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:

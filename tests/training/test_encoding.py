@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -168,24 +169,20 @@ def test_the_precision_is_kept_and_another_one_is_another_entry(
     assert plain.identity != clip_encoder(family, settings, CONDITIONING).identity
 
 
-def test_encoders_that_no_step_needs_come_only_to_look(
+def test_held_out_clips_are_encoded_once_and_each_encoder_leaves_before_the_next(
     family: SVD, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ClipDataset(data(clips), seed=5)
     expected, made = task(family, plain).evaluate(), task(family, plain, "first")
-    moves: list[tuple[str, bool]] = []
-    embed = family.embed
-
-    def to(place: torch.device | str) -> None:
-        moves.append((str(place), bool(embedded)))
-
-    embedded: list[int] = []
-    monkeypatch.setattr(family.image_encoder, "to", to)
-    monkeypatch.setattr(family, "embed", lambda image: embedded.append(len(image)) or embed(image))
     assert made.frozen == [family.vae]
+    assert made.visiting == [family.image_encoder]
     assert not any(p.requires_grad for p in family.image_encoder.parameters())
-    assert made.evaluate() == expected
-    assert moves == [("cpu", False), ("cpu", True)]
+    order: list[str] = []
+    for name in ("vae.encoder", "image_encoder", "unet"):
+        network = operator.attrgetter(name)(family)
+        network.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    assert made.evaluate() == made.evaluate() == expected
+    assert order == ["vae.encoder"] * 2 + ["image_encoder"] + ["unet"] * 8
 
 
 def test_a_decoder_learns_from_cached_latents(family: SVD, clips: Path, tmp_path: Path) -> None:

@@ -173,6 +173,18 @@ def test_held_out_losses_are_fixed_and_the_bypassed_ones_differ(family: SVD) -> 
     assert first["held-out loss, temporal layers bypassed"] != pytest.approx(first["held-out loss"], rel=1e-3)
 
 
+def test_as_many_clips_are_measured_together_as_a_step_has(family: SVD) -> None:
+    clips, sizes = [batch(number) for number in range(100, 106)], list[int]()
+    family.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    values = []
+    for together in (2, 8):
+        settings = ImageToVideo(bands=1, preview_clips=1)
+        task = ImageToVideoTask(family, settings, clips, Preview(), lr=1e-3, seed=3, together=together)
+        values.append(task.evaluate())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert sizes == [2, 2, 2] * 2 + [4, 2] * 2
+
+
 def test_a_freshly_inflated_model_loses_nothing_by_the_bypass(folder: Path) -> None:
     values = make(SVD.load(folder, frames=FRAMES)).evaluate()
     assert values["held-out loss, temporal layers bypassed"] == pytest.approx(values["held-out loss"], abs=1e-6)
