@@ -26,6 +26,9 @@ class Training:
     """Forward passes per optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the trained networks; their weights stay as loaded. fp16 needs a GPU and a single player."""
+    compile: bool = False
+    """Compile the inflated blocks of the trained networks (torch.compile), equal to rounding: minutes before the first
+    step. Whether the steps are then faster, only a trial on the card tells."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
