@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from inflate.adapters.file import Adapter, peft_settings
+from inflate.adapters.fused import fuse
 from inflate.adapters.settings import AdapterSettings, Kind
 from inflate.adapters.targets import adaptable
 from inflate.errors import CheckpointError
@@ -92,6 +93,7 @@ def _inject(unet: VideoUNet, config: PeftConfig) -> None:
     unet.add_adapter(config, SLOT)
     for _, layer in layers(unet):
         layer.train(unet.training)
+        fuse(layer)
 
 
 def _config(adapter: Adapter, dropout: float = 0.0) -> PeftConfig:

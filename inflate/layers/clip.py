@@ -18,6 +18,8 @@ from inflate.errors import InflateError
 
 Recompute = Callable[..., Any]
 """A checkpoint function: called with a function and its tensors, it keeps only the tensors."""
+Compiled = Callable[..., Any]
+"""What a unit's own function was compiled to; it takes the same tensors."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,16 @@ class Clip:
 def run(module: nn.Module, function: Callable[..., Any], *tensors: Any) -> Any:
     """Call `function(*tensors)`; with checkpointing on, keep only the tensors and call again in the backward pass.
 
-    The recomputation sees the clip state of its own forward pass: by then the model may have been called with another
-    clip, whose frame count or image mask would give wrong gradients without a word.
+    Of a unit that is compiled, what it was compiled to is called in place of `function`, where gradients are wanted:
+    looking at a model between steps, in other sizes, would compile it again. The recomputation sees the clip state of
+    its own forward pass: by then the model may have been called with another clip, whose frame count or image mask
+    would give wrong gradients without a word.
     """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    function = getattr(module, "compiled", None) or function
     recompute: Any = module.recompute
-    if recompute is None or not torch.is_grad_enabled():
+    if recompute is None:
         return function(*tensors)
     clip: Any = module.clip
     state = clip.state

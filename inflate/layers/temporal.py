@@ -31,7 +31,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inflate.layers.clip import Clip, ClipState, Recompute, run
+from inflate.layers.clip import Clip, ClipState, Compiled, Recompute, run
 
 ATTENTION_ROWS = 65_535
 """Most sequences in one attention call: CUDA's fused kernels launch one block row each and cannot index more."""
@@ -85,10 +85,9 @@ class TemporalConv(nn.Conv3d):
         padding = padding or (kernel_size[0] // 2, 0, 0)
         super().__init__(channels, out_channels or channels, kernel_size, stride, padding, groups=groups, bias=bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        pixels = input.flatten(3)  # (B, C, F, H*W)
-        weight, around = self.weight.squeeze(-1), (self.kernel_size[0] // 2, 0)
-        output = functional.conv2d(pixels, weight, self.bias, padding=around, groups=self.groups)  # (B, C, F, H*W)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pixels, around = input.flatten(3), (self.kernel_size[0] // 2, 0)  # (B, C, F, H*W)
+        output = functional.conv2d(pixels, weight.squeeze(-1), bias, padding=around, groups=self.groups)
         return output.unflatten(3, input.shape[3:])  # (B, C, F, H, W)
 
     def identity_(self) -> None:
@@ -258,6 +257,7 @@ class VideoResnet(ResnetBlock2D):
 
     clip: Clip
     recompute: Recompute | None = None
+    compiled: Compiled | None = None
     temporal: nn.Module | None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -321,15 +321,15 @@ class VideoTransformer(Transformer2DModel):
 
     clip: Clip
     recompute: Recompute | None = None
+    compiled: Compiled | None = None
     temporal: nn.Module | None
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """(B*F,C,H,W) features and per-frame context (B*F,L,D) to (B*F,C,H,W)."""
+        return run(self, self._both, hidden_states, encoder_hidden_states, args, kwargs)
 
-        def whole(hidden: Tensor, context: Any) -> Any:
-            return self._followed(super(VideoTransformer, self).forward(hidden, context, *args, **kwargs))
-
-        return run(self, whole, hidden_states, encoder_hidden_states)
+    def _both(self, hidden: Tensor, context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._followed(super().forward(hidden, context, *args, **kwargs))
 
     def _followed(self, output: Any) -> Any:
         """The 2D output, of which the features (B*F,C,H,W) are the first part, after the temporal layer."""

@@ -23,6 +23,7 @@ from inflate.files import is_leftover, new_folder, write_text
 from inflate.training import changes, checkpoint, record
 from inflate.training.checkpoint import State, writing
 from inflate.training.clock import Clock
+from inflate.training.compiling import Compilation
 from inflate.training.endings import SIGNALS, Keeper, Stop, check_room
 from inflate.training.gauge import gauge_of
 from inflate.training.log import Report
@@ -124,6 +125,7 @@ def fit(
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
     restore(found, state, settings, trainees, accelerator)
+    compilation = Compilation(one.module for one in trainees) if settings.compile else None
     gauge = gauge_of(accelerator.device, predicted is not None, residents(task, trainees))
     networks = [network for one in trainees for network in (one.module, one.player.network)]
     clock = Clock(accelerator.device, networks, gauge)
@@ -162,6 +164,8 @@ def fit(
                     terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
                 state.step += 1
             clock.begin("other")
+            if compilation:
+                compilation.check()
             report.add(terms)
             report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
             run.keep_up()
@@ -169,6 +173,8 @@ def fit(
         run.look(evaluate=completes, preview=False)
         run.save()
         exported = run.finish() if completes else None
+    if compilation:
+        compilation.release()
     for one in trainees:
         one.release(accelerator)
     record.end(settings.output, accelerator, state.step, reason or "finished", dict(predicted or {}), gauge.peaks)

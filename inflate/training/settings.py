@@ -29,6 +29,9 @@ class Training:
     fit: str | None = None
     """A card, by its memory (16GB) or its name: the fastest measures that make the run fit are chosen before it, as
     `inflate plan` shows them, and what they need is compared with their prediction; null = all as set."""
+    compile: bool = False
+    """Compile the inflated blocks of the trained networks (torch.compile), equal to rounding: minutes before the first
+    step. Whether the steps are then faster, only a trial on the card tells."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
