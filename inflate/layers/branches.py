@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from inflate.errors import InflateError
 from inflate.layers.clip import Clip, ClipState, Recompute, run
-from inflate.layers.temporal import ATTENTION_ROWS, TemporalConv, become, like, zero_
+from inflate.layers.frame_attention import FrameAttention
+from inflate.layers.temporal import TemporalConv, become, like, zero_
 
 NormOver = Literal["clip", "frame"]
 """What a group norm averages over: all frames of a clip together, or each frame alone."""
@@ -90,6 +90,8 @@ class FrameTransformer(nn.Module):
             positional_embeddings=None if positions is None else "sinusoidal",
             num_positional_embeddings=positions,
         )
+        for attention in (block.attn1, block.attn2):
+            attention.__class__ = FrameAttention
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Linear(width, channels)
         self.norm_over = norm_over
@@ -109,7 +111,7 @@ class FrameTransformer(nn.Module):
         clip = self._normed(hidden, state.frames)  # (B, F, C, H, W)
         batch, _, _, height, width = clip.shape
         rows = clip.permute(0, 3, 4, 1, 2).flatten(0, 2)  # (B*H*W, F, C)
-        change = self.proj_out(self._over_frames(self.proj_in(rows)))  # (B*H*W, F, C)
+        change = self.proj_out(self.transformer_blocks[0](self.proj_in(rows)))  # (B*H*W, F, C)
         change = change.unflatten(0, (batch, height, width)).permute(0, 3, 4, 1, 2)  # (B, F, C, H, W)
         return add_to_frames(hidden, change.flatten(0, 1), state)  # (B*F, C, H, W)
 
@@ -121,12 +123,6 @@ class FrameTransformer(nn.Module):
         video = hidden.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()  # (B, C, F, H, W)
         output = self.norm(video).transpose(1, 2)  # (B, F, C, H, W)
         return output
-
-    def _over_frames(self, rows: Tensor) -> Tensor:
-        """The block over rows (N,F,C), in calls that CUDA's attention kernels can index: (N,F,C)."""
-        block = self.transformer_blocks[0]
-        parts = [block(part) for part in rows.split(ATTENTION_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class VideoConvIn(nn.Conv2d):

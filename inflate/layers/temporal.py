@@ -32,9 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inflate.layers.clip import Clip, ClipState, Compiled, Recompute, run
-
-ATTENTION_ROWS = 65_535
-"""Most sequences in one attention call: CUDA's fused kernels launch one block row each and cannot index more."""
+from inflate.layers.frame_attention import FrameAttention
 
 
 def mix_parameter() -> nn.Parameter:
@@ -188,8 +186,8 @@ def constant_when_single(block: nn.Module) -> None:
 class TemporalTransformer(nn.Module):
     """Transformer block over frames: feed-forward, self-attention over time, cross-attention, feed-forward.
 
-    Each part is residual and normalised before. All but the self-attention act on single tokens, so only its input is
-    put in the order (pixels, frames): one copy per block.
+    Each part is residual and normalised before. All but the self-attention act on single tokens, and it finds the
+    frames of a pixel where they are: of one clip nothing is copied into another order.
     """
 
     def __init__(self, width: int, heads: int, head_width: int, context_width: int | None) -> None:
@@ -197,7 +195,7 @@ class TemporalTransformer(nn.Module):
         self.norm_in = nn.LayerNorm(width)
         self.ff_in = FeedForward(width, activation_fn="geglu")
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads=heads, dim_head=head_width)
+        self.attn1 = FrameAttention(width, heads=heads, dim_head=head_width)
         self.norm2 = None if context_width is None else nn.LayerNorm(width)
         self.attn2 = None if context_width is None else Attention(width, context_width, heads, dim_head=head_width)
         self.norm3 = nn.LayerNorm(width)
@@ -210,18 +208,10 @@ class TemporalTransformer(nn.Module):
     def forward(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         """Tokens (B,F,N,C) and the context (B,L,D) of each clip's first frame to (B,F,N,C)."""
         hidden = hidden + self.ff_in(self.norm_in(hidden))
-        hidden = hidden + self._over_frames(self.norm1(hidden))
+        hidden = hidden + self.attn1(self.norm1(hidden))
         if self.attn2 is not None and self.norm2 is not None and context is not None:
             hidden = hidden + self._to_context(hidden, self.attn2, self.norm2, context)
         return hidden + self.ff(self.norm3(hidden))
-
-    def _over_frames(self, hidden: Tensor) -> Tensor:
-        """Self-attention along the frames of each pixel, in calls that CUDA's kernels can index: (B,F,N,C)."""
-        batch = hidden.shape[0]
-        rows = hidden.transpose(1, 2).contiguous().flatten(0, 1)  # (B*N, F, C)
-        parts = [self.attn1(part) for part in rows.split(ATTENTION_ROWS)]
-        output: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)  # (B*N, F, C)
-        return output.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, F, N, C)
 
     @staticmethod
     def _to_context(hidden: Tensor, attention: nn.Module, norm: nn.Module, context: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
 from helpers import randomise
 from inflate.errors import InflateError
-from inflate.layers import branches
+from inflate.layers import frame_attention
 from inflate.layers.branches import FrameTransformer, TemporalConvs
 from inflate.layers.clip import ClipState
 
@@ -114,5 +114,5 @@ def test_rows_beyond_what_a_kernel_indexes_are_split(monkeypatch):
     layer, hidden = FrameTransformer(32, 4, 8, 8).eval(), clips()
     randomise(layer)
     whole = layer(hidden, None, ClipState(3))
-    monkeypatch.setattr(branches, "ATTENTION_ROWS", 5)
+    monkeypatch.setattr(frame_attention, "ATTENTION_ROWS", 5)
     torch.testing.assert_close(layer(hidden, None, ClipState(3)), whole, atol=2e-6, rtol=0)

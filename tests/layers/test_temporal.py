@@ -6,7 +6,6 @@ from diffusers.models.resnet import AlphaBlender, TemporalResnetBlock
 from torch import nn
 
 from helpers import randomise
-from inflate.layers import temporal
 from inflate.layers.clip import ClipState
 from inflate.layers.temporal import (
     ContextAttention,
@@ -88,21 +87,6 @@ def test_transformer_equals_diffusers(tokens):
     repeated = context.repeat_interleave(5, 0) if tokens else None
     expected = theirs(hidden.flatten(0, 1), num_frames=3, encoder_hidden_states=repeated)
     torch.testing.assert_close(ours(hidden, context).flatten(0, 1), expected, atol=2e-6, rtol=0)
-
-
-def test_attention_over_many_rows_is_split(monkeypatch):
-    ours, _ = pair_of_blocks(None)
-    hidden = torch.randn(2, 3, 5, 16)
-    whole = ours(hidden, None)
-    calls = []
-    ours.attn1.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[0]))
-    monkeypatch.setattr(temporal, "ATTENTION_ROWS", 4)
-    torch.testing.assert_close(ours(hidden, None), whole, atol=1e-6, rtol=0)
-    assert calls == [4, 4, 2]
-
-
-def test_row_limit_is_that_of_a_cuda_grid():
-    assert temporal.ATTENTION_ROWS == 2**16 - 1
 
 
 def spatial_block():
