@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,6 +271,8 @@ def claim_output(
                 if text:
                     with writing(settings.output / name, settings.output):
                         write_text(settings.output / name, text)
+    with together():
+        check_shared(settings)
     accelerator.init_trackers("inflate")
     return state, found
 
@@ -305,6 +308,15 @@ def check_output(settings: Training) -> None:
             check_contents(settings)
         probe.touch()
         probe.unlink()
+
+
+def check_shared(settings: Training) -> None:
+    """Raise TrainingError if this process is to write its share of checkpoints, but does not see the run's folder."""
+    if settings.sharded_checkpoints and not (settings.output / record.NAME).is_file():
+        raise TrainingError(
+            f"training.sharded_checkpoints: training.output={settings.output} of process 0 is not the folder of that "
+            f"name on {socket.gethostname()}: name one that all machines share, or set it to false"
+        )
 
 
 def check_contents(settings: Training) -> None:

@@ -164,7 +164,10 @@ class Trainee:
                 "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
             )
         norm = get_total_norm(list(gradients.values()))
-        return accelerator.reduce(norm.square(), reduction="sum").sqrt() if self.spread else norm
+        if not self.spread:
+            return norm
+        squares = accelerator.reduce(norm.square(), reduction="sum")
+        return (squares / accelerator.state.sharding.replicas).sqrt()
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""

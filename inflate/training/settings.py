@@ -54,6 +54,9 @@ class Training:
     """Steps between held-out measurements; 0 = only at the start and the end."""
     keep: int = 2
     """Newest checkpoints to keep; 0 = all."""
+    sharded_checkpoints: bool = False
+    """Where weights are sharded, every process writes its own share, where else the main one gathers 12 bytes per trained
+    weight in its memory; `output` must then be a folder that all machines share. The same is saved to the bit."""
     resume: str | None = None
     """A checkpoint folder, or `latest`: the newest whole checkpoint of the output folder, if there is one."""
     tracker: str = "tensorboard"
