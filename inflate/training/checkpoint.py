@@ -391,9 +391,7 @@ def _joined(shares: Sequence[Tensor]) -> Tensor:
     return torch.cat([*shares]) if len(shares) > 1 else shares[0]
 
 
-def _copier(
-    paths: Sequence[Path], targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]
-) -> Callable[[], None]:
+def _copier(paths: Sequence[Path], targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]) -> Callable[[], None]:
     saved: dict[str, list[Tensor]] = {}
     for path in paths:
         try:

@@ -102,9 +102,7 @@ def keep_from_accelerate(environment: MutableMapping[str, str]) -> None:
         environment.pop(variable, None)
 
 
-def _one_of(
-    environment: Mapping[str, str], variable: str, default: str, known: list[str], remedy: str = REMEDY
-) -> str:
+def _one_of(environment: Mapping[str, str], variable: str, default: str, known: list[str], remedy: str = REMEDY) -> str:
     value = environment.get(variable, default).lower()
     if value not in known:
         raise TrainingError(f"{variable}={value} is not supported, only {' and '.join(known)}; {remedy}")

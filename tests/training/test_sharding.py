@@ -22,29 +22,30 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from helpers import randomise
-from inflate.errors import TrainingError
+from inflate.errors import InflateError, TrainingError
 from inflate.training import checkpoint, log
 from inflate.training.loop import fit
 from inflate.training.memory_settings import Memory
 from inflate.training.player import Trainee, check_shardable
 from inflate.training.processes import join_processes, start_accelerator
 from inflate.training.sharding import Sharding, asked, own, units
-from launch import launch
+from launch import FSDP2, Collectives, launch
 from tiny_svd import Clips, image_to_video, largest_difference
-from toy import Adversarial, Points, Regression, send, settings
+from toy import Adversarial, Layered, Points, Regression, send, settings, weights
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 ZERO2 = FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+GROUPS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
 STEPS = 2
 PART = {"trainable": "temporal", "memory": Memory(recompute="units")}
 """Most weights frozen, activations recomputed."""
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -216,12 +217,12 @@ def test_sharded_processes_go_on_with_the_checkpoint_of_one(runs: Runs) -> None:
     assert largest_difference(runs.alone["weights"], runs.first["resumed"]["weights"]) < 1e-9
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
+def tensors(folder: Path, player: str = "unet") -> dict[str, Tensor]:
     """All that a checkpoint holds of a player, by name."""
-    state = torch.load(folder / "unet.optimizer.pt", weights_only=True)
+    state = torch.load(folder / f"{player}.optimizer.pt", weights_only=True)
     return {
-        **load_file(folder / "unet.safetensors"),
-        **{f"average.{name}": value for name, value in load_file(folder / "unet.average.safetensors").items()},
+        **load_file(folder / f"{player}.safetensors"),
+        **{f"average.{name}": value for name, value in load_file(folder / f"{player}.average.safetensors").items()},
         **{f"{place}.{name}": value for place, values in state.items() for name, value in values.items()},
     }
 
@@ -231,6 +232,120 @@ def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(runs: R
     assert len(before) > 100
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --- checkpoints in shares --------------------------------------------------------------------------------------------
+
+LANES = 6
+"""Forward passes per step, by however many processes."""
+
+
+def learn(output: Path, steps: int, **changes: Any) -> list[float]:
+    """The weights after going on to so many steps, by this process or with others, who then share the weights."""
+    count, task = join_processes().num_processes, Layered()
+    own = {"steps": steps, "accumulate": LANES // count, "ema": 0.9, "resume": "latest"}
+    fit(task, Points(torch.float64), settings(output, **own | changes))
+    return weights(task)
+
+
+def learn_in_shares(output: Path, steps: int, **changes: Any) -> list[float]:
+    os.environ.update(FSDP2)
+    return learn(output, steps, sharded_checkpoints=True, **changes)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
+
+
+def shares(count: int) -> list[str]:
+    files = [("map", "safetensors"), ("map.average", "safetensors"), ("map.optimizer", "pt")]
+    return sorted(f"{name}.{n + 1}-of-{count}.{kind}" for name, kind in files for n in range(count))
+
+
+def test_any_number_of_processes_goes_on_with_shares_and_with_the_whole(tmp_path: Path) -> None:
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    expected = learn(alone, 4, resume=None)
+    learn(parts, 1, resume=None)
+    launch(learn_in_shares, parts, 2)
+    assert names(parts / "checkpoint-2") == shares(2)
+    launch(learn_in_shares, parts, 3, processes=3)
+    assert names(parts / "checkpoint-3") == shares(3)
+    assert learn(parts, 4, sharded_checkpoints=True) == pytest.approx(expected, abs=1e-9, rel=0)
+    assert names(parts / "checkpoint-4") == ["map.average.safetensors", "map.optimizer.pt", "map.safetensors"]
+    saved = tensors(parts / "checkpoint-4", "map")
+    assert largest_difference(tensors(alone / "checkpoint-4", "map"), saved) < 1e-9
+
+
+def error_of_shares(output: Path, fault: str) -> str:
+    """Of a run whose second process cannot write its share, or names another folder."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    if join_processes().process_index and fault == "full":
+        checkpoint.save_file = fail
+    if join_processes().process_index and fault == "elsewhere":
+        output = output / "of another machine"
+    with pytest.raises(InflateError) as caught:
+        learn_in_shares(output, 1, resume=None)
+    return str(caught.value)
+
+
+def test_a_process_that_cannot_write_its_share_leaves_no_checkpoint(tmp_path: Path) -> None:
+    first, second = launch(error_of_shares, tmp_path / "run", "full")
+    assert "cannot be written: no space left; free space" in second
+    assert first.startswith(f"process 1: {second.splitlines()[0]}")
+    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+
+
+def test_a_process_that_does_not_see_the_folder_is_told_before_the_first_step(tmp_path: Path) -> None:
+    first, second = launch(error_of_shares, tmp_path, "elsewhere")
+    assert first == f"process 1: {second}"
+    assert "of another machine of process 0 is not the folder of that name on" in second
+    assert "set it to false" in second
+
+
+# --- groups of processes that share the weights -----------------------------------------------------------------------
+
+
+def in_groups(folder: Path) -> dict[str, Any]:
+    """Two groups of two: weights after two steps, and what one step exchanges, by its number of forward passes."""
+    os.environ.update(FSDP2 | GROUPS)
+    found: dict[str, Any] = {"said": str(asked(os.environ))}
+    for passes in (1, 2):
+        with Collectives() as exchanged:
+            found[f"weights {passes}"] = learn(
+                folder / f"{passes}", 2, resume=None, accumulate=passes, sharded_checkpoints=True
+            )
+        found[f"exchanged {passes}"] = exchanged.counts
+    return found
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("groups")
+    return folder, launch(in_groups, folder, processes=4)
+
+
+def test_each_group_of_processes_holds_all_weights_and_trains_the_same_model(
+    groups: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, found = groups
+    expected = learn(folder / "alone", 2, resume=None, accumulate=8)
+    for one in found:
+        assert one["said"] == "gathered per layer within each of 2 groups"
+        assert one["weights 2"] == pytest.approx(expected, abs=1e-9, rel=0)
+    assert names(folder / "2/checkpoint-2") == shares(2)
+    resumed = [learn(folder / name, 3, accumulate=8) for name in ("alone", "2")]
+    assert resumed[1] == pytest.approx(resumed[0], abs=1e-9, rel=0)
+
+
+def test_only_the_last_pass_of_a_step_exchanges_gradients_between_groups(
+    groups: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    once, twice = (groups[1][0][f"exchanged {passes}"] for passes in (1, 2))
+    assert once["allreduce"] == twice["allreduce"] > 0
+    assert 2 * once["reduce_scatter_base"] == twice["reduce_scatter_base"] > 0
 
 
 # --- what is asked for, and refused -----------------------------------------------------------------------------------
@@ -259,7 +374,9 @@ def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "=full_shard is not supported, only true and false"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
-        (FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism config"),
+        (GROUPS, "parallelism config"),
+        (FSDP2 | GROUPS | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2 is not supported, only 1"),
+        (FSDP2 | GROUPS, "DP_REPLICATE_SIZE=2 and PARALLELISM_CONFIG_DP_SHARD_SIZE=1 do not divide 1 processes"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "memory.recompute=units"),
     ],
@@ -271,7 +388,7 @@ def test_other_ways_are_refused_with_the_file_that_has_their_memory(
         monkeypatch.setenv(variable, value)
     with pytest.raises(TrainingError, match=name) as caught:
         fit(Regression(), Points(), settings(tmp_path / "run", steps=1))
-    assert "recipes/accelerate/zero2.yaml (the memory of ZeRO-2)" in str(caught.value)
+    assert "recipes/accelerate/" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
