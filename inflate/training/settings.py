@@ -55,8 +55,8 @@ class Training:
     keep: int = 2
     """Newest checkpoints to keep; 0 = all."""
     sharded_checkpoints: bool = False
-    """Where weights are sharded, every process writes its own share, where else the main one gathers 12 bytes per trained
-    weight in its memory; `output` must then be a folder that all machines share. The same is saved to the bit."""
+    """Where weights are sharded, every process writes its own share, and the main one gathers nothing, which else takes
+    12 bytes per trained weight of its memory; all machines must see `output`. What is saved is the same to the bit."""
     resume: str | None = None
     """A checkpoint folder, or `latest`: the newest whole checkpoint of the output folder, if there is one."""
     tracker: str = "tensorboard"

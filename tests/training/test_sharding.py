@@ -16,13 +16,22 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
+from diffusers import UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
 from safetensors.torch import load_file
+from tiny_adapter import settings as adapter_settings
+from tiny_adapter import video_unet
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from helpers import randomise
+from helpers import randomise, tiny_unet
+from inflate.adapters import attach, targets
+from inflate.adapters.settings import KINDS, Kind
 from inflate.errors import InflateError, TrainingError
+from inflate.layers.temporal import VideoUpsample
+from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
+from inflate.surgery import inflate_unet
 from inflate.training import checkpoint, log
 from inflate.training.loop import fit
 from inflate.training.memory_settings import Memory
@@ -414,6 +423,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
         check_shardable(Regression().players, settings(tmp_path), Sharding(True))
 
 
+# --- what is gathered together ----------------------------------------------------------------------------------------
+
+
 def test_inner_layers_come_before_those_that_hold_them() -> None:
     unet = image_to_video().family.unet
     found = units(unet)
@@ -422,3 +434,62 @@ def test_inner_layers_come_before_those_that_hold_them() -> None:
     assert {type(unit).__name__ for unit in found} == kinds
     places = {id(unit): place for place, unit in enumerate(found)}
     assert all(places.get(id(inner), -1) <= places[id(unit)] for unit in found for inner in unit.modules())
+
+
+def parameters_of(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Those that each unit gathers, by their names in the network."""
+    named, found = dict(network.named_parameters()), {}
+    for unit in units(network):
+        mine = {id(parameter) for parameter in unit.parameters()}
+        found[unit] = {name: named.pop(name) for name, p in [*named.items()] if id(p) in mine}
+    assert not named
+    return found
+
+
+AT_THE_ENDS = {"conv_in", "time_embedding", "class_embedding", "conv_norm_out", "conv_out"}
+"""What the root gathers for the whole pass; where there is a layer after the input, `conv_in` belongs to it."""
+
+
+@pytest.mark.parametrize(
+    ("spec", "ends"),
+    [
+        (TemporalSpec(added_id_dim=8), AT_THE_ENDS),
+        (MODELSCOPE, AT_THE_ENDS - {"conv_in", "class_embedding"}),
+        (ANIMATEDIFF_V1, AT_THE_ENDS - {"class_embedding"}),
+        (ANIMATEDIFF_V2, AT_THE_ENDS - {"class_embedding"}),
+    ],
+)
+def test_every_layer_but_those_at_the_ends_is_gathered_by_itself(spec: TemporalSpec, ends: set[str]) -> None:
+    unet, _ = inflate_unet(tiny_unet(True), spec)
+    found = parameters_of(unet)
+    assert {name.split(".")[0] for name in found[unet]} == ends
+    upsampling = [unit for unit in found if isinstance(unit, VideoUpsample | Downsample2D)]
+    assert len(upsampling) == 2
+    assert [name for name, parameter in unet.named_parameters() if parameter.ndim == 0] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_gathered_with_its_layer(kind: Kind) -> None:
+    unet = video_unet()
+    before = {name for name in parameters_of(unet)[unet]}
+    wanted = adapter_settings(kind)
+    attach.create(unet, wanted, targets.resolve(unet, wanted))
+    assert {name for name in parameters_of(unet)[unet]} == before
+    assert [name for name, parameter in unet.named_parameters() if parameter.ndim == 0] == []
+
+
+def test_what_stable_video_diffusion_gathers_for_the_whole_pass_is_small() -> None:
+    with torch.device("meta"):
+        parent = UNet2DConditionModel(
+            in_channels=8,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+        )
+        unet = VideoUNet.from_2d(parent, TemporalSpec())
+    sizes = {unit: sum(p.numel() for p in each.values()) for unit, each in parameters_of(unet).items()}
+    every = sum(sizes.values())
+    assert every == 1_524_623_082
+    assert sizes[unet] == 4_710_084  # 0.3 %
+    assert max(sizes.values()) < 0.06 * every
