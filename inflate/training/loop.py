@@ -43,6 +43,7 @@ from inflate.training.player import (
 )
 from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
+from inflate.training.sharding import holding
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
@@ -252,7 +253,12 @@ def claim_output(
         if found:
             checkpoint.check_fingerprint(found, state.fingerprint, fingerprint)
             changes.refuse(found, state.settings, now, state.directory)
-    agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
+    agree(
+        {
+            **fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name,
+            "what the launcher asks for": holding(accelerator.state.sharding),
+        }
+    )  # fmt: skip
     told = [*changes.told(state.settings, now, state.directory, state.step)] if found else []
     if accelerator.is_main_process and settings.warmup >= settings.steps:
         logger.warning(

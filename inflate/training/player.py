@@ -280,3 +280,6 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
     if len(units(players[0].network)) == 1:
         kind = type(players[0].network).__name__
         raise TrainingError(f"player '{names[0]}': {kind} names no layers (_no_split_modules) to shard by; {remedy}")
+    types = sorted({str(p.dtype) for p in players[0].network.parameters() if p.requires_grad})
+    if len(types) > 1:  # torch exchanges the gradients of a layer as one tensor
+        raise TrainingError(f"player '{names[0]}' trains weights of several types: {', '.join(types)}; {remedy}")

@@ -62,6 +62,11 @@ class Sharding:
         return f"gathered per {'layer' if self.per_layer else 'forward and backward pass'}{groups}"
 
 
+def holding(sharding: Sharding | None) -> str:
+    """In words, how processes hold the weights."""
+    return f"sharded weights, {sharding}" if sharding else "whole weights in every process"
+
+
 # --- what the launcher asks for ---------------------------------------------------------------------------------------
 
 

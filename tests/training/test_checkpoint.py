@@ -254,7 +254,6 @@ MOMENTS = [
     # environment, in shares, victim, moment; whether the second checkpoint comes about
     (WHOLE_WEIGHTS, False, 0, on_touch, 11, False),  # the manifest is about to be written
     (WHOLE_WEIGHTS, False, 1, on_touch, 2, True),
-    (FSDP2, False, 0, on_touch, 3, False),
     (FSDP2, False, 1, on_touch, 3, True),  # all is gathered before anything is written
     (FSDP2, False, 0, on_gathering, 20, False),  # of 16 tensors per checkpoint
     (FSDP2, False, 1, on_gathering, 20, False),

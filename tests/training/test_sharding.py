@@ -360,15 +360,23 @@ def test_only_the_last_pass_of_a_step_exchanges_gradients_between_groups(
 # --- what is asked for, and refused -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "sharding"), [("fsdp2", Sharding(True)), ("zero2", Sharding(False))])
-def test_the_launch_configurations_ask_for_it(name: str, sharding: Sharding) -> None:
+@pytest.mark.parametrize(
+    ("name", "sharding", "here"),
+    [
+        ("ddp", None, 4),
+        ("fsdp2", Sharding(True), 4),
+        ("zero2", Sharding(False), 4),
+        ("two_machines", None, 2),
+        ("two_machines_fsdp2", Sharding(True, replicas=2), 2),
+    ],
+)
+def test_the_launch_configurations_ask_for_it(name: str, sharding: Sharding | None, here: int) -> None:
     file = Path(__file__).parents[2] / f"recipes/accelerate/{name}.yaml"
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", str(file), "--num_processes", "3", "--main_process_port", "0", "script.py"]
-    )
-    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    assert arguments.nproc_per_node == "3"
-    assert asked(environment) == sharding
+    words = ["--config_file", str(file), "--num_processes", "4", "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(arguments)
+    assert arguments.nproc_per_node == str(here)
+    assert asked({**environment, "WORLD_SIZE": "4"}) == sharding
 
 
 def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
@@ -424,6 +432,15 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
 
 
 # --- what is gathered together ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_two_types_are_refused(tmp_path: Path) -> None:
+    task = Layered()
+    task.network[0].bfloat16()
+    with pytest.raises(TrainingError, match=r"several types: torch.bfloat16, torch.float64; launch with .* ddp.yaml"):
+        check_shardable(task.players, settings(tmp_path), Sharding(True))
+    task.network[0].requires_grad_(False)
+    check_shardable(task.players, settings(tmp_path), Sharding(True))
 
 
 def test_inner_layers_come_before_those_that_hold_them() -> None:
