@@ -43,7 +43,7 @@ from inflate.training.player import Batch, Task, Trainee
 from inflate.training.processes import SAME_NORM, agree, join_processes, noticing_losses, start_accelerator, together
 from inflate.training.record import device_name, versions
 from inflate.training.settings import Training
-from inflate.training.sharding import own, whole
+from inflate.training.sharding import Sharding, holding, own, whole
 
 LAUNCHED = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_CPU")
 """What accelerate's launcher sets on each machine, as ACCELERATE_..."""
@@ -103,7 +103,8 @@ class Rehearsal:
     def versions(self) -> Finding:
         """That all run the same code, launched alike."""
         launched = {f"ACCELERATE_{name}": os.environ.get(f"ACCELERATE_{name}", "unset") for name in LAUNCHED}
-        agree({**versions(), **launched, "device": self.accelerator.device.type})
+        asked = holding(self.accelerator.state.sharding)
+        agree({**versions(), **launched, "device": self.accelerator.device.type, "what the launcher asks for": asked})
         return Finding(", ".join(f"{name} {value}" for name, value in versions().items() if value))
 
     def numbers(self) -> Finding:
@@ -126,14 +127,19 @@ class Rehearsal:
         return Finding(f"{sum(map(len, rows))} draws, all different")
 
     def weights(self) -> Finding:
-        """That all begin with the same weights, frozen ones too, which nothing would make equal later; places them."""
+        """That all begin with the same weights, frozen ones too, which nothing would make equal later; places them, and
+        looks whether they lie as the launcher asked.
+        """
         modules = [*self.task.frozen, *(one.module for one in self.trainees)]
         digests = gather_object([tensors_sha256(named for module in modules for named in module.state_dict().items())])
+        (one,) = self.trainees
+        every = sum(parameter.numel() for parameter in one.module.parameters())
         place(self.task, self.trainees, self.accelerator)
-        if odd := [process for process, one in enumerate(digests) if one != digests[0]]:
+        if odd := [process for process, digest in enumerate(digests) if digest != digests[0]]:
             remedy = "all must load the same files and create new layers from the same seed"
             return failed(f"{named(odd)} built other weights than process 0", remedy)
-        return Finding("the same in all processes before the first step")
+        held = sum(own(weight).numel() for weight in one.spread.values()) if one.spread else every
+        return judge_shares(gather_object([held]), every, self.accelerator.state.sharding)
 
     def gradients(self) -> Finding:
         """That the gradients are the same everywhere, and the mean of what each process computes from its own batch."""
@@ -292,6 +298,18 @@ def rehearse(output: Path) -> Iterator[Rehearsal]:
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(training.output, ignore_errors=True)
+
+
+def judge_shares(held: Sequence[int], every: int, asked: Sharding | None) -> Finding:
+    """Whether processes that hold so many of `every` weights hold them as the launcher asked."""
+    copies = asked.replicas if asked else len(held)
+    if sum(held) != copies * every:
+        found = f"{holding(asked)} were asked for, but there are {sum(held) / every:.3g} copies of them, not {copies}"
+        return failed(
+            found, "start processes by accelerate launch with a file of recipes/accelerate, for inflate alone"
+        )
+    share = f", {max(held) / every:.0%} in each" if asked else ""
+    return Finding(f"the same in all processes before the first step; {holding(asked)}{share}")
 
 
 # --- between the processes --------------------------------------------------------------------------------------------

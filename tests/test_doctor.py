@@ -14,18 +14,20 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from torch.multiprocessing import ProcessExitedException
 
-from inflate.doctor import Rehearsal, limited, main, named, rehearse, twins
+from inflate.doctor import Rehearsal, judge_shares, limited, main, named, rehearse, twins
 from inflate.errors import InflateError
 from inflate.findings import all_pass
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 from inflate.training.processes import join_processes
 from inflate.training.rehearsal import batches
-from launch import launch
+from inflate.training.sharding import Sharding
+from launch import FSDP2, launch, start
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
+ROOT = Path(__file__).parents[1]
 Lines = dict[str, str]
 
 
@@ -103,7 +105,7 @@ def writes_to_another_folder(sound: Rehearsal) -> Rehearsal:
 
 
 def is_another_installation(sound: Rehearsal) -> Rehearsal:
-    """Launched otherwise, and with another file of a network that is not trained. The last one: it stays so."""
+    """Launched otherwise, and with another file of a network that is not trained. The last way: it stays so."""
     if second():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
         next(sound.task.frozen[0].parameters()).data.add_(1e-3)
@@ -127,7 +129,9 @@ def examined(output: Path, change: Callable[[Rehearsal], Rehearsal], without: st
 
 def examined_in_every_way(output: Path) -> dict[str, Lines]:
     found = {"sound": examined(output, lambda sound: sound)}
-    return {**found, **{way.__name__: examined(output, way, "bandwidth") for way in WAYS}}
+    found |= {way.__name__: examined(output, way, "bandwidth") for way in WAYS}
+    os.environ.update(FSDP2 | {"ACCELERATE_MIXED_PRECISION": "no"})
+    return {**found, "spread": examined(output, lambda sound: sound, "bandwidth")}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,22 @@ def test_sound_processes_pass(told: dict[str, Lines]) -> None:
     assert "64 MiB are summed in" in lines["bandwidth"]
     assert "6.1 GB in float32, would take" in lines["bandwidth"]
     assert "with equal weights" in lines["checkpoint"]
+    assert lines["weights"].endswith("before the first step; whole weights in every process")
+
+
+def test_processes_that_share_the_weights_pass_and_tell_how_much_each_holds(told: dict[str, Lines]) -> None:
+    lines = told["spread"]
+    assert set(verdicts(lines).values()) == {"ok", "True"}
+    assert lines["weights"].endswith("; sharded weights, gathered per layer, 50% in each")
+
+
+def test_weights_that_stay_whole_though_sharding_was_asked_for_are_told() -> None:
+    """As accelerate leaves them on CPUs, without a word."""
+    line = judge_shares([10, 10], 10, Sharding(True)).line("weights")
+    assert line.startswith(
+        "FAILED   weights: sharded weights, gathered per layer were asked for, but there are 2 copies"
+    )
+    assert judge_shares([5, 5, 5, 5], 10, Sharding(True, replicas=2)).verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -256,6 +276,49 @@ def test_a_launch_that_splits_the_processes_is_refused(
     with pytest.raises(SystemExit, match="1"):
         main(tmp_path)
     assert "SLURM_STEP_NUM_TASKS=2 processes were started, but each sees only 1" in capsys.readouterr().err
+
+
+MULTI_CPU = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+num_processes: 2
+num_machines: 1
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def fallen_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the doctor says where accelerate's launcher starts something else than it was asked for."""
+    folder = tmp_path_factory.mktemp("launches")
+    sharded = (ROOT / "recipes/accelerate/fsdp2.yaml").read_text()
+    (folder / "fsdp.yaml").write_text(sharded.replace("use_cpu: false", "use_cpu: true"))
+    (folder / "multi_cpu.yaml").write_text(MULTI_CPU)
+    ways = {
+        "cpu": ["--cpu", "--num_processes", "2"],
+        "multi_cpu": ["--config_file", f"{folder}/multi_cpu.yaml"],
+        "fsdp": ["--config_file", f"{folder}/fsdp.yaml", "--main_process_port", "0"],
+    }
+    command = ["-m", "inflate.doctor", "--output", str(folder / "output")]
+    started = [start([*words, *command], folder / name) for name, words in ways.items()]
+    for process in started:
+        process.join()
+        assert process.exitcode
+    return {name: (folder / name).read_text() for name in ways}
+
+
+@pytest.mark.parametrize(
+    ("way", "processes", "says"),
+    [
+        ("cpu", 1, "asked for several processes, but started one"),
+        ("multi_cpu", 1, "asked for several processes, but started one"),
+        ("fsdp", 2, "WORLD_SIZE=2 processes were started, but each sees only 1"),
+    ],
+)
+def test_a_launcher_that_falls_back_is_told(way: str, processes: int, says: str, fallen_back: dict[str, str]) -> None:
+    errors = [line for line in fallen_back[way].splitlines() if line.startswith("error: ")]
+    assert 1 <= len(errors) <= processes  # torch's launcher ends the second where the first is quicker
+    assert all(says in line and "ACCELERATE_USE_CPU=true accelerate launch" in line for line in errors)
 
 
 def waiting() -> None:

@@ -74,6 +74,21 @@ class Regression:
         torch.save(self.network.state_dict(), folder / "map.pt")
 
 
+class Layers(nn.Sequential):
+    """Says what of it can be sharded."""
+
+    _no_split_modules = ("Linear",)
+
+
+class Layered(Regression):
+    """In float64, and with weights that processes can share."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+        self.network = Layers(*self.network)
+        self.players = [Player("map", self.network, self.loss)]
+
+
 class Adversarial(Regression):
     """A generator and, from a later step on, a critic with spectral norm (which has buffers)."""
 

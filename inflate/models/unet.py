@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -43,6 +44,7 @@ from inflate.layers.temporal import (
     VideoBlock,
     VideoResnet,
     VideoTransformer,
+    VideoUpsample,
     inflate_resnet,
     inflate_transformer,
     inflate_upsample,
@@ -159,6 +161,8 @@ class VideoUNet(UNet2DConditionModel):
         VideoResnet.__name__,
         VideoTransformer.__name__,
         VideoConvIn.__name__,
+        VideoUpsample.__name__,
+        Downsample2D.__name__,
     ]
     _repeated_blocks = [VideoBlock.__name__]  # noqa: RUF012 -- diffusers reads a list
 

@@ -7,31 +7,37 @@
         state.json                   step, fingerprint of what fixes the data order, settings, history
         manifest.json                SHA-256 of every other file; written last
 
+Of weights that are spread over N processes there may be, in place of each of the first three, as many files as shares
+(training.sharded_checkpoints): unet.1-of-N.safetensors holds the rows of process 0, and so on; joined, they are the
+whole one's. Any number of processes goes on with either.
 `inflate.files` writes them aside: a process killed at any time leaves the last one whole.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from inflate.errors import CheckpointError, DiskError, InflateError
-from inflate.files import discard, new_folder, remove_leftovers, sha256
+from inflate.files import discard, flush, new_folder, remove_leftovers, sha256
 from inflate.training.player import Trainee
-from inflate.training.sharding import share, whole
+from inflate.training.processes import together
+from inflate.training.sharding import place_of, share, whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -58,12 +64,28 @@ class State:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds of one trainee, in whole tensors."""
+    """What a checkpoint holds of one trainee: whole tensors, or one process's shares of them."""
 
     name: str
     weights: Mapping[str, Tensor]
     average: Mapping[str, Tensor]
     optimizer: Mapping[int, Mapping[str, Any]]
+    share: str = ""
+    """Which share of how many it is, as its files are called."""
+
+
+def own_contents(one: Trainee) -> Contents | None:
+    """What this process holds of a trainee whose weights are spread; None where another group's process writes it.
+
+    What is whole in every process the first one writes.
+    """
+    like = next(iter(one.spread.values()))
+    place, count = place_of(like)
+    if like.device_mesh.get_rank() != place:
+        return None
+    state = one.optimizer.state_dict()["state"]
+    weights = one.parameters | (one.buffers() if place == 0 else {})
+    return Contents(one.player.name, weights, one.average, state, f".{place + 1}-of-{count}")
 
 
 def contents(one: Trainee) -> Contents:
@@ -111,19 +133,46 @@ def save(
     `known` are folders that need no reading to be called whole; those found whole join them.
     Raises DiskError if the folder cannot be written; an older checkpoint is then untouched.
     """
-    folder, known = output / f"checkpoint-{state.step}", set() if known is None else known
+    with _new_checkpoint(output, state, keep, set() if known is None else known) as (aside, digests):
+        for one in trained:
+            digests |= _write(aside, one)
+    return output / f"checkpoint-{state.step}"
+
+
+def save_shares(
+    output: Path, state: State, own: Sequence[Contents], main: bool, keep: int = 0, known: set[Path] | None = None
+) -> None:
+    """The same of weights that are spread: every process calls it, and writes its `own` into the one folder.
+
+    The `main` one makes the folder, and puts it into its place when all have written. Where a process cannot write, or
+    is lost, no new checkpoint comes about.
+    """
+    with ExitStack() as stack:
+        with together():
+            new = _new_checkpoint(output, state, keep, set() if known is None else known)
+            aside, digests = stack.enter_context(new) if main else (output, {})
+        [name] = broadcast_object_list([aside.name])
+        with together(), writing(output / name, output):
+            found = [_write(output / name, one) for one in own]
+        for written in gather_object(found):
+            digests |= written
+
+
+@contextmanager
+def _new_checkpoint(output: Path, state: State, keep: int, known: set[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield a folder to write to, and a place for the digests of what is written; on success it is a checkpoint."""
+    folder = output / f"checkpoint-{state.step}"
     with writing(folder, output):
         remove_leftovers(output, "checkpoint-*")
         with new_folder(folder) as aside:
-            for one in trained:
-                _write(aside, one)
+            manifest: dict[str, str] = {}
+            yield aside, manifest
             (aside / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
-            manifest = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            manifest["state.json"] = sha256(aside / "state.json")
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         known.add(folder)
         for stale in superseded(folder, keep, known) if keep else []:
             discard(stale)
-    return folder
 
 
 def superseded(folder: Path, keep: int, known: set[Path]) -> list[Path]:
@@ -152,12 +201,18 @@ def _bytes(tensors: Mapping[str, Tensor], one: Trainee) -> int:
     return sum(one.spread.get(name, tensor).numel() * tensor.element_size() for name, tensor in tensors.items())
 
 
-def _write(folder: Path, one: Contents) -> None:
-    save_file(_portable(one.weights), folder / f"{one.name}.safetensors")
-    if one.average:
-        save_file(_portable(one.average), folder / f"{one.name}.average.safetensors")
-    with (folder / f"{one.name}.optimizer.pt").open("wb") as file:  # by name, torch would not say why it cannot write
+def _write(folder: Path, one: Contents) -> dict[str, str]:
+    """Write a trainee's files, force them to the disk, and give their digests by name."""
+    paths = [folder / f"{one.name}{one.share}.safetensors", folder / f"{one.name}.optimizer{one.share}.pt"]
+    save_file(_portable(one.weights), paths[0])
+    with paths[1].open("wb") as file:  # by name, torch would not say why it cannot write
         torch.save(one.optimizer, file)
+    if one.average:
+        paths.append(folder / f"{one.name}.average{one.share}.safetensors")
+        save_file(_portable(one.average), paths[-1])
+    for path in paths:
+        flush(path)
+    return {path.name: sha256(path) for path in paths}
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -288,41 +343,84 @@ def load(folder: Path, trainees: Sequence[Trainee]) -> None:
 
 def _load_trainee(folder: Path, one: Trainee) -> list[Callable[[], None]]:
     name = one.player.name
-    steps = [_copier(folder / f"{name}.safetensors", one.parameters | one.buffers(), one.spread)]
+    steps = [_copier(_files(folder, name, "safetensors"), one.parameters | one.buffers(), one.spread)]
     if one.average:
-        steps.append(_copier(folder / f"{name}.average.safetensors", one.average, one.spread))
-    path = folder / f"{name}.optimizer.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(one.spread))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        steps.append(_copier(_files(folder, f"{name}.average", "safetensors"), one.average, one.spread))
+    saved = _read_states(_files(folder, f"{name}.optimizer", "pt"), mapped=bool(one.spread))
+    state = {}
+    for place, name in enumerate(one.places()):
+        if place in saved[0]:
+            values = _joined_state([each[place] for each in saved])
+            state[place] = _own_state(values, one.spread[name]) if name in one.spread else values
     # the groups hold settings, and those are the present run's
     groups = one.optimizer.state_dict()["param_groups"]
-    for place, name in enumerate(one.places()):
-        if place in state and name in one.spread:
-            state[place] = _own_state(state[place], one.spread[name])
     return [*steps, lambda: one.optimizer.load_state_dict({"state": state, "param_groups": groups})]
 
 
-def _copier(path: Path, targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]) -> Callable[[], None]:
+def _files(folder: Path, name: str, kind: str) -> list[Path]:
+    """The file `name.kind`, or those of the processes that wrote a share each, in their order."""
+    shares = [*folder.glob(f"{glob.escape(name)}.1-of-*.{kind}")]
+    if not shares:
+        return [folder / f"{name}.{kind}"]
+    count = int(shares[0].stem.rpartition("-")[2])
+    return [folder / f"{name}.{place + 1}-of-{count}.{kind}" for place in range(count)]
+
+
+def _read_states(paths: Sequence[Path], mapped: bool) -> list[dict[int, dict[str, Any]]]:
+    """The optimiser's state of each file, `mapped` into memory rather than read."""
+    states = []
+    for path in paths:
+        try:
+            states.append(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return states
+
+
+def _joined_state(shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an optimiser keeps for a parameter: single numbers are the same in every share."""
+    first = shares[0]
+    return {
+        key: _joined([each[key] for each in shares]) if isinstance(value, Tensor) and value.ndim else value
+        for key, value in first.items()
+    }
+
+
+def _joined(shares: Sequence[Tensor]) -> Tensor:
+    """The whole of a tensor that was saved in shares of its rows."""
+    return torch.cat([*shares]) if len(shares) > 1 else shares[0]
+
+
+def _copier(paths: Sequence[Path], targets: Mapping[str, Tensor], spread: Mapping[str, DTensor]) -> Callable[[], None]:
+    saved: dict[str, list[Tensor]] = {}
+    for path in paths:
+        try:
+            tensors = load_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        for name, tensor in tensors.items():
+            saved.setdefault(name, []).append(tensor)
     shapes = {name: spread.get(name, target).shape for name, target in targets.items()}
-    try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    faults = [f"missing {name}" for name in targets.keys() - tensors.keys()]
-    faults += [f"surplus {name}" for name in tensors.keys() - targets.keys()]
+    faults = [f"missing {name}" for name in targets.keys() - saved.keys()]
+    faults += [f"surplus {name}" for name in saved.keys() - targets.keys()]
     faults += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
+        f"{name} is {found}, not {tuple(shape)}"
         for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in saved and (found := _shape(saved[name])) != tuple(shape)
     ]
     if faults:
-        raise CheckpointError(f"{path} does not fit the network: {'; '.join(sorted(faults))}")
+        raise CheckpointError(f"{paths[0]} does not fit the network: {'; '.join(sorted(faults))}")
 
     def copy() -> None:
         with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(share(tensors[name], spread.get(name)))
+                target.copy_(share(_joined(saved[name]), spread.get(name)))
 
     return copy
+
+
+def _shape(shares: Sequence[Tensor]) -> tuple[int, ...]:
+    """The shape of the whole of a tensor that was saved in shares of its rows."""
+    if len(shares) == 1:
+        return tuple(shares[0].shape)
+    return sum(len(each) for each in shares), *shares[0].shape[1:]

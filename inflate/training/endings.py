@@ -165,13 +165,24 @@ class Keeper:
             self.whole = True
 
     def save(self) -> None:
-        """Write a checkpoint and the metrics up to it, from the main process, where all gather what is spread."""
+        """Write a checkpoint and the metrics up to it, from the main process, where all gather what is spread.
+
+        With training.sharded_checkpoints nothing is gathered: every process writes what it holds of spread weights.
+        """
         self.tried = self.state.step
-        contents = self._contents()
-        if self.accelerator.is_main_process:
-            with self.stop.held("a checkpoint is being written"):
+        main, in_shares = self.accelerator.is_main_process, self._in_shares()
+        contents = [] if in_shares else self._contents()
+        with self.stop.held("a checkpoint is being written"):
+            if in_shares:
+                own = [held for one in self.trainees if (held := checkpoint.own_contents(one))]
+                checkpoint.save_shares(self.settings.output, self.state, own, main, self.settings.keep, self.known)
+            elif main:
                 self._write(contents)
+            if main:
                 self.report.write()
+
+    def _in_shares(self) -> bool:
+        return self.settings.sharded_checkpoints and all(one.spread for one in self.trainees)
 
     def _contents(self) -> list[checkpoint.Contents]:
         return [checkpoint.contents(one) for one in self.trainees]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from inflate.training.player import (
 )
 from inflate.training.processes import agree, check_same_norms, noticing_losses, start_accelerator, together
 from inflate.training.settings import Training, check
+from inflate.training.sharding import holding
 
 __all__ = ["Batch", "Dataset", "Noise", "Numbers", "Player", "Result", "Task", "Training", "fit"]
 
@@ -268,7 +270,12 @@ def claim_output(
         if found:
             checkpoint.check_fingerprint(found, state.fingerprint, fingerprint)
             changes.refuse(found, state.settings, now, state.directory)
-    agree({**fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name})
+    agree(
+        {
+            **fingerprint, "training.steps": settings.steps, "the checkpoint to go on from": found and found.name,
+            "what the launcher asks for": holding(accelerator.state.sharding),
+        }
+    )  # fmt: skip
     told = [*changes.told(state.settings, now, state.directory, state.step)] if found else []
     if accelerator.is_main_process and settings.warmup >= settings.steps:
         logger.warning(
@@ -287,6 +294,8 @@ def claim_output(
                 if text:
                     with writing(settings.output / name, settings.output):
                         write_text(settings.output / name, text)
+    with together():
+        check_shared(settings)
     accelerator.init_trackers("inflate")
     return state, found
 
@@ -322,6 +331,15 @@ def check_output(settings: Training) -> None:
             check_contents(settings)
         probe.touch()
         probe.unlink()
+
+
+def check_shared(settings: Training) -> None:
+    """Raise TrainingError if this process is to write its share of checkpoints, but does not see the run's folder."""
+    if settings.sharded_checkpoints and not (settings.output / record.NAME).is_file():
+        raise TrainingError(
+            f"training.sharded_checkpoints: training.output={settings.output} of process 0 is not the folder of that "
+            f"name on {socket.gethostname()}: name one that all machines share, or set it to false"
+        )
 
 
 def check_contents(settings: Training) -> None:

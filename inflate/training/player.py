@@ -164,7 +164,10 @@ class Trainee:
                 "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
             )
         norm = get_total_norm(list(gradients.values()))
-        return accelerator.reduce(norm.square(), reduction="sum").sqrt() if self.spread else norm
+        if not self.spread:
+            return norm
+        squares = accelerator.reduce(norm.square(), reduction="sum")
+        return (squares / accelerator.state.sharding.replicas).sqrt()
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""
@@ -279,3 +282,6 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
     if len(units(players[0].network)) == 1:
         kind = type(players[0].network).__name__
         raise TrainingError(f"player '{names[0]}': {kind} names no layers (_no_split_modules) to shard by; {remedy}")
+    types = sorted({str(p.dtype) for p in players[0].network.parameters() if p.requires_grad})
+    if len(types) > 1:  # torch exchanges the gradients of a layer as one tensor
+        raise TrainingError(f"player '{names[0]}' trains weights of several types: {', '.join(types)}; {remedy}")

@@ -60,6 +60,9 @@ class Training:
     """Steps between held-out measurements; 0 = only at the start and the end."""
     keep: int = 2
     """Newest checkpoints to keep; 0 = all."""
+    sharded_checkpoints: bool = False
+    """Where weights are sharded, every process writes its own share, and the main one gathers nothing, which else takes
+    12 bytes per trained weight of its memory; all machines must see `output`. What is saved is the same to the bit."""
     resume: str | None = None
     """A checkpoint folder, or `latest`: the newest whole checkpoint of the output folder, if there is one."""
     tracker: str = "tensorboard"

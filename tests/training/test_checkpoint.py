@@ -2,24 +2,36 @@
 
 import json
 import logging
+import os
 import pickle
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing import ProcessExitedException
 
-from inflate.errors import CheckpointError
+from inflate.errors import CheckpointError, TrainingError, text_of
 from inflate.files import sha256
 from inflate.training import checkpoint
 from inflate.training.checkpoint import MANIFEST, Contents, State, contents, latest, load, numbered, save, verify
 from inflate.training.loop import fit
 from inflate.training.player import Trainee
+from inflate.training.processes import join_processes
 from inflate.training.settings import Training
-from toy import Adversarial, Points, Regression, settings, weights
+from launch import FSDP2, launch
+from toy import Adversarial, Layered, Points, Regression, settings, weights
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+# Python 3.12 warns of forks of processes with threads; ours start after the fork.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("on_cpu"),
+]
 
 
 def trainees(task: Regression) -> list[Trainee]:
@@ -186,3 +198,83 @@ def test_a_pickled_payload_is_refused_not_run(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(CheckpointError, match=r"map\.optimizer\.pt cannot be read"):
         load(folder, trainees(Regression()))
     assert capsys.readouterr().out == ""
+
+
+# --- a process that is killed in mid-save -----------------------------------------------------------------------------
+
+
+def learn(output: Path, **changes: Any) -> list[float]:
+    """The weights after two steps with a checkpoint after each."""
+    task = Layered()
+    fit(task, Points(torch.float64), settings(output, **{"steps": 2, "checkpoint_every": 1, "ema": 0.9} | changes))
+    return weights(task)
+
+
+def on_touch(number: int, act: Callable[[], None]) -> None:
+    """Act when this process touches what is being written of checkpoint-2 for the so-many-th time."""
+    touches: list[str] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.split(".")[0] in ("open", "os", "shutil") and ".checkpoint-2." in str(arguments[0]):
+            touches.append(event)
+            if len(touches) == number:
+                act()
+
+    sys.addaudithook(hook)
+
+
+def on_gathering(number: int, act: Callable[[], None]) -> None:
+    """Act when the so-many-th tensor of a checkpoint is gathered."""
+    whole, seen = checkpoint.whole, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) == number:
+            act()
+        return whole(*arguments, **named)
+
+    checkpoint.whole = counted
+
+
+def killed(run: Path, environment: dict[str, str], in_shares: bool, victim: int, when: Any, number: int) -> None:
+    """The victim is killed at a moment of its own save, or of the main process's where that alone writes."""
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which may come between the end and the report
+    rank = join_processes().process_index
+    pids = gather_object([os.getpid()])
+    if rank == (victim if in_shares or when is on_gathering else 0):
+        when(number, lambda: os.kill(pids[victim], signal.SIGKILL))
+    with pytest.raises(TrainingError) as caught:
+        learn(run, sharded_checkpoints=in_shares)
+    (run.parent / "said").write_text(text_of(caught.value))
+
+
+WHOLE_WEIGHTS: dict[str, str] = {}
+MOMENTS = [
+    # environment, in shares, victim, moment; whether the second checkpoint comes about
+    (WHOLE_WEIGHTS, False, 0, on_touch, 11, False),  # the manifest is about to be written
+    (WHOLE_WEIGHTS, False, 1, on_touch, 2, True),
+    (FSDP2, False, 1, on_touch, 3, True),  # all is gathered before anything is written
+    (FSDP2, False, 0, on_gathering, 20, False),  # of 16 tensors per checkpoint
+    (FSDP2, False, 1, on_gathering, 20, False),
+    (FSDP2, True, 1, on_touch, 1, False),  # it has not begun its own share
+    (FSDP2, True, 1, on_touch, 5, False),  # its share is half on the disk
+    (FSDP2, True, 0, on_touch, 12, False),  # all shares are on the disk
+]
+
+
+@pytest.mark.parametrize(("environment", "in_shares", "victim", "when", "number", "comes"), MOMENTS)
+def test_a_process_killed_in_mid_save_leaves_a_checkpoint_that_one_process_goes_on_with(
+    environment: dict[str, str], in_shares: bool, victim: int, when: Any, number: int, comes: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        launch(killed, run, environment, in_shares, victim, when, number)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("another process has ended")
+    assert f"the last whole checkpoint is {run}/checkpoint-{1 + comes}:" in said or victim == 0
+    assert latest(run) == run / f"checkpoint-{1 + comes}"
+    resumed = learn(run, steps=3, accumulate=2, resume="latest")
+    expected = learn(tmp_path / "undisturbed", steps=3, accumulate=2)
+    assert resumed == pytest.approx(expected, abs=1e-9, rel=0)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]

@@ -22,9 +22,10 @@ from inflate.training.image_to_video import choose_trainable
 from inflate.training.loop import fit
 from inflate.training.player import Player
 from inflate.training.processes import check_launch, check_same_norms, join_processes
-from launch import launch
+from inflate.training.sharding import Sharding
+from launch import ROOT, Collectives, free_port, launch, start
 from tiny_svd import FRAMES, Clips, family, image_to_video, largest_difference
-from toy import Points, Regression, send, settings, weights
+from toy import Layered, Points, Regression, send, settings, weights
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
 pytestmark = [
@@ -334,7 +335,65 @@ def test_norms_may_differ_by_rounding_and_overflow_together() -> None:
         check_same_norms(["a", "b"], [[1.0, 2.0], [1.0, 2.1]])
 
 
+# --- what they exchange -----------------------------------------------------------------------------------------------
+
+
+def exchanged(folder: Path, passes: int) -> dict[str, int]:
+    with Collectives() as collectives:
+        fit(Regression(), Points(), settings(folder / str(passes), steps=1, accumulate=passes))
+    return collectives.counts
+
+
+def exchanged_in_turn(folder: Path) -> list[dict[str, int]]:
+    return [exchanged(folder, passes) for passes in (1, 3)]
+
+
+def test_passes_that_only_accumulate_exchange_nothing(tmp_path: Path) -> None:
+    (once, thrice), _ = launch(exchanged_in_turn, tmp_path)
+    assert once == thrice
+    assert once["allreduce"] > 0
+
+
 # --- how the processes were started -----------------------------------------------------------------------------------
+
+MEETING = """
+from inflate.training.processes import join_processes
+from inflate.training.sharding import holding
+state = join_processes()
+state.wait_for_everyone()
+print(state.process_index, "of", state.num_processes, "with", holding(state.sharding))
+"""
+
+
+def test_launchers_of_two_machines_bring_their_processes_together(tmp_path: Path) -> None:
+    """Both on this machine, with one process each."""
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING)
+    words = ["--config_file", f"{ROOT}/recipes/accelerate/two_machines_fsdp2.yaml", "--num_processes", "2"]
+    words += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    started = [
+        start([*words, "--machine_rank", rank, str(script)], tmp_path / rank, ACCELERATE_USE_CPU="true")
+        for rank in ("0", "1")
+    ]
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    expected = "of 2 with sharded weights, gathered per layer within each of 2 groups"
+    assert [f"{rank} {expected}" in (tmp_path / rank).read_text() for rank in ("0", "1")] == [True, True]
+
+
+def differing(output: Path) -> str:
+    if join_processes().process_index:
+        join_processes().sharding = Sharding(per_layer=True)
+    return error_of(fit, Layered(), Points(torch.float64), settings(output, steps=1))
+
+
+def test_machines_that_were_launched_in_two_ways_are_refused(tmp_path: Path) -> None:
+    first, second = launch(differing, tmp_path / "run")
+    whole, sharded = "whole weights in every process", "sharded weights, gathered per layer"
+    assert first.startswith(f"TrainingError: what the launcher asks for is {whole} for process 0, but {sharded} for")
+    assert second.startswith(f"TrainingError: what the launcher asks for is {sharded} for process 1, but {whole} for")
+
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

@@ -16,35 +16,45 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
+from diffusers import UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
 from safetensors.torch import load_file
+from tiny_adapter import settings as adapter_settings
+from tiny_adapter import video_unet
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from helpers import randomise
-from inflate.errors import TrainingError
+from helpers import randomise, tiny_unet
+from inflate.adapters import attach, targets
+from inflate.adapters.settings import KINDS, Kind
+from inflate.errors import InflateError, TrainingError
+from inflate.layers.temporal import VideoUpsample
+from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
+from inflate.surgery import inflate_unet
 from inflate.training import checkpoint, log
 from inflate.training.loop import fit
 from inflate.training.memory_settings import Memory
 from inflate.training.player import Trainee, check_shardable
 from inflate.training.processes import join_processes, start_accelerator
 from inflate.training.sharding import Sharding, asked, own, units
-from launch import launch
+from launch import FSDP2, Collectives, launch
 from tiny_svd import Clips, image_to_video, largest_difference
-from toy import Adversarial, Points, Regression, send, settings
+from toy import Adversarial, Layered, Points, Regression, send, settings, weights
 
 # Python 3.12 warns of forks of processes with threads; ours start after the fork.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 ZERO2 = FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+GROUPS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
 STEPS = 2
 PART = {"trainable": "temporal", "memory": Memory(recompute="units")}
 """Most weights frozen, activations recomputed."""
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log, "plot", lambda *_, **__: None)  # half a second each; has a test of its own
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -216,12 +226,12 @@ def test_sharded_processes_go_on_with_the_checkpoint_of_one(runs: Runs) -> None:
     assert largest_difference(runs.alone["weights"], runs.first["resumed"]["weights"]) < 1e-9
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
+def tensors(folder: Path, player: str = "unet") -> dict[str, Tensor]:
     """All that a checkpoint holds of a player, by name."""
-    state = torch.load(folder / "unet.optimizer.pt", weights_only=True)
+    state = torch.load(folder / f"{player}.optimizer.pt", weights_only=True)
     return {
-        **load_file(folder / "unet.safetensors"),
-        **{f"average.{name}": value for name, value in load_file(folder / "unet.average.safetensors").items()},
+        **load_file(folder / f"{player}.safetensors"),
+        **{f"average.{name}": value for name, value in load_file(folder / f"{player}.average.safetensors").items()},
         **{f"{place}.{name}": value for place, values in state.items() for name, value in values.items()},
     }
 
@@ -233,18 +243,140 @@ def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(runs: R
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+# --- checkpoints in shares --------------------------------------------------------------------------------------------
+
+LANES = 6
+"""Forward passes per step, by however many processes."""
+
+
+def learn(output: Path, steps: int, **changes: Any) -> list[float]:
+    """The weights after going on to so many steps, by this process or with others, who then share the weights."""
+    count, task = join_processes().num_processes, Layered()
+    own = {"steps": steps, "accumulate": LANES // count, "ema": 0.9, "resume": "latest"}
+    fit(task, Points(torch.float64), settings(output, **own | changes))
+    return weights(task)
+
+
+def learn_in_shares(output: Path, steps: int, **changes: Any) -> list[float]:
+    os.environ.update(FSDP2)
+    return learn(output, steps, sharded_checkpoints=True, **changes)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
+
+
+def shares(count: int) -> list[str]:
+    files = [("map", "safetensors"), ("map.average", "safetensors"), ("map.optimizer", "pt")]
+    return sorted(f"{name}.{n + 1}-of-{count}.{kind}" for name, kind in files for n in range(count))
+
+
+def test_any_number_of_processes_goes_on_with_shares_and_with_the_whole(tmp_path: Path) -> None:
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    expected = learn(alone, 4, resume=None)
+    learn(parts, 1, resume=None)
+    launch(learn_in_shares, parts, 2)
+    assert names(parts / "checkpoint-2") == shares(2)
+    launch(learn_in_shares, parts, 3, processes=3)
+    assert names(parts / "checkpoint-3") == shares(3)
+    assert learn(parts, 4, sharded_checkpoints=True) == pytest.approx(expected, abs=1e-9, rel=0)
+    assert names(parts / "checkpoint-4") == ["map.average.safetensors", "map.optimizer.pt", "map.safetensors"]
+    saved = tensors(parts / "checkpoint-4", "map")
+    assert largest_difference(tensors(alone / "checkpoint-4", "map"), saved) < 1e-9
+
+
+def error_of_shares(output: Path, fault: str) -> str:
+    """Of a run whose second process cannot write its share, or names another folder."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    if join_processes().process_index and fault == "full":
+        checkpoint.save_file = fail
+    if join_processes().process_index and fault == "elsewhere":
+        output = output / "of another machine"
+    with pytest.raises(InflateError) as caught:
+        learn_in_shares(output, 1, resume=None)
+    return str(caught.value)
+
+
+def test_a_process_that_cannot_write_its_share_leaves_no_checkpoint(tmp_path: Path) -> None:
+    first, second = launch(error_of_shares, tmp_path / "run", "full")
+    assert "cannot be written: no space left; free space" in second
+    assert first.startswith(f"process 1: {second.splitlines()[0]}")
+    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+
+
+def test_a_process_that_does_not_see_the_folder_is_told_before_the_first_step(tmp_path: Path) -> None:
+    first, second = launch(error_of_shares, tmp_path, "elsewhere")
+    assert first == f"process 1: {second}"
+    assert "of another machine of process 0 is not the folder of that name on" in second
+    assert "set it to false" in second
+
+
+# --- groups of processes that share the weights -----------------------------------------------------------------------
+
+
+def in_groups(folder: Path) -> dict[str, Any]:
+    """Two groups of two: weights after two steps, and what one step exchanges, by its number of forward passes."""
+    os.environ.update(FSDP2 | GROUPS)
+    found: dict[str, Any] = {"said": str(asked(os.environ))}
+    for passes in (1, 2):
+        with Collectives() as exchanged:
+            found[f"weights {passes}"] = learn(
+                folder / f"{passes}", 2, resume=None, accumulate=passes, sharded_checkpoints=True
+            )
+        found[f"exchanged {passes}"] = exchanged.counts
+    return found
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("groups")
+    return folder, launch(in_groups, folder, processes=4)
+
+
+def test_each_group_of_processes_holds_all_weights_and_trains_the_same_model(
+    groups: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, found = groups
+    expected = learn(folder / "alone", 2, resume=None, accumulate=8)
+    for one in found:
+        assert one["said"] == "gathered per layer within each of 2 groups"
+        assert one["weights 2"] == pytest.approx(expected, abs=1e-9, rel=0)
+    assert names(folder / "2/checkpoint-2") == shares(2)
+    resumed = [learn(folder / name, 3, accumulate=8) for name in ("alone", "2")]
+    assert resumed[1] == pytest.approx(resumed[0], abs=1e-9, rel=0)
+
+
+def test_only_the_last_pass_of_a_step_exchanges_gradients_between_groups(
+    groups: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    once, twice = (groups[1][0][f"exchanged {passes}"] for passes in (1, 2))
+    assert once["allreduce"] == twice["allreduce"] > 0
+    assert 2 * once["reduce_scatter_base"] == twice["reduce_scatter_base"] > 0
+
+
 # --- what is asked for, and refused -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "sharding"), [("fsdp2", Sharding(True)), ("zero2", Sharding(False))])
-def test_the_launch_configurations_ask_for_it(name: str, sharding: Sharding) -> None:
+@pytest.mark.parametrize(
+    ("name", "sharding", "here"),
+    [
+        ("ddp", None, 4),
+        ("fsdp2", Sharding(True), 4),
+        ("zero2", Sharding(False), 4),
+        ("two_machines", None, 2),
+        ("two_machines_fsdp2", Sharding(True, replicas=2), 2),
+    ],
+)
+def test_the_launch_configurations_ask_for_it(name: str, sharding: Sharding | None, here: int) -> None:
     file = Path(__file__).parents[2] / f"recipes/accelerate/{name}.yaml"
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", str(file), "--num_processes", "3", "--main_process_port", "0", "script.py"]
-    )
-    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    assert arguments.nproc_per_node == "3"
-    assert asked(environment) == sharding
+    words = ["--config_file", str(file), "--num_processes", "4", "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(arguments)
+    assert arguments.nproc_per_node == str(here)
+    assert asked({**environment, "WORLD_SIZE": "4"}) == sharding
 
 
 def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
@@ -259,7 +391,9 @@ def test_whole_weights_are_what_nobody_asked_to_spread() -> None:
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "=full_shard is not supported, only true and false"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
-        (FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism config"),
+        (GROUPS, "parallelism config"),
+        (FSDP2 | GROUPS | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2 is not supported, only 1"),
+        (FSDP2 | GROUPS, "DP_REPLICATE_SIZE=2 and PARALLELISM_CONFIG_DP_SHARD_SIZE=1 do not divide 1 processes"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "memory.recompute=units"),
     ],
@@ -271,7 +405,7 @@ def test_other_ways_are_refused_with_the_file_that_has_their_memory(
         monkeypatch.setenv(variable, value)
     with pytest.raises(TrainingError, match=name) as caught:
         fit(Regression(), Points(), settings(tmp_path / "run", steps=1))
-    assert "recipes/accelerate/zero2.yaml (the memory of ZeRO-2)" in str(caught.value)
+    assert "recipes/accelerate/" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -297,6 +431,18 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
         check_shardable(Regression().players, settings(tmp_path), Sharding(True))
 
 
+# --- what is gathered together ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_two_types_are_refused(tmp_path: Path) -> None:
+    task = Layered()
+    task.network[0].bfloat16()
+    with pytest.raises(TrainingError, match=r"several types: torch.bfloat16, torch.float64; launch with .* ddp.yaml"):
+        check_shardable(task.players, settings(tmp_path), Sharding(True))
+    task.network[0].requires_grad_(False)
+    check_shardable(task.players, settings(tmp_path), Sharding(True))
+
+
 def test_inner_layers_come_before_those_that_hold_them() -> None:
     unet = image_to_video().family.unet
     found = units(unet)
@@ -305,3 +451,62 @@ def test_inner_layers_come_before_those_that_hold_them() -> None:
     assert {type(unit).__name__ for unit in found} == kinds
     places = {id(unit): place for place, unit in enumerate(found)}
     assert all(places.get(id(inner), -1) <= places[id(unit)] for unit in found for inner in unit.modules())
+
+
+def parameters_of(network: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Those that each unit gathers, by their names in the network."""
+    named, found = dict(network.named_parameters()), {}
+    for unit in units(network):
+        mine = {id(parameter) for parameter in unit.parameters()}
+        found[unit] = {name: named.pop(name) for name, p in [*named.items()] if id(p) in mine}
+    assert not named
+    return found
+
+
+AT_THE_ENDS = {"conv_in", "time_embedding", "class_embedding", "conv_norm_out", "conv_out"}
+"""What the root gathers for the whole pass; where there is a layer after the input, `conv_in` belongs to it."""
+
+
+@pytest.mark.parametrize(
+    ("spec", "ends"),
+    [
+        (TemporalSpec(added_id_dim=8), AT_THE_ENDS),
+        (MODELSCOPE, AT_THE_ENDS - {"conv_in", "class_embedding"}),
+        (ANIMATEDIFF_V1, AT_THE_ENDS - {"class_embedding"}),
+        (ANIMATEDIFF_V2, AT_THE_ENDS - {"class_embedding"}),
+    ],
+)
+def test_every_layer_but_those_at_the_ends_is_gathered_by_itself(spec: TemporalSpec, ends: set[str]) -> None:
+    unet, _ = inflate_unet(tiny_unet(True), spec)
+    found = parameters_of(unet)
+    assert {name.split(".")[0] for name in found[unet]} == ends
+    upsampling = [unit for unit in found if isinstance(unit, VideoUpsample | Downsample2D)]
+    assert len(upsampling) == 2
+    assert [name for name, parameter in unet.named_parameters() if parameter.ndim == 0] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_gathered_with_its_layer(kind: Kind) -> None:
+    unet = video_unet()
+    before = {name for name in parameters_of(unet)[unet]}
+    wanted = adapter_settings(kind)
+    attach.create(unet, wanted, targets.resolve(unet, wanted))
+    assert {name for name in parameters_of(unet)[unet]} == before
+    assert [name for name, parameter in unet.named_parameters() if parameter.ndim == 0] == []
+
+
+def test_what_stable_video_diffusion_gathers_for_the_whole_pass_is_small() -> None:
+    with torch.device("meta"):
+        parent = UNet2DConditionModel(
+            in_channels=8,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+        )
+        unet = VideoUNet.from_2d(parent, TemporalSpec())
+    sizes = {unit: sum(p.numel() for p in each.values()) for unit, each in parameters_of(unet).items()}
+    every = sum(sizes.values())
+    assert every == 1_524_623_082
+    assert sizes[unet] == 4_710_084  # 0.3 %
+    assert max(sizes.values()) < 0.06 * every
