@@ -84,10 +84,9 @@ class TemporalConv(nn.Conv3d):
         padding = padding or (kernel_size[0] // 2, 0, 0)
         super().__init__(channels, out_channels or channels, kernel_size, stride, padding, groups=groups, bias=bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        pixels = input.flatten(3)  # (B, C, F, H*W)
-        weight, around = self.weight.squeeze(-1), (self.kernel_size[0] // 2, 0)
-        output = functional.conv2d(pixels, weight, self.bias, padding=around, groups=self.groups)  # (B, C, F, H*W)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pixels, around = input.flatten(3), (self.kernel_size[0] // 2, 0)  # (B, C, F, H*W)
+        output = functional.conv2d(pixels, weight.squeeze(-1), bias, padding=around, groups=self.groups)
         return output.unflatten(3, input.shape[3:])  # (B, C, F, H, W)
 
     def identity_(self) -> None:
