@@ -52,6 +52,8 @@ CASES = (
     Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}),
     Case("adapter"), Case("adapter", memory=RECOMPUTED), Case("adapter", {"precision": "bf16"}),
     Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
+    Case("adapter", memory=Memory(base="nf4")), Case("adapter", {"precision": "bf16"}, Memory("units", base="nf4")),
+    Case("adapter", {"precision": "bf16"}, Memory(base="bf16")), Case("temporal", memory=Memory(base="int8")),
 )  # fmt: skip
 
 
