@@ -55,6 +55,8 @@ CASES = (
     Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
     Case("decoder"), Case("decoder", memory=Memory(decode_rows=8)),
     Case("decoder", {"precision": "bf16"}, memory=Memory(decode_rows=8)),
+    Case("adapter", memory=Memory(base="nf4")), Case("adapter", {"precision": "bf16"}, Memory("units", base="nf4")),
+    Case("adapter", {"precision": "bf16"}, Memory(base="bf16")), Case("temporal", memory=Memory(base="int8")),
 )  # fmt: skip
 
 

@@ -79,6 +79,11 @@ class Config:
             refuse_draws(self.data, self.stage)
         if self.stage != "image_to_video":
             adapting.refuse_beside(self.adapter, "stage", self.stage)
+            if self.memory.base != "as_loaded":
+                raise ConfigError(
+                    f"memory.base={self.memory.base} is for the UNet's weights beside what learns of it; stage="
+                    f"{self.stage} trains a decoder: set memory.base=as_loaded"
+                )
         if self.image_to_video.trainable != "all":
             adapting.refuse_beside(self.adapter, "image_to_video.trainable", self.image_to_video.trainable)
         if len(single) == len(self.data.sizes):

@@ -69,6 +69,11 @@ class Config:
                 "text_to_video.domain_adapter lies below temporal layers that learn themselves: stage=temporal and "
                 f"adapter.kind=none, not stage={self.stage} and adapter.kind={self.adapter.kind}"
             )
+        if self.text_to_video.domain_adapter is not None and self.memory.base != "as_loaded":
+            raise ConfigError(
+                f"text_to_video.domain_adapter is merged into weights, and memory.base={self.memory.base} stores them "
+                "rounded: set memory.base=as_loaded"
+            )
         single = [bucket for bucket in self.data.sizes if bucket.frames == 1]
         if single and self.stage == "temporal":
             raise ConfigError(

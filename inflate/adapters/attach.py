@@ -15,6 +15,7 @@ from inflate.adapters.fused import fuse
 from inflate.adapters.settings import AdapterSettings, Kind
 from inflate.adapters.targets import adaptable
 from inflate.errors import CheckpointError
+from inflate.layers.quantised import kind_of
 from inflate.models.exchange import listing
 from inflate.models.unet import VideoUNet
 
@@ -25,9 +26,9 @@ SLOT = "default"
 def create(unet: VideoUNet, settings: AdapterSettings, names: Sequence[str]) -> None:
     """Put a new adapter on the layers of these names; it alone is trained, and changes nothing yet.
 
-    CheckpointError where the UNet carries one already.
+    CheckpointError where the UNet carries one already, or its weights are stored in fewer bits.
     """
-    _refuse_second(unet)
+    _refuse_unready(unet)
     rank, alpha = dict.fromkeys(names, settings.rank), dict.fromkeys(names, settings.strength)
     unet.requires_grad_(False)
     _inject(unet, _config(Adapter({}, _kind(settings), rank, alpha), settings.dropout))
@@ -38,7 +39,7 @@ def load(unet: VideoUNet, adapter: Adapter, origin: object = "the adapter") -> N
 
     Every tensor of the file must find its place, and every place its tensor.
     """
-    _refuse_second(unet)
+    _refuse_unready(unet)
     strange = sorted(adapter.rank.keys() - adaptable(unet).keys())
     if strange:
         raise CheckpointError(f"{origin} is for layers that this model does not have: {listing(strange)}")
@@ -112,6 +113,8 @@ def _kind(settings: AdapterSettings) -> Kind:
     return settings.kind
 
 
-def _refuse_second(unet: VideoUNet) -> None:
+def _refuse_unready(unet: VideoUNet) -> None:
+    if kind_of(unet):  # of such layers PEFT would make the adapter's own
+        raise CheckpointError("this UNet's weights are stored in fewer bits (memory.base): that comes after an adapter")
     if carries(unet):
         raise CheckpointError("this UNet carries an adapter already: merge it, or take it off, before another")

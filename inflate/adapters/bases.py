@@ -50,11 +50,11 @@ def is_newborn(unet: VideoUNet) -> bool:
 @contextmanager
 def on_cpu(unet: VideoUNet) -> Iterator[None]:
     """The UNet on the CPU in float32; its own tensors are put back, whatever is computed meanwhile."""
-    tensors = [tensor for tensor in (*unet.parameters(), *unet.buffers()) if tensor.is_floating_point()]
+    tensors = [*unet.parameters(), *unet.buffers()]
     own = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
-            tensor.data = tensor.data.to("cpu", torch.float32)
+            tensor.data = tensor.data.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
         yield
     finally:
         for tensor, data in zip(tensors, own, strict=True):

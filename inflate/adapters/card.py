@@ -53,6 +53,7 @@ def facts(adapter: Adapter) -> dict[str, str]:
         "targets": ", ".join(about.get("targets") or []),
         "family": str(about.get("family") or ""),
         "base": f"{adapter.base} (SHA-256 {base['sha256']})" if base else "not told",
+        "trained over": _stored(base.get("stored")),
         "data": str(about.get("data") or ""),
         "made": _made(about.get("made")),
         "trigger": str(about.get("trigger") or ""),
@@ -81,6 +82,13 @@ def use(about: Mapping[str, Any]) -> str:
         f"```python\nfrom inflate.adapters import attach, file\nfrom {module} import {kind}\n\n"
         f'family = {kind}.load("{base}"{over})\nattach.load(family.unet, file.read("{file.NAME}"))\n```'
     )
+
+
+def _stored(kind: str | None) -> str:
+    """How the base's weights were kept in training, where they were rounded."""
+    if kind is None:
+        return ""
+    return f"the base's weights in {kind}, by which it was measured; it is proved over those of the base itself"
 
 
 def _cost(run: Mapping[str, float] | None) -> dict[str, str]:

@@ -55,7 +55,8 @@ ABOUT: dict[str, Callable[[Any], bool]] = {
     "targets": lambda value: _are(str, value),
     "family": lambda value: isinstance(value, str),
     "base": lambda value: (
-        isinstance(value, dict) and _are(str, [*map(value.get, ("name", "sha256")), value.get("image_model", "")])
+        isinstance(value, dict)
+        and _are(str, [value.get("name"), value.get("sha256"), value.get("image_model", ""), value.get("stored", "")])
     ),
     "config": lambda value: isinstance(value, str),
     "data": lambda value: isinstance(value, str),

@@ -19,9 +19,11 @@ from inflate.adapters.file import Adapter
 from inflate.adapters.settings import AdapterSettings
 from inflate.errors import ConfigError
 from inflate.files import write_text
+from inflate.layers import quantised
 from inflate.models.exchange import listing
 from inflate.models.unet import VideoUNet
 from inflate.training import record
+from inflate.training.economy import as_loaded
 from inflate.training.loop import Result
 from inflate.training.noise import seed_of
 from inflate.training.paper import on_paper
@@ -71,9 +73,15 @@ class Adapting:
         return cls(settings, {**own, "family": family, "base": base})
 
     def export(self, unet: VideoUNet, folder: Path) -> None:
-        """Write the adapter's file, not yet verified, into an existing folder."""
-        about = {**self.about, "reference": verify.reference(unet), "verified": None}
-        file.write(folder / file.NAME, attach.carried(unet, self.settings, about))
+        """Write the adapter's file, not yet verified, into an existing folder.
+
+        What it is to be verified by is its output over the base's weights as they were loaded.
+        """
+        stored = quantised.kind_of(unet)
+        base = {**self.about["base"], **({"stored": stored} if stored else {})}
+        with as_loaded(unet):
+            about = {**self.about, "base": base, "reference": verify.reference(unet), "verified": None}
+            file.write(folder / file.NAME, attach.carried(unet, self.settings, about))
 
 
 def _refuse_drawn(unet: VideoUNet, names: Sequence[str]) -> None:

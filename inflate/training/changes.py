@@ -25,8 +25,11 @@ FREE = (
     "sampling.*", "*.previews", "*.preview_clips", "memory.*",
 )  # fmt: skip
 """Settings on which no weight rests."""
+RESTS = ("memory.base",)
+"""Those of them on which weights rest all the same."""
 TOLD = (
     "training.*",
+    *RESTS,
     *(f"data.{name}" for name in WHERE),
     "*.lr",
     "*.discriminator_lr",
@@ -65,7 +68,7 @@ def told(then: Settings, now: Settings, directory: str, step: int) -> Iterator[s
 
 
 def _changed(then: Settings, now: Settings, directory: str) -> list[str]:
-    names = [name for name in dict.fromkeys([*then, *now]) if not _any(name, FREE)]
+    names = [name for name in dict.fromkeys([*then, *now]) if _any(name, RESTS) or not _any(name, FREE)]
     return [name for name in names if not _same(then.get(name), now.get(name), directory)]
 
 

@@ -25,6 +25,7 @@ from inflate.models.unet import VideoUNet
 from inflate.models.visits import visiting
 from inflate.sampling.svd import Sampling, sample
 from inflate.training.adapting import Adapting
+from inflate.training.economy import as_loaded
 from inflate.training.held_out import (
     REMEDY,
     TOGETHER,
@@ -317,7 +318,8 @@ class ImageToVideoTask:
     def export(self, folder: Path) -> None:
         """Write the adapter or, without one, the whole model as diffusers' StableVideoDiffusionPipeline loads it."""
         if self.adapter is None:
-            self.family.save_pretrained(folder)
+            with as_loaded(self.family.unet):
+                self.family.save_pretrained(folder)
         else:
             self.adapter.export(self.family.unet, folder)
 

@@ -21,6 +21,10 @@ class Memory:
     decode_rows: int = 0
     """Decode clips frame by frame, and the temporal layers by so many pixel rows at a time, such as 16; 0 = whole clips
     at once. Exact, for a tenth more arithmetic; training a decoder takes three quarters more."""
+    base: Literal["as_loaded", "bf16", "int8", "nf4"] = "as_loaded"
+    """How the weights of linear layers and convolutions that do not learn are kept: as loaded, or, rounded, in 16, 8 or
+    4.25 bits each. They are read layer by layer, twice per step, which takes time; held-out losses and previews are of
+    the rounded ones, the export of those as loaded, which the CPU keeps."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""

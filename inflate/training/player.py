@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from inflate.errors import TrainingError
+from inflate.layers.quantised import kind_of
 from inflate.training.noise import Noise
 from inflate.training.settings import Training, rate
 from inflate.training.sharding import Sharding, own, spread, take_gradients, twin, units, whole
@@ -276,6 +277,12 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
         )
     if settings.compile:
         raise TrainingError(f"training.compile=true cannot compile layers whose weights are gathered; {remedy}")
+    base = next((stored for player in players if (stored := kind_of(player.network))), None)
+    if base:
+        raise TrainingError(
+            f"memory.base={base} keeps the weights that do not learn whole in every process, and sharding is to spread "
+            f"them; set memory.base=as_loaded, or {remedy}"
+        )
     names = [player.name for player in players]
     if len(names) > 1:
         raise TrainingError(f"players {names} call each other's networks, which cannot be sharded; {remedy}")

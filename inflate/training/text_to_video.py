@@ -24,6 +24,7 @@ from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.domain import Domain
+from inflate.training.economy import as_loaded
 from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, same_size, size_of
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
@@ -248,7 +249,7 @@ class TextToVideoTask:
     def export(self, folder: Path) -> None:
         """Write the adapter or, without one, the whole model as a folder that `VideoLDM.load` reads."""
         if self.adapter is None:
-            with self._as_exported():
+            with self._as_exported(), as_loaded(self.family.unet):
                 self.family.save_pretrained(folder)
         else:
             self.adapter.export(self.family.unet, folder)

@@ -14,7 +14,7 @@ from tiny_video_ldm import PROMPT, write_text_model
 from torch import Tensor
 
 from helpers import load_recipe, randomise, write_image_model
-from inflate.adapters import attach, bases, file, targets, verify
+from inflate.adapters import attach, bases, card, file, targets, verify
 from inflate.adapters.settings import AdapterSettings
 from inflate.config import load
 from inflate.errors import CheckpointError, ConfigError
@@ -24,8 +24,10 @@ from inflate.families.svd_model import Model
 from inflate.families.video_ldm import VideoLDM
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
+from inflate.training.economy import save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.loop import fit
+from inflate.training.memory_settings import Memory
 from inflate.training.noise import Noise
 from inflate.training.settings import Training
 from inflate.training.text_to_video import Preview as TextPreview
@@ -105,6 +107,22 @@ def test_a_run_leaves_a_file_that_a_new_process_proves(
     expected = verify.output(model.unet)  # the last weights, not the averaged ones
     assert attach.carries(found["family"].unet)
     assert 0 < float((verify.output(found["family"].unet) - expected).abs().max()) < 1
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_adapter_trained_over_nf4_is_proved_over_the_base_that_it_names(base: Path, tmp_path: Path) -> None:
+    model, output = SVD.load(base), tmp_path / "run"
+    made = task(model, str(base))
+    save_memory(model.unet, Memory(base="nf4"))
+    result = fit(made, Floats(), training(output, ema=0.0))
+    path, fresh = output / "export" / file.NAME, SVD.load(base).unet
+    about = file.read(path).about
+    assert about["base"] == {"name": str(base), "sha256": bases.sha256(fresh), "stored": "nf4"}
+    assert "the base's weights in nf4" in card.facts(file.read(path))["trained over"]
+    assert verify.check(path, fresh).max_abs_diff <= verify.TOLERANCE
+    assert float((verify.output(model.unet) - verify.output(fresh)).abs().max()) > 100 * verify.TOLERANCE
+    plain = task(SVD.load(base), str(base)).evaluate()["held-out loss"]
+    assert result.held_out[0]["held-out loss"] != plain  # what is measured is computed by the stored weights
 
 
 def test_a_run_without_an_adapter_trains_the_model() -> None:
@@ -200,6 +218,11 @@ def test_text_to_video_trains_what_the_adapter_names(tmp_path: Path) -> None:
         ("svd", ["stage=decoder"], "stage=decoder says what of the model learns"),
         ("svd", ["stage=image_to_video", "image_to_video.trainable=temporal"], "image_to_video.trainable=temporal"),
         ("svd", ["adapter.targets=[]", "stage=image_to_video"], "needs adapter.targets"),
+        (
+            "svd",
+            ["adapter.kind=none", "adapter.targets=[]", "stage=decoder", "memory.base=nf4"],
+            "memory.base=nf4 is for",
+        ),
         ("video_ldm", ["adapter.kind=lorra"], "adapter.kind must be one of none, lora"),
     ],
 )

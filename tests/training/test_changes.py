@@ -27,13 +27,13 @@ def test_what_decides_the_weights_must_not_change(name: str) -> None:
         refuse("x", {name: "a", "same": 1}, {name: 2, "same": 1}, "")
 
 
-@pytest.mark.parametrize("name", ["training.lr", "training.betas", "data.held_out", "decoder.lr"])
+@pytest.mark.parametrize("name", ["training.lr", "training.betas", "data.held_out", "decoder.lr", "memory.base"])
 def test_how_it_learns_may_change_and_is_told(name: str) -> None:
     refuse("x", {name: 1}, {name: None}, "")
     assert list(told({name: 1}, {name: None}, "", 7)) == [f"{name} was 1, is null from step 7 on"]
 
 
-@pytest.mark.parametrize("name", ["training.workers", "training.evaluate_every", "data.path", "sampling.steps"])
+@pytest.mark.parametrize("name", ["training.workers", "training.evaluate_every", "data.path", "memory.recompute"])
 def test_what_no_weight_rests_on_may_change(name: str) -> None:
     refuse("x", {name: 1}, {name: 2}, "")
     assert list(told({name: 1}, {name: 2}, "", 7)) == []

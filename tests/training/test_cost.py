@@ -46,6 +46,7 @@ def predicted(training: Training, gpu: bool = False, looking: bool = False, **ch
         ({}, {"memory": Memory(recompute="units")}),
         ({"precision": "bf16", "accumulate": 4, "ema": 0.9}, {}),
         ({"batch": 2}, {"trainable": "temporal"}),
+        ({"precision": "bf16"}, {"trainable": "temporal", "memory": Memory(base="nf4")}),
     ],
 )
 def test_a_step_on_paper_is_the_real_steps_equal(training: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -118,3 +118,5 @@ def test_it_is_for_temporal_layers_that_learn_themselves(look: Path, other: str)
     given = [f"text_to_video.domain_adapter={look}", "adapter.targets=[temporal.attn1.to_q]", other]
     with pytest.raises(ConfigError, match="stage=temporal and adapter.kind=none, not"):
         load(module.Config, given if other.startswith("adapter") else [given[0], other])
+    with pytest.raises(ConfigError, match="memory.base=int8 stores them rounded"):
+        load(module.Config, [given[0], "memory.base=int8"])

@@ -425,6 +425,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     check_shardable(Adversarial().players, settings(tmp_path), None)
     with pytest.raises(TrainingError, match="precision=fp16 cannot scale"):
         check_shardable(unet.players, settings(tmp_path, precision="fp16"), Sharding(True))
+    stored = image_to_video(Memory(base="int8"), trainable="temporal")
+    with pytest.raises(TrainingError, match="memory.base=int8 keeps the weights that do not learn whole"):
+        check_shardable(stored.players, settings(tmp_path), Sharding(True))
     with pytest.raises(TrainingError, match=r"players \['map', 'critic'\] call each other's networks"):
         check_shardable(Adversarial().players, settings(tmp_path), Sharding(True))
     with pytest.raises(TrainingError, match="player 'map': Sequential names no layers .* recipes/accelerate/ddp.yaml"):
