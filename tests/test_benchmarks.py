@@ -34,6 +34,18 @@ def test_equal_loss_counts_the_steps_that_each_run_took(tmp_path: Path) -> None:
     assert compare(tmp_path, [0], 3000)[1] == {}
 
 
+def test_a_loss_is_compared_with_that_over_the_base_as_loaded() -> None:
+    script = load_recipe(BENCHMARKS / "quantised_base.py")
+    losses = {
+        f"{base}, seed 0": {"0": 2.0, "9": last} for base, last in zip(script.BASES, (1.0, 1.01, 1.5), strict=True)
+    }
+    over = {"as_loaded, seed 0": 1.0, "int8, seed 0": 0.99, "nf4, seed 0": 1.2}
+    found = script.compared(losses, over, [0])["nf4, seed 0"]
+    assert found["untrained, percent"] == 0
+    assert found["trained, percent"] == pytest.approx(50)
+    assert found["trained, over the base as loaded, percent"] == pytest.approx(20)
+
+
 def test_a_look_is_found_in_what_is_painted_so_and_not_in_what_is_not() -> None:
     script, rng = load_recipe(BENCHMARKS / "text_to_video.py"), np.random.default_rng(0)
     scenes = [demo.draw_scene(rng) for _ in range(40)]

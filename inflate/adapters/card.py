@@ -60,7 +60,9 @@ def facts(adapter: Adapter) -> dict[str, str]:
         "hardware": str(about.get("hardware") or ""),
         **_cost(about.get("run")),
         "licence": str(about.get("licence") or "not told"),
-        "verified": _proof(verified) if verified else "not yet: `inflate adapter verify` loads it on its base",
+        "verified": _proof(verified, base.get("stored"))
+        if verified
+        else "not yet: `inflate adapter verify` loads it on its base",
     }
     return {name: _plain(value) for name, value in every.items() if value}
 
@@ -88,7 +90,7 @@ def _stored(kind: str | None) -> str:
     """How the base's weights were kept in training, where they were rounded."""
     if kind is None:
         return ""
-    return f"the base's weights in {kind}, by which it was measured; it is proved over those of the base itself"
+    return f"the base with weights in {kind}, over which it was measured below; elsewhere over the base itself"
 
 
 def _cost(run: Mapping[str, float] | None) -> dict[str, str]:
@@ -111,11 +113,12 @@ def _made(made: Any) -> str:
     )
 
 
-def _proof(verified: Mapping[str, Any]) -> str:
+def _proof(verified: Mapping[str, Any], stored: str | None) -> str:
+    trained = "trained adapter's output over it" if stored else "trained model's output"
     versions = ", ".join(f"{name} {version}" for name, version in verified["versions"].items())
     return (
-        f"a new process that loaded the file on its base came within {verified['max_abs_diff']:.1e} of the trained "
-        f"model's output, which is up to {verified['effect']:.1e} from the base's ({versions})"
+        f"a new process that loaded the file on its base came within {verified['max_abs_diff']:.1e} of the "
+        f"{trained}, which is up to {verified['effect']:.1e} from the base's ({versions})"
     )
 
 

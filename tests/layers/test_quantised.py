@@ -59,6 +59,21 @@ def test_in_bf16_it_is_to_the_bit_what_autocast_makes_of_the_layer(name: str) ->
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_a_gpu_the_codes_stand_for_the_same_weights(name: str, kind: Kind) -> None:
+    network, given = made(name)
+    quantised.store(network, kind)
+    expected, weight = both(network, given), network[0].weight
+    network.cuda()
+    assert torch.equal(network[0].weight.cpu(), weight)
+    assert network[0].original.device.type == "cpu"
+    for ours, theirs in zip(both(network, given.detach().cuda().requires_grad_()), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-10)
+
+
 def rounding(weight: Tensor, kind: Kind) -> Tensor:
     stored = quantised.encode(weight, kind)
     return (quantised.decode(stored, weight.shape, weight.dtype) - weight).abs()

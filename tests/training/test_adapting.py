@@ -118,7 +118,7 @@ def test_an_adapter_trained_over_nf4_is_proved_over_the_base_that_it_names(base:
     path, fresh = output / "export" / file.NAME, SVD.load(base).unet
     about = file.read(path).about
     assert about["base"] == {"name": str(base), "sha256": bases.sha256(fresh), "stored": "nf4"}
-    assert "the base's weights in nf4" in card.facts(file.read(path))["trained over"]
+    assert "weights in nf4" in card.facts(file.read(path))["trained over"]
     assert verify.check(path, fresh).max_abs_diff <= verify.TOLERANCE
     assert float((verify.output(model.unet) - verify.output(fresh)).abs().max()) > 100 * verify.TOLERANCE
     plain = task(SVD.load(base), str(base)).evaluate()["held-out loss"]
