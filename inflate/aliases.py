@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 BARE: dict[str, tuple[str, str]] = {
     "--use_ema": ("training.ema", "0.9999"),  # the decay is that of diffusers' EMAModel
     "--gradient_checkpointing": ("memory.recompute", "units"),
+    "--use_8bit_adam": ("training.optimizer", "adamw8bit"),
 }
 """Flags without a value, and what they set to which value."""
 
@@ -70,7 +71,6 @@ WITHOUT: dict[str, str] = {
     "--hub_model_id": "upload the run's export yourself",
     "--num_train_epochs": "set training.steps, in optimiser steps",
     "--push_to_hub": "upload the run's export yourself",
-    "--use_8bit_adam": "training.optimizer names the optimisers there are",
     "--validation_image": "previews animate held-out clips; see data.held_out",
     "--validation_images": "previews animate held-out clips; see data.held_out",
     "--validation_prompt": "previews animate held-out clips; see data.held_out",

@@ -109,20 +109,19 @@ def contents(one: Trainee) -> Contents:
 
 
 def _whole_state(values: Mapping[str, Any], one: Trainee, name: str) -> dict[str, Any]:
-    """What the optimiser keeps for a parameter: tensors of its share's shape are shares, the others are as they are."""
-    like, shape = one.spread.get(name), one.parameters[name].shape
-    return {
-        key: whole(value, like) if isinstance(value, Tensor) and value.shape == shape else value
-        for key, value in values.items()
-    }
+    """What the optimiser keeps for a parameter: tensors of as many rows as its share are shares, others are whole."""
+    like, share = one.spread.get(name), one.parameters[name]
+    return {key: whole(value, like) if _is_share(value, share) else value for key, value in values.items()}
 
 
 def _own_state(values: Mapping[str, Any], like: DTensor) -> dict[str, Any]:
     """The reverse of `_whole_state` for a parameter that is spread."""
-    return {
-        key: share(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
-        for key, value in values.items()
-    }
+    return {key: share(value, like) if _is_share(value, like) else value for key, value in values.items()}
+
+
+def _is_share(value: Any, parameter: Tensor) -> bool:
+    """Whether a part of a parameter's state has its rows."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(parameter)
 
 
 def save(
@@ -192,8 +191,15 @@ def superseded(folder: Path, keep: int, known: set[Path]) -> list[Path]:
 def size(trainees: Sequence[Trainee]) -> int:
     """Bytes of a checkpoint, about: weights, buffers and averages, and the two moments that AdamW keeps of a weight."""
     return sum(
-        3 * _bytes(one.parameters, one) + _bytes(one.buffers(), one) + _bytes(one.average, one) for one in trainees
+        _bytes(one.parameters, one) + _moments(one) + _bytes(one.buffers(), one) + _bytes(one.average, one)
+        for one in trainees
     )
+
+
+def _moments(one: Trainee) -> int:
+    least = 1 if one.settings.optimizer == "adamw8bit" else 4  # bytes of each
+    sizes = [(one.spread.get(name, p).numel(), p.element_size()) for name, p in one.parameters.items()]
+    return sum(2 * count * (least if least == 1 else max(least, width)) for count, width in sizes)
 
 
 def _bytes(tensors: Mapping[str, Tensor], one: Trainee) -> int:

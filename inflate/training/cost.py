@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from inflate.training import eight_bits
 from inflate.training.loop import learn, place
 from inflate.training.memory import Ledger, bytes_of, tensors_of
 from inflate.training.noise import Noise
@@ -79,22 +80,26 @@ class Watched(Task, Protocol):
 
 
 class Desk:
-    """What trainees ask of accelerate, for one process; `foreach` is PyTorch's choice for its optimisers on a GPU."""
+    """What trainees ask of accelerate, for one process; `fused` is PyTorch's AdamW on a GPU (`Trainee`)."""
 
     num_processes = 1
     device = DEVICE
 
-    def __init__(self, settings: Training, foreach: bool) -> None:
-        self.settings, self.foreach, self.state = settings, foreach, SimpleNamespace(sharding=None)
+    def __init__(self, settings: Training, fused: bool) -> None:
+        self.settings, self.fused, self.state = settings, fused, SimpleNamespace(sharding=None)
 
-    def prepare(self, network: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    def prepare_model(self, network: nn.Module) -> nn.Module:
         """Put autocast around a network, as accelerate does."""
-        if self.settings.precision != "no":
+        if self.settings.precision in HALVES:
             autocast = torch.autocast(self.device.type, HALVES[self.settings.precision])
             network.forward = convert_outputs_to_fp32(autocast(network.forward))
-        for group in optimizer.param_groups:
-            group["foreach"] = self.foreach
-        return network, optimizer
+        return network
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let PyTorch's optimiser do as on a GPU."""
+        for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else ():
+            group["fused"] = self.fused or None
+        return optimizer
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a share of the step's loss."""
@@ -123,11 +128,15 @@ def measure(task: Watched, settings: Training, batch: Batch, looking: bool = Fal
     Every player acts in it. Of accumulated passes two are run: the second meets the first one's gradients.
     """
     desk, ledger = Desk(settings, gpu), Ledger(DEVICE.type)
+    trainees = [Trainee(player, settings) for player in task.players]
+    for one in trainees:
+        one.forget_frozen()
+    for signed in (True, False):
+        eight_bits.table(signed, DEVICE)  # there for good once an optimiser has used it
     gc.collect()  # a dead cycle that is collected in mid-run would count as memory that the step gave back
     ledger.record(tensor for network in _networks(task) for tensor in tensors_of(network))
     ledger.record(batch.values())
     with ledger, _noting(ledger, [player.network for player in task.players]):
-        trainees = [Trainee(player, settings) for player in task.players]
         place(task, trainees, desk)
         _prime(trainees)
         ledger.peaks.clear()

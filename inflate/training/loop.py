@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,20 +148,24 @@ def fit(
             torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
             terms: Terms = {}
             numbers: list[int] = []
-            for _ in range(settings.accumulate):
-                batch = report.draw(batches)
-                numbers += batch["number"].tolist()
-                noise = Noise(settings.seed, batch["number"], accelerator.device)
-                batch = send_to_device(batch, accelerator.device, non_blocking=True)
-                with accelerator.accumulate(*(one.player.network for one in acting)):
-                    for one in acting:
-                        with turn(one, trainees):
-                            loss, logs = learn(one, batch, noise, state.step, accelerator, clock)
-                        collect(terms, one, loss, logs)
-            clock.begin("update")
-            norms = [one.gradient_norm(accelerator) for one in acting]
-            check_step(accelerator, state.step, acting, terms, norms, numbers)
-            with keeper.completing():
+            with ExitStack() as stack:
+                completing = partial(stack.enter_context, keeper.completing())
+                ready = partial(check_loss, accelerator, state.step, numbers, completing)
+                for _ in range(settings.accumulate):
+                    batch = report.draw(batches)
+                    numbers += batch["number"].tolist()
+                    noise = Noise(settings.seed, batch["number"], accelerator.device)
+                    batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                    with accelerator.accumulate(*(one.player.network for one in acting)):
+                        for one in acting:
+                            with turn(one, trainees):
+                                loss, logs = learn(one, batch, noise, state.step, accelerator, clock, ready)
+                            collect(terms, one, loss, logs)
+                clock.begin("update")
+                norms = [one.gradient_norm(accelerator) for one in acting]
+                check_step(accelerator, state.step, acting, terms, norms, numbers)
+                if not settings.step_in_backward:
+                    completing()
                 for one, norm in zip(acting, norms, strict=True):
                     one.update(state.step, norm)
                     terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
@@ -237,7 +242,7 @@ class Run:
         """Preview the final model and export it; the exported folder."""
         self.look(evaluate=False)
         folder = self.settings.output / "export"
-        with together(), at_rest(self.trainees), in_full_precision(self.trainees):
+        with together(), at_rest(self.trainees, exact=True), in_full_precision(self.trainees):
             if self.accelerator.is_main_process:
                 with writing(folder, self.settings.output), new_folder(folder) as aside:
                     self.task.export(aside)
@@ -310,6 +315,7 @@ def fingerprint_of(
         "clips": len(dataset), "training.optimizer": settings.optimizer,
         "players": ", ".join(player.name for player in task.players),
         "averaged weights": "yes" if settings.ema else "no",
+        **({"bfloat16 weights (training.precision=pure_bf16)": "yes"} if settings.precision == "pure_bf16" else {}),
         **({**dataset.fingerprint(), "order of clips": seed_of(*first)} if isinstance(dataset, Stepwise) else {}),
         **({"digest of the clips": digest} if digest else {}),
         **(task.fingerprint() if isinstance(task, Founded) else {}),
@@ -516,12 +522,24 @@ def leave_signals(over: Any, _: int) -> None:
 
 
 def learn(
-    one: Trainee, batch: Batch, noise: Noise, step: int, accelerator: Any, clock: Phases
+    one: Trainee,
+    batch: Batch,
+    noise: Noise,
+    step: int,
+    accelerator: Any,
+    clock: Phases,
+    ready: Callable[[Trainee, Tensor], None] | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor | Selected]]:
-    """Add the gradients of a player's loss on a batch to its own; the loss (B,) and what is logged of it."""
+    """Add the gradients of a player's loss on a batch to its own; the loss (B,) and what is logged of it.
+
+    Where the backward pass updates the weights, `ready` is called with player and loss before it.
+    """
+    one.begin(step)
     clock.begin("encode")
     loss, logs = one.player.loss(batch, noise, step)  # (B,)
     clock.begin("backward")
+    if one.in_backward is not None and ready is not None:
+        ready(one, loss)
     accelerator.backward(loss.mean())
     clock.begin("other")
     return loss, logs
@@ -531,6 +549,14 @@ def collect(terms: Terms, one: Trainee, loss: Tensor, logs: Mapping[str, Tensor 
     """Keep a micro-step's loss and logged tensors, without their graphs, under `name/player`."""
     for name, logged in {"loss": loss, **logs}.items():
         terms.setdefault(f"{name}/{one.player.name}", []).append(selected(logged))
+
+
+def check_loss(
+    accelerator: Any, step: int, numbers: Sequence[int], completing: Callable[[], object], one: Trainee, loss: Tensor
+) -> None:
+    """Before a backward pass that updates the weights: `check_step` of its loss, then begin `completing`."""
+    check_step(accelerator, step, [], {f"loss/{one.player.name}": [selected(loss)]}, [], numbers)
+    completing()
 
 
 def check_step(
@@ -545,7 +571,8 @@ def check_step(
     such tensor, and TrainingError for gradients that differ between the processes.
 
     Reading one row per optimiser step is a device sync; it keeps the weights of a failed run usable. fp16 gradients
-    may overflow: the scaler then skips the step, so only the losses count.
+    may overflow: the scaler then skips the step, so only the losses count. Where the backward pass has updated the
+    weights already, it is too late for them.
     """
     watched = [losses for name, losses in terms.items() if name.startswith("loss/")]
     flags = [loss.values.isfinite().all() for losses in watched for loss in losses]
@@ -556,7 +583,9 @@ def check_step(
         remedy = (
             "resume from the last checkpoint with a lower training.lr or another precision, or leave these clips out"
         )
-        raise NotFiniteError(f"step {step}: {name_not_finite(acting, terms, numbers)}; nothing was updated; {remedy}")
+        late = any(one.in_backward for one in acting)
+        told = "the weights in memory are spoilt (training.step_in_backward)" if late else "nothing was updated"
+        raise NotFiniteError(f"step {step}: {name_not_finite(acting, terms, numbers)}; {told}; {remedy}")
     check_same_norms([one.player.name for one in acting], [found for _, *found in rows])
 
 

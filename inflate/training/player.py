@@ -15,6 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from inflate.errors import TrainingError
 from inflate.layers.quantised import kind_of
+from inflate.training.adamw import AdamW
+from inflate.training.bfloat16 import Narrow
+from inflate.training.in_backward import InBackward
 from inflate.training.noise import Noise
 from inflate.training.settings import Training, rate
 from inflate.training.sharding import Sharding, own, spread, take_gradients, twin, units, whole
@@ -97,30 +100,34 @@ class Trainee:
     """One player's bare module, trainable parameters, optimiser and averaged weights.
 
     Where weights are sharded, `parameters`, the optimiser's state and `average` are this process's shares, as plain
-    tensors; `spread` tells of what, trained or frozen.
+    tensors; `spread` tells of what, trained or frozen. `prepare` makes the optimiser, where the parameters will lie.
     """
+
+    optimizer: Any
 
     def __init__(self, player: Player, settings: Training) -> None:
         self.player, self.settings, self.module = player, settings, player.network
+        self.narrow = Narrow(self.module) if settings.precision == "pure_bf16" else None
+        self.in_backward: InBackward | None = None
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError(f"player '{player.name}' has no trainable parameter: nothing requires a gradient")
         self.lr = settings.lr if player.lr is None else player.lr
-        self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
         self.spread: dict[str, DTensor] = {}
         self.resting = False
         """Whether the averaged weights stand, or may stand, in place of the trained ones; see `at_rest`."""
 
-    def _adamw(self) -> torch.optim.AdamW:
-        decays = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [(decays, self.settings.weight_decay), (others, 0.0)]
-        return torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for group, decay in groups if group],
-            lr=self.lr,
-            betas=self.settings.betas,
-        )
+    def _adamw(self, device: torch.device) -> torch.optim.Optimizer:
+        """PyTorch's AdamW, fused on a GPU, or our own for what PyTorch's has not."""
+        settings, parameters = self.settings, self.parameters.values()
+        decays, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+        split = [(decays, settings.weight_decay), (others, 0.0)]
+        groups = [{"params": group, "weight_decay": decay} for group, decay in split if group]
+        eight_bits, narrow = settings.optimizer == "adamw8bit", any(p.dtype == torch.bfloat16 for p in parameters)
+        if eight_bits or narrow or settings.step_in_backward:
+            return AdamW(groups, self.parameters, self.lr, settings.betas, eight_bits, settings.seed)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=settings.betas, fused=device.type == "cuda" or None)
 
     def prepare(self, accelerator: Any) -> None:
         """Move to the device, wrap for precision and processes, and start the average at the present weights."""
@@ -129,12 +136,20 @@ class Trainee:
             self.player.network = twin(self.module, accelerator, accelerator.state.sharding)
             self.spread = spread(self.player.network)
             self.parameters = {name: nn.Parameter(own(self.spread[name])) for name in self.parameters}
-            self.optimizer = accelerator.prepare_optimizer(self._adamw())
         else:
-            self.player.network, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+            self.player.network = accelerator.prepare_model(self.module)
+        optimizer = self._adamw(accelerator.device)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        if self.settings.step_in_backward and isinstance(optimizer, AdamW):
+            self.in_backward = InBackward(self.parameters.values(), optimizer)
         if self.settings.ema:  # in float32 at least: a 16-bit average would not move
             wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.parameters.items()}
             self.average = {name: p.detach().to(wide[name], copy=True) for name, p in self.parameters.items()}
+
+    def forget_frozen(self) -> None:
+        """Let go of what the CPU's memory keeps for the export, where none is to be."""
+        if self.narrow is not None:
+            self.narrow.frozen.clear()
 
     def buffers(self) -> dict[str, Tensor]:
         """The persistent buffers: spectral norms' vectors, running statistics."""
@@ -152,6 +167,8 @@ class Trainee:
         Raises TrainingError where there are none, and, under several processes, where one is missing: they exchange
         gradients in fixed groups, and would wait for it or leave its group out.
         """
+        if self.in_backward is not None and (norm := self.in_backward.norm()) is not None:
+            return norm
         take_gradients(self.parameters, self.spread)
         accelerator.unscale_gradients(self.optimizer)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -164,20 +181,24 @@ class Trainee:
                 f"player '{self.player.name}': no gradient reached {names}, for which other processes would wait; "
                 "freeze what the loss does not depend on, or multiply it by 0 instead of leaving it out"
             )
-        norm = get_total_norm(list(gradients.values()))
+        norm = total_norm(list(gradients.values()))
         if not self.spread:
             return norm
         squares = accelerator.reduce(norm.square(), reduction="sum")
         return (squares / accelerator.state.sharding.replicas).sqrt()
 
-    def update(self, step: int, norm: Tensor) -> None:
-        """Clip, step the optimiser at this step's learning rate, forget the gradients, move the average."""
-        if self.settings.gradient_clip:
-            clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
+    def begin(self, step: int) -> None:
+        """Let the optimiser's next steps be of this step's learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+    def update(self, step: int, norm: Tensor) -> None:
+        """Clip, step the optimiser and forget the gradients, unless the backward pass did; move the average."""
+        if self.in_backward is None:
+            if self.settings.gradient_clip:
+                clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         acted = step - self.player.start
         decay = min(self.settings.ema, (1 + acted) / (10 + acted))  # early on, the average follows quickly
         for name, average in self.average.items():
@@ -197,6 +218,17 @@ class Trainee:
         for name, weight in self.spread.items():
             parameters[name].data = whole(own(weight), weight, accelerator.device, everywhere=True)
         self.player.network = accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval()
+        if self.narrow is not None:
+            self.narrow.widen()
+        if self.in_backward is not None:
+            self.in_backward.end()
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of tensors as one vector, at least in float32; PyTorch would give that of bfloat16 to 3 digits."""
+    if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+        return get_total_norm(gradients)
+    return torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]).norm()
 
 
 @contextmanager
@@ -213,10 +245,11 @@ def turn(one: Trainee, trainees: Sequence[Trainee]) -> Iterator[None]:
 
 
 @contextmanager
-def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
+def at_rest(trainees: Sequence[Trainee], exact: bool = False) -> Iterator[None]:
     """Bare networks in eval mode, with averaged weights if there are any, and no gradients; put back afterwards.
 
-    Every process enters it; where weights are sharded, the main process alone then has them, whole.
+    Every process enters it; where weights are sharded, the main process alone then has them, whole. `exact` leaves the
+    averages of bfloat16 weights in float32.
     """
     wrapped = [one.player.network for one in trainees]
     held: list[tuple[nn.Parameter, Tensor]] = []
@@ -228,7 +261,7 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
                 parameter = parameters[name]
                 held.append((parameter, parameter.data))
                 full = whole(tensor, one.spread.get(name), parameter.device)
-                parameter.data = full.to(parameter.dtype)
+                parameter.data = full if exact and one.narrow else full.to(parameter.dtype)
             one.player.network = one.module.eval()
         with torch.no_grad():
             yield
@@ -244,11 +277,21 @@ def at_rest(trainees: Sequence[Trainee]) -> Iterator[None]:
 
 @contextmanager
 def in_full_precision(trainees: Sequence[Trainee]) -> Iterator[None]:
-    """The bare networks without the autocast that accelerate puts around their `forward`; put back afterwards."""
+    """The bare networks in float32: without the autocast that accelerate puts around their `forward`, or with float32
+    weights in place of bfloat16 ones; put back afterwards.
+    """
     wrapped = [one.module.__dict__.pop("forward", None) for one in trainees]
+    narrow = [one.narrow for one in trainees if one.narrow is not None]
+    held = [(parameter, parameter.data) for one in narrow for parameter in one.network.parameters()]
     try:
+        for each in narrow:
+            each.widen()
         yield
     finally:
+        for parameter, data in held:
+            parameter.data = data
+        for each in narrow:
+            each.again()
         for one, forward in zip(trainees, wrapped, strict=True):
             if forward is not None:
                 one.module.__dict__["forward"] = forward
@@ -261,6 +304,8 @@ def check_players(players: Sequence[Player], settings: Training) -> None:
         raise TrainingError(f"players {names}: a task needs at least one player, each with its own name")
     if settings.precision == "fp16" and len(names) > 1:
         raise TrainingError("training.precision=fp16 cannot scale the losses of several players; use bf16 or no")
+    if settings.step_in_backward and len(names) > 1:
+        raise TrainingError(f"training.step_in_backward=true: players {names} step in turn; set it to false")
     trained = [p for player in players for p in player.network.parameters() if p.requires_grad]
     if len({id(p) for p in trained}) < len(trained):
         raise TrainingError(f"players {names} train the same weights; freeze them in all but one")

@@ -93,7 +93,7 @@ def start_accelerator(settings: Training) -> Any:
     AcceleratorState._reset_state()  # it is global, and refuses a second run of another precision in the same process
     try:
         accelerator = Accelerator(
-            mixed_precision=settings.precision,
+            mixed_precision="no" if settings.precision == "pure_bf16" else settings.precision,
             gradient_accumulation_steps=settings.accumulate,
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=settings.output / "logs",
@@ -103,6 +103,11 @@ def start_accelerator(settings: Training) -> Any:
         raise TrainingError(f"{asked}: {error}") from error
     if settings.tracker != "none" and not accelerator.log_with:
         raise TrainingError(f"training.tracker={settings.tracker} is not installed; install it, or set it to none")
+    if settings.step_in_backward and accelerator.num_processes > 1:
+        raise TrainingError(
+            "training.step_in_backward=true: processes exchange gradients after the backward pass; set it to false, or "
+            "start one process"
+        )
     if accelerator.gradient_accumulation_steps != settings.accumulate:
         launcher = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps}"
         raise TrainingError(f"{launcher} contradicts training.accumulate={settings.accumulate}; unset it")

@@ -24,8 +24,9 @@ class Training:
     """Clips per process and forward pass."""
     accumulate: int = 1
     """Forward passes per optimiser step."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the trained networks; their weights stay as loaded. fp16 needs a GPU and a single player."""
+    precision: Literal["no", "bf16", "fp16", "pure_bf16"] = "no"
+    """Autocast of the trained networks, whose weights stay as loaded (fp16 needs a GPU and a single player); or
+    pure_bf16: weights, activations and gradients in bfloat16, updates rounded at random, which costs precision."""
     fit: str | None = None
     """A card, by its memory (16GB) or its name: the fastest measures that make the run fit are chosen before it, as
     `inflate plan` shows them, and what they need is compared with their prediction; null = all as set."""
@@ -38,8 +39,12 @@ class Training:
     """Course of the learning rate after the warm-up; cosine and linear end at 0."""
     warmup: int = 0
     """Steps over which the learning rate grows from 0."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimiser of every player."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """The optimiser of every player; adamw8bit keeps its two moments in 8 bits each, rounded, which takes 2 bytes per
+    weight in place of 8."""
+    step_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, which then goes: the same steps in less memory. It rules out
+    clipping, accumulation and several processes, and a gradient that is not finite is told only once it did harm."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's running averages."""
     weight_decay: float = 0.01
@@ -93,8 +98,25 @@ def check(settings: Training) -> None:
         raise ConfigError(f"training.ema={settings.ema}: a decay is below 1, such as 0.999; 0 turns the average off")
     if any(not 0 <= beta < 1 for beta in settings.betas):
         raise ConfigError(f"training.betas={settings.betas}: each must lie in [0, 1)")
+    if settings.step_in_backward:
+        check_step_in_backward(settings)
     if settings.max_seconds is not None and not settings.max_seconds > 0:
         raise ConfigError(f"training.max_seconds={settings.max_seconds}: must be positive, or null for no limit")
+
+
+def check_step_in_backward(settings: Training) -> None:
+    """Raise ConfigError for a setting that needs all gradients at once."""
+    needed = {
+        "accumulate": (settings.accumulate == 1, 1, "gradients of several passes are added up before a step"),
+        "gradient_clip": (settings.gradient_clip == 0, 0, "the norm of all gradients is known after the steps"),
+        "precision": (settings.precision != "fp16", "bf16", "gradients that overflow are looked for before a step"),
+    }
+    for name, (fits, remedy, reason) in needed.items():
+        if not fits:
+            raise ConfigError(
+                f"training.{name}={getattr(settings, name)} beside training.step_in_backward=true: {reason}; set "
+                f"training.{name}={remedy}, or step_in_backward=false"
+            )
 
 
 def rate(settings: Training, step: int, start: int = 0) -> float:

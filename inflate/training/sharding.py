@@ -204,8 +204,10 @@ def whole(tensor: Tensor, like: DTensor | None, device: torch.device | str = "cp
 
 
 def as_spread(tensor: Tensor, like: DTensor) -> DTensor:
-    """A share as part of what is spread as `like` is."""
-    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    """A share as part of what is spread as `like` is: by rows, whatever those of the share hold."""
+    full = torch.empty(like.shape[0], *tensor.shape[1:], device="meta")
+    stride = like.stride() if full.shape == like.shape else full.stride()
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=full.shape, stride=stride)
 
 
 def place_of(like: DTensor) -> tuple[int, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from inflate.training import adamw
 from inflate.training.cost import Cost, measure, on_paper
+from inflate.training.eight_bits import BLOCK
 from inflate.training.image_to_video import ImageToVideoTask
 from inflate.training.memory_settings import Memory
 from inflate.training.paper import Paper
@@ -16,6 +19,7 @@ from inflate.training.settings import Training
 from tiny_svd import Clips, image_to_video
 
 WITHIN = 0.02
+LEAN = {"precision": "pure_bf16", "optimizer": "adamw8bit", "step_in_backward": True, "gradient_clip": 0.0}
 
 
 def task(paper: Paper | None, **changes: Any) -> ImageToVideoTask:
@@ -47,9 +51,14 @@ def predicted(training: Training, gpu: bool = False, looking: bool = False, **ch
         ({"precision": "bf16", "accumulate": 4, "ema": 0.9}, {}),
         ({"batch": 2}, {"trainable": "temporal"}),
         ({"precision": "bf16"}, {"trainable": "temporal", "memory": Memory(base="nf4")}),
+        ({"precision": "pure_bf16", "accumulate": 2}, {"trainable": "temporal"}),
+        (LEAN, {"memory": Memory(recompute="units")}),
     ],
 )
-def test_a_step_on_paper_is_the_real_steps_equal(training: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_a_step_on_paper_is_the_real_steps_equal(
+    training: dict[str, Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "SMALL", 64)  # these networks have no weight that is not small
     settings = Training(tracker="none", **training)
     looking = not training
     ahead = predicted(settings, looking=looking, **changes)
@@ -61,13 +70,34 @@ def test_a_step_on_paper_is_the_real_steps_equal(training: dict[str, Any], chang
         assert ahead.peaks[phase] == pytest.approx(peak, rel=WITHIN), phase
 
 
-def test_a_gpu_keeps_float32_norms_and_all_square_roots_at_once_and_nothing_stays_exchanged() -> None:
+def test_lean_training_costs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 bytes a weight, no gradients, and of a weight that is not small 2 bytes of moments and 8 for each block's scales;
+    of others a float32 copy and two moments, of all the number of the step.
+    """
+    monkeypatch.setattr(adamw, "SMALL", 64)
+    full, lean = predicted(Training(tracker="none")), predicted(Training(tracker="none", **LEAN))
+    assert (lean.trained, 2 * lean.weights) == (full.trained, full.weights)
+    assert (full.gradients, lean.gradients) == (4 * full.trained, 0)
+    assert full.optimizer == 8 * full.trained + 4 * len(shapes())
+    coded = [shape for shape in shapes() if len(shape) > 1 and math.prod(shape) >= 64]
+    small = lean.trained - sum(map(math.prod, coded))
+    scales = sum(shape[0] * math.ceil(math.prod(shape[1:]) / BLOCK) for shape in coded)
+    assert lean.optimizer == 2 * (lean.trained - small) + 8 * scales + 12 * small + 4 * len(shapes())
+    assert lean.peaks["backward"] < full.peaks["backward"] - full.gradients / 2
+
+
+def shapes() -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in task(None).family.unet.parameters() if p.requires_grad]
+
+
+def test_a_gpu_keeps_float32_norms_and_no_square_roots_and_nothing_stays_exchanged() -> None:
     functional = torch.nn.functional
     plain = functional.group_norm, functional.scaled_dot_product_attention, torch.nn.Module._apply
     half = Training(precision="bf16", tracker="none")
     cpu, gpu = predicted(half), predicted(half, gpu=True)
     assert gpu.peaks["forward"] > cpu.peaks["forward"]
-    assert gpu.peaks["update"] > cpu.peaks["update"]
+    assert gpu.peaks["update"] < cpu.peaks["update"]
+    assert gpu.optimizer == cpu.optimizer
     assert (functional.group_norm, functional.scaled_dot_product_attention, torch.nn.Module._apply) == plain
 
 

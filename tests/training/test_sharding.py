@@ -32,7 +32,7 @@ from inflate.errors import InflateError, TrainingError
 from inflate.layers.temporal import VideoUpsample
 from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.surgery import inflate_unet
-from inflate.training import checkpoint, log
+from inflate.training import adamw, checkpoint, log
 from inflate.training.loop import fit
 from inflate.training.memory_settings import Memory
 from inflate.training.player import Trainee, check_shardable
@@ -50,6 +50,7 @@ GROUPS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_RE
 STEPS = 2
 PART = {"trainable": "temporal", "memory": Memory(recompute="units")}
 """Most weights frozen, activations recomputed."""
+LEAN = {"precision": "pure_bf16", "optimizer": "adamw8bit"}
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,18 @@ def sharded(folder: Path) -> dict[str, dict[str, Any]]:
     resumed = trained(folder / "one first", {"resume": "latest"})
     part = trained(folder / "sharded part", {"ema": 0.0}, 2, **PART)
     error = {"text": broken(folder / "broken")}
-    return {"whole": whole, "stopped": stopped, "resumed": resumed, "part": part, "broken": error}
+    lean = lean_runs(folder)
+    return {"whole": whole, "stopped": stopped, "resumed": resumed, "part": part, "broken": error, **lean}
+
+
+def lean_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Two steps in bfloat16 with moments in 8 bits, at once and in two parts."""
+    os.environ.update(FSDP2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adamw, "SMALL", 16)  # these networks have no weight that is not small
+        whole = trained(folder / "lean", LEAN)
+        trained(folder / "lean parts", LEAN, stop=0)
+        return {"lean": whole, "lean parts": trained(folder / "lean parts", LEAN | {"resume": "latest"})}
 
 
 def broken(output: Path) -> str:
@@ -241,6 +253,20 @@ def test_what_is_loaded_and_saved_again_in_shares_is_the_same_to_the_bit(runs: R
     assert len(before) > 100
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bfloat16_weights_and_moments_in_8_bits_go_on_in_shares_and_alone(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (tensors(runs.folder / name / "checkpoint-2") for name in ("lean", "lean parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert {tensor.dtype for name, tensor in whole.items() if name.endswith(".root")} == {torch.uint8}
+    assert largest_difference(runs.first["lean"]["weights"], runs.second["lean"]["weights"]) == 0
+    monkeypatch.setattr(adamw, "SMALL", 16)
+    again = LEAN | {"accumulate": 2, "steps": 3, "resume": str(runs.folder / "lean/checkpoint-2")}
+    alone = trained(runs.folder / "lean alone", again)
+    assert 0 < largest_difference(runs.first["lean"]["weights"], alone["weights"]) < 0.1
 
 
 # --- checkpoints in shares --------------------------------------------------------------------------------------------
