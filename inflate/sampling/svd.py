@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
+from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
 from inflate.objectives import Predict
 from inflate.sampling.steps import Progress, in_precision, integrate, is_large
@@ -43,8 +44,8 @@ class Sampling:
     sigma_max: float | None = None
     """highest noise level; none: the model's own, 700 where the network can be told of it"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: for clips so large that
-    it costs no time, of more than 8 frames of 512x512"""
+    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clip; none:
+    where it is large, of more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.frames is not None and self.frames < 1):
@@ -61,7 +62,7 @@ def sample(family: SVD, image: Tensor, settings: Sampling | None = None, progres
     generator = torch.Generator().manual_seed(settings.seed)
     condition = condition_of(family, image, settings, generator)
     latents = sample_latents(family, condition, initial_noise(family, image, settings, generator), settings, progress)
-    return decoded(family, latents)
+    return decoded(family, latents, settings.little_memory)
 
 
 def condition_of(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Condition:
@@ -113,9 +114,10 @@ def _predict(family: SVD, condition: Condition) -> Predict:
 
 
 @torch.no_grad()
-def decoded(family: SVD, latents: Tensor) -> Tensor:
-    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents."""
-    with visiting([family.vae], latents.device), evaluating(family.vae):
+def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None) -> Tensor:
+    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents; large ones frame by frame."""
+    little = frame_by_frame(family.vae, is_large(latents, family.factor, little_memory))
+    with visiting([family.vae], latents.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.models.text_encoders import TextCondition
+from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
 from inflate.objectives import Predict
 from inflate.sampling.steps import TOGETHER, Progress, in_precision, integrate, is_large
@@ -41,8 +42,8 @@ class Sampling:
     batch: int | None = None
     """clips drawn together; none: as many as have the pixels of 16 frames of 512x512"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: where so much is
-    drawn together that it costs no time, more than 8 frames of 512x512"""
+    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clips; none:
+    where they are large, more than 8 frames of 512x512 together"""
 
     def __post_init__(self) -> None:
         given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
@@ -70,7 +71,8 @@ def sample(
     texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     parts = zip(texts, noise.split(batch), strict=True)
     latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
-    with visiting([family.vae], noise.device), evaluating(family.vae):
+    little = frame_by_frame(family.vae, is_large(noise, family.factor, settings.little_memory))
+    with visiting([family.vae], noise.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 

@@ -23,7 +23,7 @@ from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import visiting
-from inflate.sampling.svd import Sampling, sample
+from inflate.sampling.svd import Sampling, decoded, sample
 from inflate.training.adapting import Adapting
 from inflate.training.economy import as_loaded
 from inflate.training.held_out import (
@@ -96,8 +96,8 @@ class Preview:
     noise_aug: float = 0.02
     """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: for clips so large that
-    it costs no time, of more than 8 frames of 512x512"""
+    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clip; none:
+    where it is large, of more than 8 frames of 512x512"""
 
 
 class ImageToVideoTask:
@@ -300,8 +300,9 @@ class ImageToVideoTask:
     def score(self, truth: Tensor, generated: Tensor) -> dict[str, float]:
         """How close animations come to their clips: PSNR in dB, flicker error in [0, 1] units, means over clips."""
         family, device = self.family, self._device()
-        with visiting([family.vae], device):  # one clip at a time: decoding holds whole feature maps
-            given = torch.cat([family.decode(family.encode(clip.to(device))).cpu() for clip in truth.split(1)])
+        with visiting([family.vae], device):
+            latents = [family.encode(clip.to(device)) for clip in truth.split(1)]  # (1, F, C, h, w) each
+            given = torch.cat([decoded(family, one, self.sampling.little_memory).cpu() for one in latents])
         truth, generated, given = unit(truth), unit(generated), unit(given)
         static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
         first, near = slice(0, 1), slice(1, 4)

@@ -44,7 +44,7 @@ def measure(family: SVD, image: Tensor, settings: Sampling) -> dict[str, int]:
         ledger.begin("denoise")
         latents = sample_latents(family, condition, noise, settings)
         ledger.begin("decode")
-        decoded(family, latents)
+        decoded(family, latents, settings.little_memory)
         ledger.begin("other")
     return {part: ledger.peaks[part] for part in PARTS}
 

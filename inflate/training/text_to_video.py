@@ -78,8 +78,8 @@ class Preview:
     sampler: Sampler = "ddim"
     """ddim, or euler"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one of twice the batch: the same clip. none: where so much is
-    drawn together that it costs no time, more than 8 frames of 512x512"""
+    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clips; none:
+    where they are large, more than 8 frames of 512x512 together"""
 
 
 class TextToVideoTask:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from helpers import randomise, tiny_vae
 from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
 from inflate.models.precision import cast
-from inflate.models.vae import VideoVAE, encode_at_most, encode_clips, encode_frames
+from inflate.models.vae import VideoVAE, decode_clips, encode_at_most, encode_clips, encode_frames, frame_by_frame
 from inflate.surgery import verify_identity
 
 
@@ -192,3 +192,18 @@ def test_an_autoencoder_that_overflows_stays_as_it_is_in_float16():
     assert [vae.dtype for vae in (one, other)] == [torch.float32, torch.float16]
     cast([one], "bfloat16")
     assert one.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_frame_by_frame_decodes_the_same_and_is_taken_back(video):
+    vae = (trained_vae() if video else tiny_vae()).double()
+    latents, seen = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64), []
+    vae.decoder.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        expected = decode_clips(vae, latents, temporal=video)
+        with frame_by_frame(vae, True):
+            found = decode_clips(vae, latents, temporal=video)
+        with frame_by_frame(vae, False):
+            decode_clips(vae, latents, temporal=video)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    assert seen == [6, *[1] * 6, 6]
