@@ -26,6 +26,10 @@ class Training:
     """Forward passes per optimiser step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the trained networks; their weights stay as loaded. fp16 needs a GPU and a single player."""
+    attention: Literal["sdpa", "flash", "efficient", "cudnn", "xformers", "triton"] = "sdpa"
+    """What computes attention, equal but for rounding: sdpa, a kernel that PyTorch chooses; flash, efficient or cudnn,
+    that one of PyTorch's where it can be used and another elsewhere; xformers, in the trained networks; triton, our own
+    over frames, and sdpa elsewhere. All but sdpa need a GPU."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
