@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -132,6 +138,10 @@ class TemporalResnet(nn.Module):
         return torch.sigmoid(self.mix if self.reverse else -self.mix)
 
 
+PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+"""Diffusers' processors that compute attention and nothing else, each in its own way."""
+
+
 class ContextAttention(Attention):
     """Cross-attention that knows that a softmax over a single token is one.
 
@@ -162,7 +172,7 @@ class ContextAttention(Attention):
 
     def _plain(self) -> bool:
         """Whether the processor is diffusers' own, and nothing is added to what it computes."""
-        if type(self.processor) not in (AttnProcessor, AttnProcessor2_0):
+        if type(self.processor) not in PLAIN_PROCESSORS:
             return False
         unusual = (self.norm_cross, self.residual_connection, getattr(self, "fused_projections", False))
         return not any(unusual) and not (self.training and self.dropout > 0)

@@ -8,6 +8,7 @@ from inflate.data.settings import Data
 from inflate.data.sources import find_clips
 from inflate.errors import ConfigError
 from inflate.models.folders import check_place
+from inflate.training.attention import check_attention
 from inflate.training.loop import check_output
 from inflate.training.processes import join_processes, together
 from inflate.training.settings import Training
@@ -21,6 +22,7 @@ def check_inputs(training: Training, data: Data, *models: str | None, adapter: s
     with together():
         if join_processes().is_main_process:
             check_output(training)
+            check_attention(training, join_processes().device)
         for place in filter(None, models):
             check_place(place)
         if adapter is not None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 from inflate.errors import CheckpointError, InflateError, NotFiniteError, TrainingError
 from inflate.files import is_leftover, new_folder, write_text
 from inflate.training import changes, checkpoint, record
+from inflate.training.attention import check_attention, choose_attention, preferring
 from inflate.training.checkpoint import State, writing
 from inflate.training.clock import Clock
 from inflate.training.compiling import Compilation
@@ -124,6 +125,7 @@ def fit(
     check_players(task.players, settings)
     accelerator = start_accelerator(settings)
     check_shardable(task.players, settings, accelerator.state.sharding)
+    check_attention(settings, accelerator.device)
     state, found = claim_output(task, dataset, settings, accelerator, {"config.yaml": config, "clips.txt": clips})
     trainees = [Trainee(player, settings) for player in task.players]
     place(task, trainees, accelerator)
@@ -137,7 +139,7 @@ def fit(
     keeper = Keeper(settings, accelerator, trainees, report, state, stop, {found} if found else set())
     batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
     reason = ""
-    with stop, keeper, noticing_losses(), report, gauge:
+    with preferring(settings.attention), stop, keeper, noticing_losses(), report, gauge:
         run = Run(task, settings, accelerator, trainees, report, state, keeper)
         if state.step == 0:
             with report.paused():
@@ -396,7 +398,8 @@ def check_beginning(output: Path) -> None:
 
 
 def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
-    """Move everything to the device; wrap what is trained."""
+    """Move everything to the device; choose the kernels; wrap what is trained."""
+    choose_attention([one.module for one in trainees], trainees[0].settings, accelerator.device)
     for module in task.frozen:
         module.to(accelerator.device).eval()
     for one in trainees:

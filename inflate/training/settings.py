@@ -33,6 +33,10 @@ class Training:
     compile: bool = False
     """Compile the inflated blocks of the trained networks (torch.compile), equal to rounding: minutes before the first
     step. Whether the steps are then faster, only a trial on the card tells."""
+    attention: Literal["sdpa", "flash", "efficient", "cudnn", "xformers", "triton"] = "sdpa"
+    """What computes attention, equal but for rounding: sdpa, a kernel that PyTorch chooses; flash, efficient or cudnn,
+    that one of PyTorch's where it can be used and another elsewhere; xformers, in the trained networks; triton, our own
+    over frames, and sdpa elsewhere. All but sdpa need a GPU."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
