@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inflate.errors import InflateError
 
+
 @dataclass(frozen=True)
 class ClipState:
     """The clips of one forward pass; `bypass` leaves every temporal layer out, as for separate images."""

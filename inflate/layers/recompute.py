@@ -4,15 +4,15 @@ A unit is a layer that can be recomputed as a whole: it keeps its inputs alone. 
 with its temporal layers, and what enlarges or opens a network is one. Within a transformer lie sub-blocks, of which a
 nested recomputation keeps the inputs, too, and feed-forwards, which know how to be recomputed in parts.
 
-Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); perception of what is dear to compute and
-cheap to keep: Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (2022).
+Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Korthikanti et al., Reducing Activation
+Recomputation in Large Transformer Models (2022), which keeps what is dear to compute and small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -21,12 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from inflate.layers.offload import Offload
+from inflate.layers.policy import WHOLE, Policy
 
 Recompute = Callable[..., Any]
 """A checkpoint function: called with a function and its tensors, it keeps only the tensors."""
-
-Policy = Literal["nothing", "feed_forward", "all_but_attention", "units", "nested"]
-"""What of a unit is computed again: see `inflate.training.memory_settings`."""
 
 ATTENTION = (
     "_scaled_dot_product_flash_attention",
@@ -37,6 +35,10 @@ ATTENTION = (
 )
 KEPT = frozenset(getattr(torch.ops.aten, name).default for name in ATTENTION)
 """Operations whose outputs `all_but_attention` keeps: the fused attentions, dear to compute and small to keep."""
+
+DEAR = 10_000
+"""FLOPs of a convolution for each value it gives, from which on `all_but_attention` keeps that, too: below, a gigabyte
+saves less than attention's does."""
 
 
 def run(module: nn.Module, function: Callable[..., Any], *tensors: Any) -> Any:
@@ -76,7 +78,7 @@ class InnerNorm(nn.LayerNorm):
         """Tokens (...,C), unchanged."""
         return input
 
-    def apply(self, tokens: Tensor) -> Tensor:
+    def normed(self, tokens: Tensor) -> Tensor:
         """Tokens (...,C), normalised."""
         return super().forward(tokens)
 
@@ -102,7 +104,7 @@ class InParts(FeedForward):
         return torch.cat(made).unflatten(0, hidden_states.shape[:-1])  # (..., C)
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        output: Tensor = super().forward(self.norm.apply(tokens))
+        output: Tensor = super().forward(self.norm.normed(tokens))
         return output
 
 
@@ -172,7 +174,7 @@ def _set(module: nn.Module, recompute: Recompute | None) -> None:
 
 
 def _function(policy: Policy) -> Recompute | None:
-    if policy in ("nothing", "feed_forward"):
+    if policy not in WHOLE:
         return None
     if policy == "all_but_attention":
         return partial(checkpoint, use_reentrant=False, context_fn=_keeping)
@@ -183,5 +185,6 @@ def _keeping() -> Any:
     return create_selective_checkpoint_contexts(_kept)
 
 
-def _kept(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _kept(_: Any, operation: Any, *given: Any, **__: Any) -> CheckpointPolicy:
+    dear = operation is torch.ops.aten.convolution.default and 2 * given[1][0].numel() >= DEAR
+    return CheckpointPolicy.MUST_SAVE if dear or operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

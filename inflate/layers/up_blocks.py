@@ -36,10 +36,10 @@ def join(hidden: Tensor, skip: Tensor) -> Tensor:
 
 
 def _upwards(
-    block: nn.Module, hidden: Tensor, skips: tuple[Tensor, ...], time: Tensor | None, size: Any, **attending: Any
+    block: Any, hidden: Tensor, skips: tuple[Tensor, ...], time: Tensor | None, size: Any, **attending: Any
 ) -> Tensor:
     """Features (N,C,h,w) through a block's layers, the last skip connection first, to (N,C',2h,2w) or, last, h, w."""
-    attentions: Any = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     for resnet, attention, skip in zip(block.resnets, attentions, reversed(skips), strict=True):
         hidden = resnet(hidden, time, skip)  # (N, C', h, w)
         hidden = hidden if attention is None else attention(hidden, return_dict=False, **attending)[0]
@@ -103,5 +103,7 @@ class VideoCrossAttnUpBlock(CrossAttnUpBlock2D):
 
 def inflate_up_block(block: nn.Module) -> None:
     """Turn a 2D up block into its video counterpart, in place; others stay as they are."""
-    kinds = {UpBlock2D: VideoUpBlock, CrossAttnUpBlock2D: VideoCrossAttnUpBlock}
-    block.__class__ = kinds.get(type(block), type(block))  # type: ignore[call-overload]
+    if type(block) is UpBlock2D:
+        block.__class__ = VideoUpBlock
+    elif type(block) is CrossAttnUpBlock2D:
+        block.__class__ = VideoCrossAttnUpBlock

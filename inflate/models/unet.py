@@ -51,7 +51,7 @@ from inflate.layers.temporal import (
     inflate_transformer,
     inflate_upsample,
 )
-from inflate.layers.up_blocks import inflate_up_block
+from inflate.layers.up_blocks import VideoCrossAttnUpBlock, inflate_up_block
 
 BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D)
 """The blocks of Stable Diffusion 1, 2 and XL: what inflation knows how to extend."""
@@ -160,6 +160,7 @@ class VideoUNet(UNet2DConditionModel):
 
     _no_split_modules = [  # noqa: RUF012 -- diffusers reads a list
         *UNet2DConditionModel._no_split_modules,
+        VideoCrossAttnUpBlock.__name__,
         SpatialBlock.__name__,
         VideoBlock.__name__,
         VideoResnet.__name__,

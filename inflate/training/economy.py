@@ -10,7 +10,8 @@ from torch import nn
 
 from inflate.errors import ConfigError
 from inflate.layers.offload import Offload
-from inflate.layers.recompute import Policy, feed_forwards, recompute_by, units
+from inflate.layers.policy import Policy
+from inflate.layers.recompute import feed_forwards, recompute_by, units
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.training.memory_settings import Memory

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from inflate.errors import ConfigError
-
-Policy = Literal["nothing", "feed_forward", "all_but_attention", "units", "nested"]
-POLICIES = ("nothing", "feed_forward", "all_but_attention", "units", "nested")
+from inflate.layers.policy import POLICIES, WHOLE, Policy
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Memory:
                 raise ConfigError(f"memory.recompute_in: {pattern}: {policy} is none of {', '.join(POLICIES)}")
         if self.feed_forward_parts < 1:
             raise ConfigError(f"memory.feed_forward_parts={self.feed_forward_parts}: at least 1, which divides nothing")
-        if self.offload and not {self.recompute, *self.recompute_in.values()} & set(POLICIES[2:]):
+        if self.offload and not {self.recompute, *self.recompute_in.values()} & {*WHOLE}:
             raise ConfigError(
                 "memory.offload=true moves what recomputed units keep, and none is recomputed: set "
                 "memory.recompute=units, all_but_attention or nested"
