@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input
 from torch.nn.parallel import DistributedDataParallel
 
+from inflate.layers.convolution import Convolution
 from inflate.layers.temporal import TemporalConv
 
 Kind = Literal["bf16", "int8", "nf4"]
@@ -166,6 +167,10 @@ class StoredConv2d(Stored, nn.Conv2d):  # type: ignore[override]
         return conv2d_input([*shape], weight, gradient, *way)
 
 
+class StoredConvolution(StoredConv2d, Convolution):  # type: ignore[override]
+    """A 2D convolution of an inflated network."""
+
+
 class StoredTemporalConv(Stored, TemporalConv):  # type: ignore[override]
     """A convolution over frames."""
 
@@ -183,7 +188,7 @@ class StoredTemporalConv(Stored, TemporalConv):  # type: ignore[override]
 ENDS = ("conv_in", "conv_out")
 """The first and the last convolution: a thousandth of the weights, and in nf4 as much error as all others together."""
 STORED: dict[type[nn.Module], type[Stored]] = {
-    nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d, TemporalConv: StoredTemporalConv,
+    nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d, Convolution: StoredConvolution, TemporalConv: StoredTemporalConv,
 }  # fmt: skip
 """What a layer of each class becomes; subclasses of theirs stay as they are."""
 PLAIN = {stored: plain for plain, stored in STORED.items()}

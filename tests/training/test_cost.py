@@ -53,6 +53,11 @@ def predicted(training: Training, gpu: bool = False, looking: bool = False, **ch
         ({"precision": "bf16"}, {"trainable": "temporal", "memory": Memory(base="nf4")}),
         ({"precision": "pure_bf16", "accumulate": 2}, {"trainable": "temporal"}),
         (LEAN, {"memory": Memory(recompute="units")}),
+        ({"precision": "bf16"}, {"memory": Memory("nested", feed_forward_parts=3, offload=True)}),
+        (
+            {"batch": 3},
+            {"memory": Memory("all_but_attention", {"up_blocks.0": "feed_forward"}), "trainable": "temporal"},
+        ),
     ],
 )
 def test_a_step_on_paper_is_the_real_steps_equal(
