@@ -64,6 +64,13 @@ def test_both_players_of_the_decoders_training_act() -> None:
     assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
 
 
+def test_a_decoder_is_trained_and_looked_at_in_less_memory_by_rows() -> None:
+    planner = small(SVD, "svd_demo_decoder.yaml", "training.accumulate=1")
+    whole, rows = planner.cost({}), planner.cost({"memory.decode_rows": 32})
+    assert all(rows.peaks[phase] < whole.peaks[phase] for phase in ("forward", "backward", "evaluate", "preview"))
+    assert rows.peaks["backward"] - rows.weights < 0.7 * (whole.peaks["backward"] - whole.weights)
+
+
 def test_where_nothing_fits_it_says_by_how_much_and_what_is_smaller() -> None:
     planner = small(SVD, "svd_pocket.yaml", "data.frames=4", "data.height=64", "data.width=64")
     asked = Cost(0, 0, 0, 0, 0, 0, {"backward": 20 * 10**9}, 0, 0, 0)

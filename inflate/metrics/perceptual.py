@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from inflate.errors import CheckpointError, ConfigError
 from inflate.objectives import at_least_float32
@@ -118,6 +119,7 @@ class _Framewise(torch.autograd.Function):
         return torch.cat(found)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (of_images,) = ctx.saved_tensors
         return None, of_images * gradient.view(-1, 1, 1, 1).to(of_images.dtype), None

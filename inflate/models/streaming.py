@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from inflate.layers.temporal import TemporalResnet, VideoConvOut, VideoResnet, VideoUpsample, mix
@@ -215,16 +216,17 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.unit, ctx.rows, ctx.learning, ctx.count = unit, rows, learning, count
         ctx.precision = _precision(tensors[0].device.type)
-        frames: Sequence[Tensor] = tensors[:count]
+        frames = list(tensors[:count])
         found: tuple[Tensor, ...] = ()
         if unit.temporal is not None:
             known = _find(unit.temporal, frames, rows)
             found = (*known.first, *known.second)
             frames = _fill(unit.temporal, frames, rows, known, into=[torch.empty_like(frame) for frame in frames])
         ctx.save_for_backward(*tensors[:count], *found)
-        return tuple(unit.images(list(frames)))
+        return tuple(unit.images(frames))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         unit, rows, sums = ctx.unit, ctx.rows, _Sums(ctx.learning)
         frames, values = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
