@@ -137,6 +137,8 @@ class Trainee:
             self.parameters = {name: nn.Parameter(own(self.spread[name])) for name in self.parameters}
         else:
             self.player.network = accelerator.prepare_model(self.module)
+        if not accelerator.is_main_process:  # which alone exports, and whose weights are the run's
+            self.forget_frozen()
         optimizer = self._adamw(accelerator.device)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         if self.settings.step_in_backward and isinstance(optimizer, AdamW):
