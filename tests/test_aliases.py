@@ -91,7 +91,7 @@ def test_the_table_lists_what_the_recipe_has() -> None:
     lines = table(NAMES).splitlines()
     assert [line.split()[0] for line in lines] == [
         "--height", "--width", "--resolution", "--learning_rate", "--lr_scheduler", "--use_ema",
-        "--gradient_checkpointing",
+        "--gradient_checkpointing", "--use_8bit_adam",
     ]  # fmt: skip
     assert lines[2].split() == ["--resolution", "VALUE", "data.height=VALUE", "data.width=VALUE"]
 
