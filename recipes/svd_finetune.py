@@ -77,6 +77,11 @@ class Config:
             raise ConfigError(f"data: bucket {single[0]} has one frame; stage={self.stage} needs two or more")
         if self.stage == "decoder":
             refuse_draws(self.data, self.stage)
+            if self.training.precision == "pure_bf16":
+                raise ConfigError(
+                    "training.precision=pure_bf16 rounds the weights of the VAE, of which stage=decoder has to "
+                    "leave the encoder as it is; use bf16"
+                )
         if self.stage != "image_to_video":
             adapting.refuse_beside(self.adapter, "stage", self.stage)
             if self.memory.base != "as_loaded":

@@ -13,7 +13,15 @@ from inflate.config import from_command_line, load, names
 from inflate.errors import ConfigError
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "svd_finetune.py"
-NAMES = ["training.lr", "training.ema", "training.schedule", "data.height", "data.width", "memory.recompute"]
+NAMES = [
+    "training.lr",
+    "training.ema",
+    "training.schedule",
+    "data.height",
+    "data.width",
+    "memory.recompute",
+    "training.optimizer",
+]
 
 
 def meant(*arguments: str) -> list[str]:
@@ -38,6 +46,7 @@ def test_a_value_may_be_negative_or_hold_an_equals_sign() -> None:
 
 def test_a_bare_flag_takes_no_value() -> None:
     assert meant("--use_ema", "a.yaml") == ["training.ema=0.9999", "a.yaml"]
+    assert meant("--use_8bit_adam") == ["training.optimizer=adamw8bit"]
     assert refused("--use_ema=0.99") == "--use_ema=0.99: --use_ema takes no value; write training.ema=0.99"
 
 
@@ -82,7 +91,7 @@ def test_the_table_lists_what_the_recipe_has() -> None:
     lines = table(NAMES).splitlines()
     assert [line.split()[0] for line in lines] == [
         "--height", "--width", "--resolution", "--learning_rate", "--lr_scheduler", "--use_ema",
-        "--gradient_checkpointing",
+        "--gradient_checkpointing", "--use_8bit_adam",
     ]  # fmt: skip
     assert lines[2].split() == ["--resolution", "VALUE", "data.height=VALUE", "data.width=VALUE"]
 

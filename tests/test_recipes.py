@@ -190,6 +190,7 @@ def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
             "data.cache_draws: stage=decoder has no condition frame",
         ),
         (["stage=decoder", "data.buckets=[4x32x64,1x32x64]"], "bucket 1x32x64 has one frame; stage=decoder needs two"),
+        (["stage=decoder", "training.precision=pure_bf16"], "leave the encoder as it is; use bf16"),
         (["stage=image_to_video", "data.buckets=[1x32x64]"], "no bucket has two frames or more, only 1x32x64"),
     ],
 )

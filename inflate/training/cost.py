@@ -83,6 +83,7 @@ class Desk:
     """What trainees ask of accelerate, for one process; `fused` is PyTorch's AdamW on a GPU (`Trainee`)."""
 
     num_processes = 1
+    is_main_process = True
     device = DEVICE
 
     def __init__(self, settings: Training, fused: bool) -> None:

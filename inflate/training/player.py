@@ -100,10 +100,8 @@ class Trainee:
     """One player's bare module, trainable parameters, optimiser and averaged weights.
 
     Where weights are sharded, `parameters`, the optimiser's state and `average` are this process's shares, as plain
-    tensors; `spread` tells of what, trained or frozen. `prepare` makes the optimiser, where the parameters will lie.
+    tensors; `spread` tells of what, trained or frozen.
     """
-
-    optimizer: Any
 
     def __init__(self, player: Player, settings: Training) -> None:
         self.player, self.settings, self.module = player, settings, player.network
@@ -113,21 +111,23 @@ class Trainee:
         if not self.parameters:
             raise TrainingError(f"player '{player.name}' has no trainable parameter: nothing requires a gradient")
         self.lr = settings.lr if player.lr is None else player.lr
+        self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
         self.spread: dict[str, DTensor] = {}
         self.resting = False
         """Whether the averaged weights stand, or may stand, in place of the trained ones; see `at_rest`."""
 
-    def _adamw(self, device: torch.device) -> torch.optim.Optimizer:
+    def _adamw(self) -> torch.optim.Optimizer:
         """PyTorch's AdamW, fused on a GPU, or our own for what PyTorch's has not."""
         settings, parameters = self.settings, self.parameters.values()
         decays, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
         split = [(decays, settings.weight_decay), (others, 0.0)]
         groups = [{"params": group, "weight_decay": decay} for group, decay in split if group]
+        cuda = any(p.is_cuda for p in parameters)
         eight_bits, narrow = settings.optimizer == "adamw8bit", any(p.dtype == torch.bfloat16 for p in parameters)
         if eight_bits or narrow or settings.step_in_backward:
             return AdamW(groups, self.parameters, self.lr, settings.betas, eight_bits, settings.seed)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=settings.betas, fused=device.type == "cuda" or None)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=settings.betas, fused=cuda or None)
 
     def prepare(self, accelerator: Any) -> None:
         """Move to the device, wrap for precision and processes, and start the average at the present weights."""
@@ -138,7 +138,9 @@ class Trainee:
             self.parameters = {name: nn.Parameter(own(self.spread[name])) for name in self.parameters}
         else:
             self.player.network = accelerator.prepare_model(self.module)
-        optimizer = self._adamw(accelerator.device)
+        if not accelerator.is_main_process:  # which alone exports, and whose weights are the run's
+            self.forget_frozen()
+        optimizer = self._adamw()  # where the parameters lie now
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         if self.settings.step_in_backward and isinstance(optimizer, AdamW):
             self.in_backward = InBackward(self.parameters.values(), optimizer)

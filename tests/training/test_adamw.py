@@ -1,4 +1,4 @@
-"""AdamW in bfloat16 and 8 bits: PyTorch's equal where it can be, right on average and reproducible where it rounds."""
+"""AdamW in bfloat16 and 8 bits: equal to PyTorch's where it can be, right on average where it rounds."""
 
 import copy
 from typing import Any

@@ -76,8 +76,8 @@ def test_a_step_on_paper_is_the_real_steps_equal(
 
 
 def test_lean_training_costs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 bytes a weight, no gradients; of one that is not small 2 bytes of moments, and 8 for each block's scales;
-    of others a float32 copy and two moments, of all the number of the step.
+    """2 bytes a weight, no gradients, 2 bytes of moments of what is not small and 8 for each block's scales; of what is
+    small a float32 copy and two moments, of all the number of the step.
     """
     monkeypatch.setattr(adamw, "SMALL", 64)
     full, lean = predicted(Training(tracker="none")), predicted(Training(tracker="none", **LEAN))
