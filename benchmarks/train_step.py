@@ -7,6 +7,7 @@ weights, clips, noise, frozen encoders and threads; the first thing printed is t
 
     python benchmarks/train_step.py --tiny        one CPU run, under a minute
     python benchmarks/train_step.py --full        one CUDA GPU: 14x320x512 and 25x576x1024
+    python benchmarks/train_step.py --arms        what each measure alone and all defaults gain in a LoRA step, on a CPU
     python benchmarks/train_step.py --simulate    memory and FLOPs of the real sizes on the meta device, no GPU
 """
 
@@ -15,7 +16,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,21 @@ TINY = Size(
     clip={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"image_size": 32, "patch_size": 8},
 )
+MIDDLE = Size(
+    widths=(64, 128, 256),
+    heads=(1, 2, 4),
+    attends=(True, True, False),
+    layers=1,
+    context=32,
+    id_width=32,
+    vae={"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
+    clip=TINY.clip,
+)
+"""A small model of which encoding a clip costs about as much, beside a forward pass, as of the real one."""
+SIZES = {"full": FULL, "tiny": TINY, "middle": MIDDLE}
+ENCODING_SHARE = 0.853
+"""FLOPs of encoding 25x576x1024, its condition frame and embedding included, over those of a forward pass of SVD-XT:
+65.2 + 2.6 + 0.3 to 80.0; `encoding_share(FULL, (25, 576, 1024))` counts it."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +212,16 @@ def _as_input(unet: nn.Module, sample: Tensor, timestep: Tensor, batch: Batch) -
 # ---- what both share: frozen encoders, choice of parameters, checkpointing
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the frozen encoders make of clips; as in Batch, but the condition is of one frame."""
+
+    clean: Tensor
+    image: Tensor
+    context: Tensor
+    added_ids: Tensor
+
+
 @dataclass
 class Frozen:
     """The frozen VAE encoder and image encoder, run in every step of either side."""
@@ -204,10 +230,22 @@ class Frozen:
     clip: nn.Module
     chunk: int  # frames per VAE call, 0 for all at once
 
-    @torch.no_grad()
     def __call__(self, pixels: Tensor, seed: int) -> Batch:
         """`pixels` (batch, frames, 3, height, width) in [-1, 1]; every draw is a function of `seed`."""
-        count, frames = pixels.shape[:2]
+        return self.noised(self.encoded(pixels, seed), seed)
+
+    @staticmethod
+    def noised(encoded: "Encoded", seed: int) -> Batch:
+        """The batch of what is encoded, or was read from a cache."""
+        clean = encoded.clean
+        normal = partial(torch.randn, generator=torch.Generator(clean.device).manual_seed(~seed), device=clean.device)
+        image = encoded.image.expand_as(clean)
+        return Batch(clean, normal(*clean.shape), image, normal(len(clean)), encoded.context, encoded.added_ids)
+
+    @torch.no_grad()
+    def encoded(self, pixels: Tensor, seed: int) -> "Encoded":
+        """What a cache keeps of clips, one of several draws of the noise on their first frames included."""
+        count = len(pixels)
         draw = torch.Generator(pixels.device).manual_seed(seed)
         normal = partial(torch.randn, generator=draw, device=pixels.device)
         clean = self.encode(pixels) * self.vae.config.scaling_factor
@@ -219,8 +257,7 @@ class Frozen:
         context = self.clip(small.to(self.clip.dtype)).image_embeds.float().unsqueeze(1)
         rates = torch.tensor([[6.0, 127.0]], device=pixels.device).expand(count, -1)
         added_ids = torch.cat([rates, augmentation.unsqueeze(1)], dim=1)
-        noise = normal(*clean.shape)
-        return Batch(clean, noise, image.expand(-1, frames, -1, -1, -1), normal(count), context, added_ids)
+        return Encoded(clean, image, context, added_ids)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(batch, frames, 3, height, width) to unscaled float32 latents, the posterior's mode."""
@@ -243,18 +280,27 @@ def frozen(size: Size, device: torch.device, half: torch.dtype, chunk: int) -> F
     return Frozen(*(model.to(half).requires_grad_(False).eval() for model in (vae, clip)), chunk)
 
 
-def choose_parameters(unet: nn.Module, train: str, rank: int, base: torch.dtype, adapter: torch.dtype) -> None:
-    """`all`: every parameter in its dtype. `lora`: a frozen base in `base`, adapters on all attention in `adapter`."""
+def choose_parameters(
+    unet: nn.Module, train: str, rank: int, base: torch.dtype, adapter: torch.dtype, fused: bool = False, part: str = ""
+) -> None:
+    """`all`: every parameter in its dtype. `lora`: a frozen base in `base`, adapters in `adapter` on all attention
+    layers, or those with `part` in their names, with PEFT's own forward or the fused one.
+    """
     if train == "all":
         return
     from peft import LoraConfig, inject_adapter_in_model
 
     unet.requires_grad_(False)
     unet.to(base)
-    names = [name for name, _ in unet.named_modules() if name.endswith(ATTENTION)]
+    names = [name for name, _ in unet.named_modules() if name.endswith(ATTENTION) and part in name]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), unet)
     for parameter in trained(unet):
         parameter.data = parameter.data.to(adapter)
+    if fused:
+        from inflate.adapters.fused import fuse
+
+        for module in unet.modules():
+            fuse(module)
 
 
 def freeze_inert(side: Side) -> None:
@@ -305,7 +351,7 @@ def compare_losses(pair: tuple[Side, Side], batch: Batch) -> float:
 class Stepper:
     """One side's optimiser and step, timed."""
 
-    def __init__(self, side: Side, encoders: Frozen, half: torch.dtype) -> None:
+    def __init__(self, side: Side, encoders: Callable[[Tensor, int], Batch], half: torch.dtype) -> None:
         self.side, self.encoders, self.half = side, encoders, half
         self.parameters = trained(side.unet)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2)
@@ -322,19 +368,19 @@ class Stepper:
         return loss.detach(), norm
 
     def timed(self, pixels: Tensor, seed: int) -> dict[str, float]:
-        """Seconds by the wall and by the processor, and the GPU memory of the step in GB over what was resident."""
+        """Seconds by the wall and by the processor, the loss, and the step's GPU memory in GB over what was there."""
         cuda = pixels.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         resident = torch.cuda.memory_allocated() if cuda else 0
         wall, processor = time.perf_counter(), time.process_time()
-        self.step(pixels, seed)
+        loss, _ = self.step(pixels, seed)
         if cuda:
             torch.cuda.synchronize()
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         peak = (torch.cuda.max_memory_allocated() - resident) / 1e9 if cuda else 0.0
-        return {"wall": wall, "processor": processor, "peak_gb": peak}
+        return {"wall": wall, "processor": processor, "peak_gb": peak, "loss": float(loss)}
 
 
 def time_pairs(steppers: list[Stepper], pixels: Tensor, pairs: int) -> dict[str, Any]:
@@ -407,6 +453,197 @@ def measured_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     torch.cuda.empty_cache()
 
 
+# ---- --arms: what each measure gains
+
+
+@dataclass
+class Arm:
+    """One way to take the same LoRA step."""
+
+    side: Side
+    cached: bool = False
+    autocast: bool = True
+
+
+def cache(arm: Arm) -> None:
+    arm.cached = True
+
+
+def leave_autocast(arm: Arm) -> None:
+    arm.autocast = False
+
+
+def fuse_lora(arm: Arm) -> None:
+    from inflate.adapters.fused import fuse
+
+    for module in arm.side.unet.modules():
+        fuse(module)
+
+
+def recompute(arm: Arm) -> None:
+    arm.side.unet.enable_gradient_checkpointing()
+
+
+def channels_last(arm: Arm) -> None:
+    for module in arm.side.unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+def compile_blocks(arm: Arm) -> None:
+    from inflate.training.compiling import Compilation
+
+    Compilation([arm.side.unet])
+
+
+MEASURES: dict[str, Callable[[Arm], None]] = {
+    "cached latents": cache,
+    "fused LoRA": fuse_lora,
+    "half precision without autocast": leave_autocast,
+    "constant cross-attention": lambda arm: freeze_inert(arm.side),
+    "units recomputed": recompute,
+    "channels last": channels_last,
+    "compiled blocks": compile_blocks,
+}
+"""What our side can do; each has an arm of its own."""
+DEFAULTS = ("cached latents", "fused LoRA", "half precision without autocast", "constant cross-attention")
+BASELINE, CHECKPOINTED = "diffusers", "diffusers, its checkpointing"
+
+
+def ways(chosen: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The measures of each arm of ours, by its name; the first does the baseline's work."""
+    chosen = tuple(chosen)
+    defaults = tuple(name for name in DEFAULTS if name in chosen)
+    compiled = {"defaults, compiled": (*defaults, "compiled blocks")} if "compiled blocks" in chosen else {}
+    return {"equal work": (), **{name: (name,) for name in chosen}, "defaults": defaults, **compiled}
+
+
+def make_arms(args: argparse.Namespace, size: Size, device: torch.device) -> dict[str, Arm]:
+    """All arms, with equal weights, ready to step."""
+    half, plain = HALF[args.half], args.half == "fp32"
+    arms = {}
+    wanted = {name: found for name, found in ways(args.measures).items() if name in (args.only or (name,))}
+    for name, measures in {BASELINE: (), CHECKPOINTED: ("units recomputed",), **wanted}.items():
+        pair = sides(size, device)
+        for side in pair:
+            choose_parameters(side.unet, "lora", args.rank, torch.float32 if plain else half, torch.float32)
+            torch.manual_seed(1)
+            for parameter in trained(side.unet):  # a LoRA is born without effect: nothing could be compared
+                nn.init.normal_(parameter, std=0.02)
+        copy_weights(pair[0].unet, pair[1].unet)
+        arms[name] = Arm(pair[0 if name in (BASELINE, CHECKPOINTED) else 1])
+        arms[name].side.unet.train()
+        for measure in measures:
+            MEASURES[measure](arms[name])
+    return arms
+
+
+def encoding_share(size: Size, shape: Shape) -> float:
+    """FLOPs of encoding a clip over those of a forward pass of diffusers' UNet, counted on the meta device."""
+    from inflate.training.memory import Ledger, fused_attention
+
+    meta = torch.device("meta")
+    encoders, batch = frozen(size, meta, torch.float32, 0), meta_batch(size, shape, 1)
+    with meta:
+        unet = public_unet(size).to(meta)
+    counts = []
+    with torch.no_grad(), fused_attention():
+        for work in (
+            lambda: encoders.encode(torch.empty(1, 1 + shape[0], 3, *shape[1:], device=meta)),
+            lambda: encoders.clip(torch.empty(1, 3, *[encoders.clip.config.image_size] * 2, device=meta)),
+            lambda: public_loss(unet, batch),
+        ):
+            with Ledger() as ledger:
+                work()
+            counts.append(ledger.flops)
+    return (counts[0] + counts[1]) / counts[2]
+
+
+def run_arms(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """Step all arms in turn, each round in another order, on equal clips and noise; one case of the result file."""
+    frames, height, width = shape
+    device, half, size = torch.device(args.device), HALF[args.half], SIZES[args.size]
+    share = encoding_share(size, shape)
+    print(f"FLOPs of encoding over a forward pass: {share:.3f}; SVD-XT: {ENCODING_SHARE:.3f}", flush=True)
+    encoders = frozen(size, device, half, args.encode_chunk)
+    torch.manual_seed(2)
+    pixels = torch.rand(args.batch, frames, 3, height, width, device=device) * 2 - 1
+    kept = [encoders.encoded(pixels, seed) for seed in range(args.pairs + 1)]
+
+    def read(_: Tensor, seed: int) -> Batch:
+        return encoders.noised(kept[seed], seed)
+
+    arms = make_arms(args, size, device)
+    steppers = {
+        name: Stepper(arm.side, read if arm.cached else encoders, half if arm.autocast else torch.float32)
+        for name, arm in arms.items()
+    }
+    losses = {name: [float(stepper.step(pixels, args.pairs)[0])] for name, stepper in steppers.items()}
+    rows = []
+    for number in range(args.pairs):
+        order = sorted(steppers, key=lambda name: (list(steppers).index(name) + number) % len(steppers))
+        rows.append({name: steppers[name].timed(pixels, number) for name in order})
+        for name, timed in rows[-1].items():
+            losses[name].append(timed.pop("loss"))
+    found = {name: arm_figures(name, rows, losses, "wall" if device.type == "cuda" else "processor") for name in arms}
+    print(table_of(found), flush=True)
+    return {"shape": list(shape), "size": args.size, "half": args.half, "rounds": args.pairs} | {
+        "encoding share": share, "encoding share of SVD-XT": ENCODING_SHARE, "arms": found,
+    }  # fmt: skip
+
+
+def arm_figures(
+    name: str, rows: list[dict[str, dict[str, float]]], losses: dict[str, list[float]], clock: str
+) -> dict[str, Any]:
+    """Times as paired ratios (baseline / arm, above 1 is faster), and the largest relative difference of losses."""
+    ratios = sorted(row[BASELINE][clock] / row[name][clock] for row in rows)
+    checkpointed = sorted(row[CHECKPOINTED][clock] / row[name][clock] for row in rows)
+    apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses[name], losses[BASELINE], strict=True)]
+    return {
+        "seconds": statistics.median(row[name][clock] for row in rows),
+        "times as fast": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "times as fast as diffusers with its checkpointing": statistics.median(checkpointed),
+        "largest difference of losses": max(apart),
+        "peak_gb": max(row[name]["peak_gb"] for row in rows),
+    }
+
+
+def table_of(found: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, each in found.items():
+        (low, high), beside = each["quartiles"], each["times as fast as diffusers with its checkpointing"]
+        apart = each["largest difference of losses"]
+        lines.append(f"| {name} | {each['times as fast']:.2f} ({low:.2f} to {high:.2f}) | {beside:.2f} | {apart:.0e} |")
+    head = "| LoRA step | times as fast as diffusers (quartiles) | with its checkpointing | losses apart by |"
+    return "\n".join([head, "|---|---|---|---|", *lines])
+
+
+def plot_arms(case: dict[str, Any], path: Path) -> None:
+    """Bars of how many times as fast each arm is, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = list(case["arms"])[::-1]
+    values = [case["arms"][name]["times as fast"] for name in names]
+    ends = [case["arms"][name]["quartiles"] for name in names]
+    spans = [[max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)]]
+    spans.append([max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)])
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(names) + 1), layout="constrained")
+    axes.barh(names, values, xerr=spans, color="tab:blue", ecolor="black")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel(f"times as fast as diffusers, {'x'.join(map(str, case['shape']))}, higher is better")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def arm_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for shape in args.shapes:
+        yield run_arms(args, shape)
+
+
 # ---- --simulate: memory and FLOPs without a GPU
 
 
@@ -419,12 +656,14 @@ def meta_batch(size: Size, shape: Shape, count: int) -> Batch:
     return Batch(empty(latents), empty(latents), empty(latents), empty(count), empty(count, 1, size.context), ids)
 
 
-def simulate_side(side: Side, batch: Callable[[], Batch], args: argparse.Namespace, train: str, policy: str) -> Any:
-    """The Estimate of one side's step in pure bf16, the side's network being on the meta device."""
+def simulate_side(
+    side: Side, batch: Callable[[], Batch], args: argparse.Namespace, train: str, policy: str, fused: bool = False
+) -> Any:
+    """The Estimate of one side's step in pure bf16, or with a fused LoRA in float32; its network is on meta."""
     from inflate.training.memory import simulate
 
     side.unet.to(torch.bfloat16)
-    choose_parameters(side.unet, train, args.rank, torch.bfloat16, torch.bfloat16)
+    choose_parameters(side.unet, train, args.rank, torch.bfloat16, torch.float32 if fused else torch.bfloat16, fused)
     if args.inert == "freeze":
         freeze_inert(side)
     set_policy(side, policy)
@@ -435,7 +674,7 @@ def simulate_case(args: argparse.Namespace, shape: Shape, train: str, policy: st
     """Both sides' simulated step; prints a line per side and the ratio of the activation peaks."""
     from inflate.training.memory import held_table
 
-    size, rows = TINY if args.size == "tiny" else FULL, []
+    size, rows = SIZES[args.size], []
     print(f"{train}, {'x'.join(map(str, shape))}, policy {policy} ({POLICIES[policy]}), bf16", flush=True)
     for side in sides(size, torch.device("meta")):
         start = time.perf_counter()
@@ -485,7 +724,7 @@ def parse_shape(text: str) -> Shape:
 def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = own.add_mutually_exclusive_group(required=True)
-    for name in ("tiny", "full", "simulate"):
+    for name in ("tiny", "full", "arms", "simulate"):
         mode.add_argument(f"--{name}", action="store_true")
     own.add_argument("--shapes", nargs="+", type=parse_shape, help="FRAMESxHEIGHTxWIDTH in pixels")
     own.add_argument("--train", nargs="+", choices=["all", "lora"], default=["all", "lora"])
@@ -493,6 +732,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--policy", nargs="+", choices=list(POLICIES), help=policies)
     inert = "queries, keys and norm of cross-attention, which one context token gives no gradient, on our side"
     own.add_argument("--inert", choices=["train", "freeze"], default="train", help=inert)
+    own.add_argument("--only", nargs="+", help="arms of ours to run, by the names in the table")
     own.add_argument("--pairs", type=int, help="timed pairs of steps")
     own.add_argument("--rank", type=int, default=16, help="of the LoRA")
     own.add_argument("--batch", type=int, default=1)
@@ -500,7 +740,13 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--encode-chunk", type=int, default=0, help="frames per VAE call; 0: all at once, the common way")
     own.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
     own.add_argument("--device", help="of a timed run: cpu for --tiny, cuda for --full")
-    own.add_argument("--size", choices=["full", "tiny"], default="full", help="model of a simulated run")
+    own.add_argument("--size", choices=list(SIZES), help="model of a simulated run (full) or of arms (middle)")
+    own.add_argument(
+        "--measures",
+        nargs="+",
+        choices=list(MEASURES),
+        help="of arms; all that the device and the precision have a use for",
+    )
     own.add_argument("--table", type=int, default=0, metavar="N", help="simulated run: list N groups of held tensors")
     own.add_argument("--output", type=Path, help="the result file; default in benchmarks/results")
     return own
@@ -508,13 +754,17 @@ def parser() -> argparse.ArgumentParser:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the mode."""
-    name = "tiny" if args.tiny else "full" if args.full else "simulated"
+    name = "tiny" if args.tiny else "full" if args.full else "arms" if args.arms else "simulated"
+    small = args.tiny or args.arms
+    args.size = args.size or ("middle" if args.arms else "full")
     real = [(14, 320, 512), (25, 576, 1024)]
-    args.shapes = args.shapes or ([(4, 64, 64)] if args.tiny else real)
+    args.shapes = args.shapes or ([(4, 64, 64)] if small else real)
     args.policy = args.policy or (["own"] if args.simulate else ["none", "unit"] if args.tiny else list(POLICIES))
-    args.pairs = args.pairs or (15 if args.tiny else 8)
-    args.half = args.half or ("fp32" if args.tiny else "bf16")
-    args.device = args.device or ("cpu" if args.tiny else "cuda")
+    args.pairs = args.pairs or (15 if small else 8)
+    args.half = args.half or ("fp32" if small else "bf16")
+    args.device = args.device or ("cpu" if small else "cuda")
+    missing = {"compiled blocks": args.device == "cpu", "half precision without autocast": args.half == "fp32"}
+    args.measures = args.measures or [name for name in MEASURES if not missing.get(name)]
     args.output = args.output or RESULTS / f"train_step_{name}.json"
     return args
 
@@ -527,9 +777,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # losses are compared in full fp32
     quiet()
-    cases = list(simulated_cases(args) if args.simulate else measured_cases(args))
+    cases = list((simulated_cases if args.simulate else arm_cases if args.arms else measured_cases)(args))
     command = " ".join(["python benchmarks/train_step.py", *arguments])
     write(args.output, record(command, {"threads": args.threads, "cases": cases}))
+    for case in cases if args.arms else ():
+        plot_arms(case, args.output.with_suffix(".png"))
     print(f"written: {args.output}")
 
 

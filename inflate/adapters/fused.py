@@ -9,6 +9,7 @@ merging, scaling, switching adapters on and off) is untouched; a case that is no
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,24 +53,34 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        with torch.autocast(base.device.type, enabled=False):
-            inner = x.to(base.dtype) @ a.to(base.dtype).t()  # (N, R)
-            base.addmm_(inner, b.to(base.dtype).t(), alpha=scale)
+        ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
+        with _without_autocast(base):
+            a, b = a.to(base.dtype), _times(b, scale).to(base.dtype)
+            inner = x.to(base.dtype) @ a.t()  # (N, R)
+            base.addmm_(inner, b.t())
         ctx.mark_dirty(base)
         ctx.save_for_backward(x, inner, a, b)
-        ctx.scale = scale
         return base
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
         _, to_x, to_a, to_b, _ = ctx.needs_input_grad
-        with torch.autocast(gradient.device.type, enabled=False):
-            towards = gradient @ (b * ctx.scale).to(gradient.dtype)  # (N, R)
-            of_x = (towards @ a.to(towards.dtype)).to(x.dtype) if to_x else None
-            of_a = _over_tokens(towards, x, a.dtype) if to_a else None
-            of_b = _over_tokens(gradient, inner, b.dtype) * ctx.scale if to_b else None
+        with _without_autocast(gradient):
+            towards = gradient @ b  # (N, R)
+            of_x = (towards @ a).to(x.dtype) if to_x else None
+            of_a = _over_tokens(towards, x, ctx.dtypes[0]) if to_a else None
+            of_b = _times(_over_tokens(gradient, inner, ctx.dtypes[1]), ctx.scale) if to_b else None
         return gradient, of_x, of_a, of_b, None
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
 
 
 def _over_tokens(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,5 +156,5 @@ def _convolved(layer: LoraLayer, x: Tensor, names: list[str]) -> Tensor:
 
 def _apply(factor: Any, input: Tensor, scale: float = 1.0) -> Tensor:
     """What a factor, scaled, makes of an input, in the input's type."""
-    output: Tensor = factor._conv_forward(input, (factor.weight * scale).to(input.dtype), None)
+    output: Tensor = factor._conv_forward(input, _times(factor.weight, scale).to(input.dtype), None)
     return output

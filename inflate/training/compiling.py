@@ -36,14 +36,14 @@ class Compilation:
     TrainingError where there is no block to compile.
     """
 
-    def __init__(self, networks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    def __init__(self, networks: Iterable[nn.Module], backend: str | Backend = "inductor") -> None:
         self.units = [m for network in networks for m in network.modules() if isinstance(m, REPEATED)]
         if not self.units:
             raise TrainingError("training.compile=true: there is no inflated block to compile; set it to false")
         self.graphs = 0
         self.kinds: set[Kind] = set()
         self._told = 0
-        self._backend = torch._dynamo.lookup_backend(backend)
+        self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, GRAPHS * len(REPEATED))
