@@ -271,6 +271,8 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
         raise TrainingError(
             f"training.precision=fp16 cannot scale the losses of sharded weights; use bf16, or {remedy}"
         )
+    if settings.channels_last:
+        raise TrainingError(f"training.channels_last=true: weights in another order cannot be sharded; {remedy}")
     names = [player.name for player in players]
     if len(names) > 1:
         raise TrainingError(f"players {names} call each other's networks, which cannot be sharded; {remedy}")
