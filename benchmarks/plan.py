@@ -51,7 +51,7 @@ CASES = (
     Case(training={"accumulate": 4, "precision": "bf16"}), Case("temporal"), Case("temporal", memory=RECOMPUTED),
     Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}),
     Case("adapter"), Case("adapter", memory=RECOMPUTED), Case("adapter", {"precision": "bf16"}),
-    Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
+    Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED), Case(training={"channels_last": True}),
 )  # fmt: skip
 
 
