@@ -32,7 +32,7 @@ class Training:
     over frames, and sdpa elsewhere. All but sdpa need a GPU."""
     channels_last: bool = False
     """Let the weights of 2D convolutions lie channels last in memory, as a GPU's tensor cores take them; equal but for
-    rounding, and 2 % slower on a CPU."""
+    rounding. On a CPU slower and larger, see benchmarks/README.md; on a GPU not measured."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
