@@ -62,6 +62,7 @@ CASES = (
     Case("adapter", {"precision": "bf16"}, Memory(base="bf16")), Case("temporal", memory=Memory(base="int8")),
     Case(training=PURE), Case(training=LEAN), Case("temporal", LEAN), Case("adapter", PURE),
     Case(training={"optimizer": "adamw8bit", "ema": 0.9}),
+    Case(training={"channels_last": True}),
 )  # fmt: skip
 
 

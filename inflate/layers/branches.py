@@ -138,7 +138,8 @@ class FrameTransformer(nn.Module):
     def _normed(self, hidden: Tensor, frames: int) -> Tensor:
         """The features after the group norm, per clip: (B,F,C,H,W)."""
         if self.norm_over == "frame":
-            output: Tensor = self.norm(hidden).unflatten(0, (-1, frames))  # (B, F, C, H, W)
+            # On a CPU its backward pass crashes on channels-last input that needs no gradient (torch 2.13).
+            output: Tensor = self.norm(hidden.contiguous()).unflatten(0, (-1, frames))  # (B, F, C, H, W)
             return output
         video = hidden.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()  # (B, C, F, H, W)
         output = self.norm(video).transpose(1, 2)  # (B, F, C, H, W)

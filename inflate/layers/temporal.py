@@ -374,6 +374,15 @@ class VideoTransformer(Transformer2DModel):
     def _both(self, hidden: Tensor, context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._followed(super().forward(hidden, context, *args, **kwargs))
 
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        """The last projection of tokens (N,H*W,C), added to the features (N,C,H,W) in whatever order those lie."""
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        features = hidden_states.transpose(1, 2).unflatten(2, (height, width))  # (N, C, H, W)
+        return residual + (features if self.use_linear_projection else self.proj_out(features))
+
     def _followed(self, output: Any) -> Any:
         """The 2D output, of which the features (B*F,C,H,W) are the first part, after the temporal layer."""
         state = self.clip.state

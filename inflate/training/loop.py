@@ -29,6 +29,7 @@ from inflate.training.clock import Clock
 from inflate.training.compiling import Compilation
 from inflate.training.endings import SIGNALS, Keeper, Stop, check_room
 from inflate.training.gauge import gauge_of
+from inflate.training.layout import put_channels_last
 from inflate.training.log import Report
 from inflate.training.noise import Noise, seed_of
 from inflate.training.player import (
@@ -398,8 +399,11 @@ def check_beginning(output: Path) -> None:
 
 
 def place(task: Task, trainees: Sequence[Trainee], accelerator: Any) -> None:
-    """Move everything to the device; choose the kernels; wrap what is trained."""
-    choose_attention([one.module for one in trainees], trainees[0].settings, accelerator.device)
+    """Move everything to the device; choose kernels and the order of memory; wrap what is trained."""
+    settings, trained = trainees[0].settings, [one.module for one in trainees]
+    choose_attention(trained, settings, accelerator.device)
+    for network in [*task.frozen, *trained] if settings.channels_last else ():
+        put_channels_last(network)
     for module in task.frozen:
         module.to(accelerator.device).eval()
     for one in trainees:

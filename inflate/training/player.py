@@ -330,6 +330,8 @@ def check_shardable(players: Sequence[Player], settings: Training, sharding: Sha
             f"memory.base={base} keeps the weights that do not learn whole in every process, and sharding is to spread "
             f"them; set memory.base=as_loaded, or {remedy}"
         )
+    if settings.channels_last:
+        raise TrainingError(f"training.channels_last=true: weights in another order cannot be sharded; {remedy}")
     names = [player.name for player in players]
     if len(names) > 1:
         raise TrainingError(f"players {names} call each other's networks, which cannot be sharded; {remedy}")

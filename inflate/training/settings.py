@@ -37,6 +37,9 @@ class Training:
     """What computes attention, equal but for rounding: sdpa, a kernel that PyTorch chooses; flash, efficient or cudnn,
     that one of PyTorch's where it can be used and another elsewhere; xformers, in the trained networks; triton, our own
     over frames, and sdpa elsewhere. All but sdpa need a GPU."""
+    channels_last: bool = False
+    """Let the weights of 2D convolutions lie channels last in memory, as a GPU's tensor cores take them; equal but for
+    rounding. On a CPU slower and larger, see benchmarks/README.md; on a GPU not measured."""
     lr: float = 1e-4
     """Learning rate, for every player that names none of its own."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
