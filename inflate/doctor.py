@@ -305,9 +305,7 @@ def judge_shares(held: Sequence[int], every: int, asked: Sharding | None) -> Fin
     copies = asked.replicas if asked else len(held)
     if sum(held) != copies * every:
         found = f"{holding(asked)} were asked for, but there are {sum(held) / every:.3g} copies of them, not {copies}"
-        return failed(
-            found, "start processes by accelerate launch with a file of recipes/accelerate, for inflate alone"
-        )
+        return failed(found, "launch by a file of recipes/accelerate, and make no Accelerator ahead of inflate's")
     share = f", {max(held) / every:.0%} in each" if asked else ""
     return Finding(f"the same in all processes before the first step; {holding(asked)}{share}")
 

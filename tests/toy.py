@@ -81,10 +81,10 @@ class Layers(nn.Sequential):
 
 
 class Layered(Regression):
-    """In float64, and with weights that processes can share."""
+    """With weights that processes can share."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.float64)
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(dtype)
         self.network = Layers(*self.network)
         self.players = [Player("map", self.network, self.loss)]
 

@@ -95,7 +95,7 @@ def _replicas(environment: Mapping[str, str]) -> int:
         _one_of(environment, f"PARALLELISM_CONFIG_{kind}_SIZE", "1", ["1"], REMEDY_OF_GROUPS)
     replicas, shares = (int(environment.get(variable, "1")) for variable in (REPLICAS, SHARES))
     processes = int(environment.get("WORLD_SIZE", "1"))
-    if processes % replicas or (shares > 1 and replicas * shares != processes):
+    if replicas < 1 or processes % replicas or (shares > 1 and replicas * shares != processes):
         wrong = f"{REPLICAS}={replicas} and {SHARES}={shares} do not divide {processes} processes"
         raise TrainingError(f"{wrong} into groups; {REMEDY_OF_GROUPS}")
     return replicas

@@ -314,6 +314,21 @@ def test_any_number_of_processes_goes_on_with_shares_and_with_the_whole(tmp_path
     assert largest_difference(tensors(alone / "checkpoint-4", "map"), saved) < 1e-9
 
 
+def learn_narrow(output: Path) -> list[float]:
+    os.environ.update(FSDP2)
+    task = Layered(torch.bfloat16)
+    fit(task, Points(torch.bfloat16), settings(output, steps=2, ema=0.9, sharded_checkpoints=True))
+    return weights(task)
+
+
+def test_bfloat16_weights_are_shared_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
+    first, second = launch(learn_narrow, tmp_path / "run")
+    task = Layered(torch.bfloat16)
+    before = weights(task)
+    fit(task, Points(torch.bfloat16), settings(tmp_path / "run", steps=2, accumulate=2, ema=0.9, resume="latest"))
+    assert weights(task) == first == second != before
+
+
 def error_of_shares(output: Path, fault: str) -> str:
     """Of a run whose second process cannot write its share, or names another folder."""
 
@@ -469,7 +484,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
 def test_weights_of_two_types_are_refused(tmp_path: Path) -> None:
     task = Layered()
     task.network[0].bfloat16()
-    with pytest.raises(TrainingError, match=r"several types: torch.bfloat16, torch.float64; launch with .* ddp.yaml"):
+    with pytest.raises(TrainingError, match=r"several types: torch.bfloat16, torch.float64; launch with .*ddp.yaml"):
         check_shardable(task.players, settings(tmp_path), Sharding(True))
     task.network[0].requires_grad_(False)
     check_shardable(task.players, settings(tmp_path), Sharding(True))
