@@ -71,7 +71,7 @@ def sample(
     texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     parts = zip(texts, noise.split(batch), strict=True)
     latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
-    little = frame_by_frame(family.vae, is_large(noise, family.factor, settings.little_memory))
+    little = frame_by_frame(family.vae, is_large(noise[:1], family.factor, settings.little_memory))  # a clip at a time
     with visiting([family.vae], noise.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
