@@ -15,6 +15,7 @@ section 4.2.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from inflate.errors import InflateError
-from inflate.layers.clip import Clip, ClipState, Recompute, run
+from inflate.layers.clip import Clip, ClipState
+from inflate.layers.convolution import Convolution
+from inflate.layers.recompute import Recompute, divide, run
 from inflate.layers.temporal import ATTENTION_ROWS, TemporalConv, become, like, zero_
 
 NormOver = Literal["clip", "frame"]
@@ -42,6 +45,9 @@ class TemporalConvs(nn.Module):
     `dropout` stands before all but the first convolution.
     """
 
+    inner = True
+    recompute: Recompute | None = None
+
     def __init__(self, channels: int, groups: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), TemporalConv(channels))
@@ -57,9 +63,14 @@ class TemporalConvs(nn.Module):
 
     def forward(self, hidden: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
         """(B*F,C,H,W) features to (B*F,C,H,W); the time embedding is not used."""
-        video = hidden.unflatten(0, (-1, state.frames)).transpose(1, 2).contiguous()  # (B, C, F, H, W)
-        change = self.conv4(self.conv3(self.conv2(self.conv1(video))))  # (B, C, F, H, W)
-        return add_to_frames(hidden, change.transpose(1, 2).flatten(0, 1), state)  # (B*F, C, H, W)
+        change = run(self, partial(self._change, frames=state.frames), hidden)  # (B*F, C, H, W)
+        return add_to_frames(hidden, change, state)  # (B*F, C, H, W)
+
+    def _change(self, hidden: Tensor, frames: int) -> Tensor:
+        """What the convolutions add to (B*F,C,H,W) features."""
+        video = hidden.unflatten(0, (-1, frames)).transpose(1, 2).contiguous()  # (B, C, F, H, W)
+        change: Tensor = self.conv4(self.conv3(self.conv2(self.conv1(video))))  # (B, C, F, H, W)
+        return change.transpose(1, 2).flatten(0, 1)  # (B*F, C, H, W)
 
 
 class FrameTransformer(nn.Module):
@@ -68,6 +79,9 @@ class FrameTransformer(nn.Module):
     Its width is `heads * head_width`, whatever the number of channels. `positions` is the most frames it can tell apart
     by sinusoids, which it adds before each attention; None adds none, and any number of frames will do.
     """
+
+    inner = True
+    recompute: Recompute | None = None
 
     def __init__(
         self,
@@ -90,6 +104,7 @@ class FrameTransformer(nn.Module):
             positional_embeddings=None if positions is None else "sinusoidal",
             num_positional_embeddings=positions,
         )
+        divide(block.ff, block.norm3)
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Linear(width, channels)
         self.norm_over = norm_over
@@ -106,12 +121,17 @@ class FrameTransformer(nn.Module):
                 f"a clip of {state.frames} frames is longer than the {self.positions} positions of this motion module: "
                 "give shorter clips, or inflate with more motion_frames"
             )
-        clip = self._normed(hidden, state.frames)  # (B, F, C, H, W)
+        change = run(self, partial(self._change, frames=state.frames), hidden)  # (B*F, C, H, W)
+        return add_to_frames(hidden, change, state)  # (B*F, C, H, W)
+
+    def _change(self, hidden: Tensor, frames: int) -> Tensor:
+        """What the transformer adds to (B*F,C,H,W) features."""
+        clip = self._normed(hidden, frames)  # (B, F, C, H, W)
         batch, _, _, height, width = clip.shape
         rows = clip.permute(0, 3, 4, 1, 2).flatten(0, 2)  # (B*H*W, F, C)
-        change = self.proj_out(self._over_frames(self.proj_in(rows)))  # (B*H*W, F, C)
+        change: Tensor = self.proj_out(self._over_frames(self.proj_in(rows)))  # (B*H*W, F, C)
         change = change.unflatten(0, (batch, height, width)).permute(0, 3, 4, 1, 2)  # (B, F, C, H, W)
-        return add_to_frames(hidden, change.flatten(0, 1), state)  # (B*F, C, H, W)
+        return change.flatten(0, 1)  # (B*F, C, H, W)
 
     def _normed(self, hidden: Tensor, frames: int) -> Tensor:
         """The features after the group norm, per clip: (B,F,C,H,W)."""
@@ -129,7 +149,7 @@ class FrameTransformer(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class VideoConvIn(nn.Conv2d):
+class VideoConvIn(Convolution):
     """The first 2D convolution, followed by a transformer over frames; recomputed together under checkpointing."""
 
     clip: Clip

@@ -6,18 +6,13 @@ the duration of a forward pass; it is a plain attribute, not a module, and is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflate.errors import InflateError
-
-Recompute = Callable[..., Any]
-"""A checkpoint function: called with a function and its tensors, it keeps only the tensors."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +51,3 @@ class Clip:
             yield
         finally:
             self._state = before
-
-
-def run(module: nn.Module, function: Callable[..., Any], *tensors: Any) -> Any:
-    """Call `function(*tensors)`; with checkpointing on, keep only the tensors and call again in the backward pass.
-
-    The recomputation sees the clip state of its own forward pass: by then the model may have been called with another
-    clip, whose frame count or image mask would give wrong gradients without a word.
-    """
-    recompute: Any = module.recompute
-    if recompute is None or not torch.is_grad_enabled():
-        return function(*tensors)
-    clip: Any = module.clip
-    state = clip.state
-
-    def again(*tensors: Any) -> Any:
-        with clip.during(state):
-            return function(*tensors)
-
-    return recompute(again, *tensors)
-
-
-def set_recompute(model: nn.Module, recompute: Recompute | None) -> None:
-    """Give every unit of `model` that can be checkpointed as a whole its checkpoint function, or take it away."""
-    for module in model.modules():
-        if hasattr(module, "recompute"):
-            setattr(module, "recompute", recompute)  # noqa: B010 -- a plain attribute, which mypy takes for a tensor
-
-
-def recomputes(model: nn.Module) -> bool:
-    """Whether any unit of `model` is checkpointed."""
-    return any(getattr(module, "recompute", None) is not None for module in model.modules())

@@ -31,7 +31,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inflate.layers.clip import Clip, ClipState, Recompute, run
+from inflate.layers.clip import Clip, ClipState
+from inflate.layers.convolution import Convolution, convolutions_within, convolve
+from inflate.layers.recompute import Recompute, divide, run
+from inflate.layers.up_blocks import join
 
 ATTENTION_ROWS = 65_535
 """Most sequences in one attention call: CUDA's fused kernels launch one block row each and cannot index more."""
@@ -88,7 +91,7 @@ class TemporalConv(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         pixels = input.flatten(3)  # (B, C, F, H*W)
         weight, around = self.weight.squeeze(-1), (self.kernel_size[0] // 2, 0)
-        output = functional.conv2d(pixels, weight, self.bias, padding=around, groups=self.groups)  # (B, C, F, H*W)
+        output = convolve(pixels, weight, self.bias, padding=around, groups=self.groups)  # (B, C, F, H*W)
         return output.unflatten(3, input.shape[3:])  # (B, C, F, H, W)
 
     def identity_(self) -> None:
@@ -105,6 +108,9 @@ class TemporalResnet(nn.Module):
     gives the temporal path sigmoid(mix) instead of 1 - sigmoid(mix), as in the video decoder.
     """
 
+    inner = True
+    recompute: Recompute | None = None
+
     def __init__(self, channels: int, groups: int, eps: float, time_channels: int | None, reverse: bool) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
@@ -118,6 +124,10 @@ class TemporalResnet(nn.Module):
 
     def forward(self, spatial: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
         """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C,H,W)."""
+        output: Tensor = run(self, partial(self._mixed, state=state), spatial, time)
+        return output
+
+    def _mixed(self, spatial: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
         spatial = spatial.unflatten(0, (-1, state.frames))  # (B, F, C, H, W)
         # The norm copies to this layout anyway; on a CPU its backward pass crashes on channels-last input (torch 2.13).
         video = spatial.transpose(1, 2).contiguous()  # (B, C, F, H, W)
@@ -193,6 +203,9 @@ class TemporalTransformer(nn.Module):
     put in the order (pixels, frames): one copy per block.
     """
 
+    inner = True
+    recompute: Recompute | None = None
+
     def __init__(self, width: int, heads: int, head_width: int, context_width: int | None) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(width)
@@ -204,12 +217,18 @@ class TemporalTransformer(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width, activation_fn="geglu")
         zero_(self.ff_in.net[-1], self.attn1.to_out, self.ff.net[-1])
+        divide(self.ff_in, self.norm_in)
+        divide(self.ff, self.norm3)
         if self.attn2 is not None:
             zero_(self.attn2.to_out)
             constant_when_single(self)
 
     def forward(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         """Tokens (B,F,N,C) and the context (B,L,D) of each clip's first frame to (B,F,N,C)."""
+        output: Tensor = run(self, self._parts, hidden, context)
+        return output
+
+    def _parts(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         hidden = hidden + self.ff_in(self.norm_in(hidden))
         hidden = hidden + self._over_frames(self.norm1(hidden))
         if self.attn2 is not None and self.norm2 is not None and context is not None:
@@ -260,9 +279,9 @@ class VideoResnet(ResnetBlock2D):
     recompute: Recompute | None = None
     temporal: nn.Module | None
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """(B*F,C,H,W) features and (B*F,E) time embedding to (B*F,C',H',W')."""
-        output: Tensor = run(self, self._both, input_tensor, temb)
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """(B*F,C,H,W) features, of which `skip` may be the last channels, and (B*F,E) embedding to (B*F,C',H',W')."""
+        output: Tensor = run(self, self._both, input_tensor, temb, skip)
         return output
 
     def image(self, hidden: Tensor, time: Tensor | None = None) -> Tensor:
@@ -270,8 +289,9 @@ class VideoResnet(ResnetBlock2D):
         output: Tensor = super().forward(hidden, time)
         return output
 
-    def _both(self, hidden: Tensor, time: Tensor | None) -> Tensor:
-        hidden = self.image(hidden, time)  # (B*F, C', H', W')
+    def _both(self, hidden: Tensor, time: Tensor | None, skip: Tensor | None) -> Tensor:
+        joined = hidden if skip is None else join(hidden, skip)  # (B*F, C, H, W)
+        hidden = self.image(joined, time)  # (B*F, C', H', W')
         state = self.clip.state
         if self.temporal is None or state.bypass:
             return hidden
@@ -279,7 +299,30 @@ class VideoResnet(ResnetBlock2D):
         return output
 
 
-class VideoBlock(BasicTransformerBlock):
+class SpatialBlock(BasicTransformerBlock):
+    """A 2D transformer block of a video transformer: a sub-block of what is recomputed."""
+
+    inner = True
+    recompute: Recompute | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Tokens (B*F,N,C) and per-frame context (B*F,L,D) to (B*F,N,C)."""
+
+        def spatial(hidden: Tensor, context: Any) -> Any:
+            return super(SpatialBlock, self).forward(hidden, attention_mask, context, *args, **kwargs)
+
+        output: Tensor = run(self, spatial, hidden_states, encoder_hidden_states)
+        return output
+
+
+class VideoBlock(SpatialBlock):
     """A 2D transformer block followed by a temporal one."""
 
     clip: Clip
@@ -295,7 +338,7 @@ class VideoBlock(BasicTransformerBlock):
         **kwargs: Any,
     ) -> Tensor:
         """Tokens (B*F,N,C) and per-frame context (B*F,L,D) to (B*F,N,C)."""
-        hidden: Tensor = super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        hidden = super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
         state = self.clip.state
         if state.bypass:
             return hidden
@@ -359,7 +402,7 @@ class VideoUpsample(Upsample2D):
         return output
 
 
-class VideoConvOut(nn.Conv2d):
+class VideoConvOut(Convolution):
     """The last 2D convolution of a decoder, followed by a temporal one over the pixels."""
 
     clip: Clip
@@ -383,6 +426,7 @@ class VideoConvOut(nn.Conv2d):
 
 def inflate_resnet(resnet: ResnetBlock2D, clip: Clip, temporal: nn.Module | None) -> None:
     """Turn a 2D residual block into a `VideoResnet` in place."""
+    convolutions_within(resnet)
     resnet.temporal = None if temporal is None else like(temporal, resnet)
     become(resnet, VideoResnet, clip)
 
@@ -394,16 +438,20 @@ def inflate_transformer(
 
     `temporal` is the layer after it or, with video blocks, the `TransformerTime` that they share.
     """
+    convolutions_within(transformer)
     transformer.temporal = None if temporal is None else like(temporal, transformer)
     become(transformer, VideoTransformer, clip)
     for spatial in transformer.transformer_blocks:
         constant_when_single(spatial)
+        spatial.__class__ = SpatialBlock
+        divide(spatial.ff, spatial.norm3)
     for spatial in list(transformer.transformer_blocks)[len(transformer.transformer_blocks) - blocks :]:
         _inflate_block(spatial, clip, transformer.temporal)
 
 
 def inflate_upsample(upsample: Upsample2D, clip: Clip) -> None:
     """Turn 2D upsampling into a `VideoUpsample` in place."""
+    convolutions_within(upsample)
     become(upsample, VideoUpsample, clip)
 
 

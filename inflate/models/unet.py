@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -36,8 +37,11 @@ from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryError
 from inflate.layers.branches import FrameTransformer, NormOver, TemporalConvs, VideoConvIn, inflate_conv_in
-from inflate.layers.clip import Clip, ClipState, recomputes, set_recompute
+from inflate.layers.clip import Clip, ClipState
+from inflate.layers.convolution import convolutions_within
+from inflate.layers.recompute import recomputes, set_recompute
 from inflate.layers.temporal import (
+    SpatialBlock,
     TemporalResnet,
     TransformerTime,
     VideoBlock,
@@ -47,6 +51,7 @@ from inflate.layers.temporal import (
     inflate_transformer,
     inflate_upsample,
 )
+from inflate.layers.up_blocks import VideoCrossAttnUpBlock, inflate_up_block
 
 BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UNetMidBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D)
 """The blocks of Stable Diffusion 1, 2 and XL: what inflation knows how to extend."""
@@ -155,6 +160,8 @@ class VideoUNet(UNet2DConditionModel):
 
     _no_split_modules = [  # noqa: RUF012 -- diffusers reads a list
         *UNet2DConditionModel._no_split_modules,
+        VideoCrossAttnUpBlock.__name__,
+        SpatialBlock.__name__,
         VideoBlock.__name__,
         VideoResnet.__name__,
         VideoTransformer.__name__,
@@ -306,6 +313,8 @@ class VideoUNet(UNet2DConditionModel):
             motion = motion_sites(block, spec)
             for module in list(block.modules()):
                 self._inflate(module, spec, module in motion)
+            inflate_up_block(block)
+        convolutions_within(self.conv_out)
         register(self, temporal=spec.to_dict())
 
     def _inflate(self, module: nn.Module, spec: TemporalSpec, motion: bool) -> None:
@@ -317,6 +326,8 @@ class VideoUNet(UNet2DConditionModel):
             inflate_transformer(module, self.clip, after_transformer(module, spec, motion), blocks)
         elif isinstance(module, Upsample2D):
             inflate_upsample(module, self.clip)
+        elif isinstance(module, Downsample2D):
+            convolutions_within(module)
 
     def _blocks(self) -> list[nn.Module]:
         middle = [] if self.mid_block is None else [self.mid_block]

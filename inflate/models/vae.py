@@ -21,7 +21,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from inflate.errors import ConfigError, InflateError, SurgeryError
-from inflate.layers.clip import Clip, ClipState, Recompute, recomputes, run, set_recompute
+from inflate.layers.clip import Clip, ClipState
+from inflate.layers.recompute import Recompute, recomputes, run, set_recompute
 from inflate.layers.temporal import VideoResnet, inflate_conv_out, inflate_resnet, inflate_upsample
 from inflate.models import streaming
 from inflate.models.unet import check_no_adapters, keep_signature, load_strictly, temporal_resnet

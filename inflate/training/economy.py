@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL
+import difflib
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 
+from diffusers import AutoencoderKL
+from torch import nn
+
+from inflate.errors import ConfigError
+from inflate.layers.offload import Offload
+from inflate.layers.policy import Policy
+from inflate.layers.recompute import feed_forwards, recompute_by, units
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.training.memory_settings import Memory
 
 
 def save_memory(network: VideoUNet | VideoVAE, settings: Memory) -> None:
-    """Let a network, whose trained parameters are chosen already, run as the settings say."""
-    if settings.recompute == "units":
-        network.enable_gradient_checkpointing()
+    """Let a network, whose trained parameters are chosen already, run as the settings say.
+
+    Raises ConfigError for a pattern that fits no unit, and for what only transformers have where there are none.
+    """
+    policies = policies_of(units(network), settings)
+    _check_transformers(network, policies.values(), settings)
+    recompute_by(network, policies, settings.feed_forward_parts, Offload() if settings.offload else None)
 
 
 def save_decoding(vae: AutoencoderKL, settings: Memory) -> None:
@@ -21,3 +34,38 @@ def save_decoding(vae: AutoencoderKL, settings: Memory) -> None:
         vae.stream(settings.decode_rows)
     elif settings.decode_rows:
         vae.enable_slicing()
+
+
+def policies_of(names: Iterable[str], settings: Memory) -> dict[str, Policy]:
+    """The policy of each unit, by its name; ConfigError for a pattern that fits none."""
+    policies: dict[str, Policy] = dict.fromkeys(names, settings.recompute)
+    for pattern, policy in settings.recompute_in.items():
+        fitting = [name for name in policies if any(fnmatchcase(block, pattern) for block in _around(name))]
+        if not fitting:
+            raise ConfigError(f"memory.recompute_in: {pattern} fits no block{_nearest(pattern, policies)}")
+        policies |= dict.fromkeys(fitting, policy)  # type: ignore[arg-type]  # checked by the settings
+    return policies
+
+
+def _around(name: str) -> Iterator[str]:
+    """A unit's name, and those of the blocks around it: up_blocks.3 of up_blocks.3.resnets.0."""
+    words = name.split(".")
+    return (".".join(words[: length + 1]) for length in range(len(words)))
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    blocks = {block for name in names for block in _around(name)}
+    near = difflib.get_close_matches(pattern, sorted(blocks), 3, 0.5)
+    return f"; the nearest are {', '.join(near)}" if near else ""
+
+
+def _check_transformers(network: nn.Module, policies: Iterable[Policy], settings: Memory) -> None:
+    if any(feed_forwards(network)):
+        return
+    asked = [f"memory.recompute={policy}" for policy in {*policies} - {"nothing", "units"}]
+    asked += [f"memory.feed_forward_parts={settings.feed_forward_parts}"] if settings.feed_forward_parts > 1 else []
+    if asked:
+        raise ConfigError(
+            f"{sorted(asked)[0]} is for networks with transformers, of which a {type(network).__name__} has none: set "
+            "memory.recompute=units"
+        )

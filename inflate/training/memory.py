@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inflate.errors import TrainingError
+from inflate.layers.offload import is_resting
 
 FLASH_HEAD_LIMIT = 256  # channels per head; wider heads take the memory-efficient kernel
 HALVES = (torch.bfloat16, torch.float16)
@@ -55,7 +56,8 @@ class Estimate:
 class Ledger(TorchDispatchMode):
     """Counts the bytes of live storages and the FLOPs of every operation while it is active.
 
-    Only tensors of one kind of device count. What is counted is told apart by phases, which `begin` names.
+    Only tensors of one kind of device count, and of those not what rests elsewhere (`inflate.layers.offload`). What is
+    counted is told apart by phases, which `begin` names.
     """
 
     def __init__(self, device: str = "meta") -> None:
@@ -97,7 +99,7 @@ class Ledger(TorchDispatchMode):
                 self._enter(value, operation)
 
     def _enter(self, tensor: Tensor, operation: str) -> None:
-        if tensor.device.type != self.device:
+        if tensor.device.type != self.device or is_resting():
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

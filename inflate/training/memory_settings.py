@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 from inflate.errors import ConfigError
+from inflate.layers.policy import POLICIES, WHOLE, Policy
 
 
 @dataclass
 class Memory:
     """How a run saves memory of the GPU. Every measure leaves results as they are, but for those that say otherwise."""
 
-    recompute: Literal["nothing", "units"] = "nothing"
-    """What the backward pass computes again: nothing, or every residual block and every transformer, its temporal
-    layers included, for about a third more time."""
+    recompute: Policy = "nothing"
+    """What the backward pass computes again: nothing; feed_forward, the wide middle of the transformers' feed-forwards;
+    units, every residual block and every transformer, its temporal layers included, for about a third more time;
+    all_but_attention, units of which attention's outputs are kept, for less time; nested, units whose transformers are
+    then recomputed block by block, for the most time and the least memory."""
+    recompute_in: dict[str, str] = field(default_factory=dict)
+    """Another choice for some blocks, by their names or patterns of them, the last that fits:
+    {up_blocks.3: nested, "down_blocks.*": nothing}."""
+    feed_forward_parts: int = 1
+    """Parts in which the feed-forwards of transformers run, over the tokens, each computed again in the backward pass:
+    their wide middle is there for one part at a time. 1: all at once."""
+    offload: bool = False
+    """What units keep for their recomputation rests in pinned memory of the CPU and comes back a unit ahead, while the
+    GPU computes. Without a GPU nothing is gained."""
     encode_frames: int = 0
     """Most frames that the VAE encodes at once, in steps, held-out losses, previews and `inflate data cache`; 0 = all
     frames of a clip. Exact: it sees frames one by one. 1 needs least memory; a large frame fills a GPU by itself."""
@@ -30,3 +41,13 @@ class Memory:
             )
         if self.decode_rows < 0:
             raise ConfigError(f"memory.decode_rows={self.decode_rows}: must be 1 or more, or 0 to decode whole clips")
+        for pattern, policy in self.recompute_in.items():
+            if policy not in POLICIES:
+                raise ConfigError(f"memory.recompute_in: {pattern}: {policy} is none of {', '.join(POLICIES)}")
+        if self.feed_forward_parts < 1:
+            raise ConfigError(f"memory.feed_forward_parts={self.feed_forward_parts}: at least 1, which divides nothing")
+        if self.offload and not {self.recompute, *self.recompute_in.values()} & {*WHOLE}:
+            raise ConfigError(
+                "memory.offload=true moves what recomputed units keep, and none is recomputed: set "
+                "memory.recompute=units, all_but_attention or nested"
+            )

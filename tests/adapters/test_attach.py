@@ -19,7 +19,7 @@ from inflate.adapters.settings import KINDS
 from inflate.errors import CheckpointError
 from inflate.families.svd import SVD
 from inflate.families.svd_keys import unet_to_diffusers
-from inflate.layers.clip import recomputes
+from inflate.layers.recompute import recomputes
 from inflate.models.unet import VideoUNet
 
 

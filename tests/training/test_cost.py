@@ -46,6 +46,11 @@ def predicted(training: Training, gpu: bool = False, looking: bool = False, **ch
         ({}, {"memory": Memory(recompute="units")}),
         ({"precision": "bf16", "accumulate": 4, "ema": 0.9}, {}),
         ({"batch": 2}, {"trainable": "temporal"}),
+        ({"precision": "bf16"}, {"memory": Memory("nested", feed_forward_parts=3, offload=True)}),
+        (
+            {"batch": 3},
+            {"memory": Memory("all_but_attention", {"up_blocks.0": "feed_forward"}), "trainable": "temporal"},
+        ),
     ],
 )
 def test_a_step_on_paper_is_the_real_steps_equal(training: dict[str, Any], changes: dict[str, Any]) -> None:
