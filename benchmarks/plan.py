@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.clips import collate
 from inflate.families.svd import FAMILY, SVD
+from inflate.models.vae import encode_at_most
 from inflate.training.adapting import Adapting
 from inflate.training.bfloat16 import Narrow
 from inflate.training.cost import Cost, Watched, measure, on_paper
@@ -63,6 +64,7 @@ CASES = (
     Case(training=PURE), Case(training=LEAN), Case("temporal", LEAN), Case("adapter", PURE),
     Case(training={"optimizer": "adamw8bit", "ema": 0.9}),
     Case(training={"channels_last": True}),
+    Case("adapter", {"batch": 2}, memory=Memory(encode_frames=1)),
 )  # fmt: skip
 
 
@@ -82,6 +84,7 @@ def prepared(case: Case, paper: Paper | None = None) -> tuple[Watched, Training,
     batch = dict(collate([item(number) for number in range(training.batch)]))
     batch["pixels"] = paper.like(batch["pixels"]) if paper else batch["pixels"]
     save_decoding(family.vae, case.memory)
+    encode_at_most(family.vae, case.memory.encode_frames)
     task = decoder_task(family, batch) if case.trains == "decoder" else image_to_video_task(case, family)
     return task, training, batch
 

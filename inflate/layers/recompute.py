@@ -11,6 +11,7 @@ Recomputation in Large Transformer Models (2022), which keeps what is dear to co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -166,6 +167,19 @@ def sub_blocks(unit: nn.Module) -> Iterator[nn.Module]:
 def feed_forwards(unit: nn.Module) -> Iterator[InParts]:
     """The feed-forwards of a unit."""
     return (module for module in unit.modules() if isinstance(module, InParts))
+
+
+@contextmanager
+def in_parts(model: nn.Module, parts: int) -> Iterator[None]:
+    """A model whose feed-forwards run in so many parts meanwhile, if more than before: the same in less memory."""
+    before = [(each, each.parts) for each in feed_forwards(model)]
+    for each, own in before:
+        each.parts = max(own, parts)
+    try:
+        yield
+    finally:
+        for each, own in before:
+            each.parts = own
 
 
 def _is_recomputed(module: nn.Module) -> bool:

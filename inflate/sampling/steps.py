@@ -15,6 +15,8 @@ Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps the list of steps, as tqdm does."""
 TOGETHER = 16 * 512 * 512
 """Pixels that the network is given together where no other number is asked for."""
+PARTS = 8
+"""Parts in which the feed-forwards of large clips run."""
 
 
 def integrate(

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
+from inflate.layers.recompute import in_parts
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import Progress, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, Progress, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -44,8 +45,8 @@ class Sampling:
     sigma_max: float | None = None
     """highest noise level; none: the model's own, 700 where the network can be told of it"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clip; none:
-    where it is large, of more than 8 frames of 512x512"""
+    """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clip; none: where it
+    is large, of more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.frames is not None and self.frames < 1):
@@ -98,14 +99,15 @@ def sample_latents(
     settings = settings or Sampling()
     scheduler = family.scheduler(settings.sigma_min, settings.sigma_max)
     scheduler.set_timesteps(settings.steps, device=noise.device)
+    large = is_large(noise, family.factor, settings.little_memory)
     guidance, without = None, None
     if settings.guidance_max > 1.0:
         guidance = torch.linspace(settings.guidance_min, settings.guidance_max, noise.shape[1]).to(noise)
-        if is_large(noise, family.factor, settings.little_memory):
+        if large:
             without = _predict(family, condition.null())
         else:
             condition = Condition.cat([condition.null(), condition])
-    with visiting([family.unet], noise.device), evaluating(family.unet):
+    with visiting([family.unet], noise.device), evaluating(family.unet), in_parts(family.unet, PARTS if large else 0):
         return euler(_predict(family, condition), noise, scheduler, guidance, progress, without)
 
 

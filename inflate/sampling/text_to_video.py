@@ -13,11 +13,12 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
+from inflate.layers.recompute import in_parts
 from inflate.models.text_encoders import TextCondition
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import TOGETHER, Progress, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, TOGETHER, Progress, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -42,8 +43,8 @@ class Sampling:
     batch: int | None = None
     """clips drawn together; none: as many as have the pixels of 16 frames of 512x512"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clips; none:
-    where they are large, more than 8 frames of 512x512 together"""
+    """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clips; none: where
+    they are large, more than 8 frames of 512x512 together"""
 
     def __post_init__(self) -> None:
         given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
@@ -71,7 +72,7 @@ def sample(
     texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     parts = zip(texts, noise.split(batch), strict=True)
     latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
-    little = frame_by_frame(family.vae, is_large(noise, family.factor, settings.little_memory))
+    little = frame_by_frame(family.vae, is_large(noise[:1], family.factor, settings.little_memory))  # a clip at a time
     with visiting([family.vae], noise.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
@@ -99,17 +100,17 @@ def sample_latents(
     settings = settings or Sampling()
     scheduler = family.scheduler(settings.sampler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
+    large = is_large(noise, family.factor, settings.little_memory)
     guidance, without = None, None
     texts = [list(prompts)]
     if settings.guidance > 1.0:
         guidance = noise.new_full((noise.shape[1],), settings.guidance)
         negatives = [settings.negative] * len(prompts)
-        in_turn = is_large(noise, family.factor, settings.little_memory)
-        texts = [list(prompts), negatives] if in_turn else [[*negatives, *prompts]]
+        texts = [list(prompts), negatives] if large else [[*negatives, *prompts]]
     with visiting(family.text.networks, noise.device), evaluating(*family.text.networks):
         predict, *others = [_predict(family, family.embed(each)) for each in texts]
     without = others[0] if others else None
-    with visiting([family.unet], noise.device), evaluating(family.unet):
+    with visiting([family.unet], noise.device), evaluating(family.unet), in_parts(family.unet, PARTS if large else 0):
         return integrate(predict, noise, scheduler, guidance, progress, without)
 
 

@@ -96,8 +96,8 @@ class Preview:
     noise_aug: float = 0.02
     """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clip; none:
-    where it is large, of more than 8 frames of 512x512"""
+    """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clip; none: where it
+    is large, of more than 8 frames of 512x512"""
 
 
 class ImageToVideoTask:

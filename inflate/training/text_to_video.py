@@ -78,8 +78,8 @@ class Preview:
     sampler: Sampler = "ddim"
     """ddim, or euler"""
     little_memory: bool | None = None
-    """take guidance's two passes in turn, not as one batch, and decode frame by frame: the same clips; none:
-    where they are large, more than 8 frames of 512x512 together"""
+    """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clips; none: where
+    they are large, more than 8 frames of 512x512 together"""
 
 
 class TextToVideoTask:

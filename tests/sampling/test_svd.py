@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from helpers import randomise, tiny_unet, tiny_vae
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition, euler_scheduler, evaluating
+from inflate.layers.recompute import feed_forwards
 from inflate.models.precision import cast
 from inflate.models.unet import TemporalSpec
 from inflate.objectives import EDM
@@ -111,6 +112,7 @@ def test_passes_in_turn_draw_the_clip_of_passes_together(family: SVD, image: Ten
     torch.testing.assert_close(drawn[0], drawn[1], atol=1e-6, rtol=0)  # float32 in the end
     assert torch.equal(drawn[2], drawn[1])
     assert batches == [2] * 4 + [4] * 4
+    assert not any(each.parts for each in feed_forwards(family.unet))
     condition = condition_of(family, image.double(), settings(), torch.Generator().manual_seed(0))
     noise = initial_noise(family, image.double(), settings(), torch.Generator().manual_seed(0))
     latents = [sample_latents(family, condition, noise, settings(little_memory=one)) for one in (True, False)]

@@ -45,5 +45,4 @@ def test_the_published_model_samples_in_little_memory() -> None:
     cast(made.parts.values(), "bfloat16")
     peaks = {part: peak / GB for part, peak in on_paper(made, Bucket(25, 576, 1024), Sampling()).items()}
     assert max(peaks["embed"], peaks["encode"]) < 2
-    assert peaks["denoise"] < 7.2
-    assert peaks["decode"] < 6
+    assert max(peaks["denoise"], peaks["decode"]) < 6
