@@ -52,6 +52,8 @@ CASES = (
     Case("temporal", {"precision": "bf16", "batch": 2, "ema": 0.9}),
     Case("adapter"), Case("adapter", memory=RECOMPUTED), Case("adapter", {"precision": "bf16"}),
     Case("adapter", {"batch": 2, "accumulate": 2}, memory=RECOMPUTED),
+    Case("adapter", {"precision": "bf16"}, memory=Memory("nested", {"down_blocks.*": "all_but_attention"}, 4)),
+    Case(memory=Memory("feed_forward")),
 )  # fmt: skip
 
 
