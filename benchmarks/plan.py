@@ -65,6 +65,8 @@ CASES = (
     Case(training={"optimizer": "adamw8bit", "ema": 0.9}),
     Case(training={"channels_last": True}),
     Case("adapter", {"batch": 2}, memory=Memory(encode_frames=1)),
+    Case("adapter", {"precision": "bf16"}, memory=Memory("nested", {"down_blocks.*": "all_but_attention"}, 4)),
+    Case(memory=Memory("feed_forward")),
 )  # fmt: skip
 
 

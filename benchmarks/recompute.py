@@ -132,7 +132,7 @@ def main() -> None:
             continue
         print(f"{case.model}, {case.train}, {'x'.join(map(str, case.shape))}", flush=True)
         rows += [row(case, memory) for memory in MEASURES]
-    write(arguments.output, record(command("OUT.json"), {"rank": RANK, "cases": rows}))
+        write(arguments.output, record(command("OUT.json"), {"rank": RANK, "cases": rows}))
 
 
 if __name__ == "__main__":
