@@ -378,10 +378,12 @@ class VideoTransformer(Transformer2DModel):
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         """The last projection of tokens (N,H*W,C), added to the features (N,C,H,W) in whatever order those lie."""
-        if self.use_linear_projection:
-            hidden_states = self.proj_out(hidden_states)
-        features = hidden_states.transpose(1, 2).unflatten(2, (height, width))  # (N, C, H, W)
-        return residual + (features if self.use_linear_projection else self.proj_out(features))
+        if not self.use_linear_projection:  # in another order a convolution would round otherwise than the parent's
+            output: Tensor = super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+            return output
+        return residual + self.proj_out(hidden_states).transpose(1, 2).unflatten(2, (height, width))  # (N, C, H, W)
 
     def _followed(self, output: Any) -> Any:
         """The 2D output, of which the features (B*F,C,H,W) are the first part, after the temporal layer."""
