@@ -17,7 +17,7 @@ class Memory:
     layers included, for about a third more time."""
     decode_rows: int = 0
     """Decode clips frame by frame, and the temporal layers by so many pixel rows at a time, such as 16; 0 = whole clips
-    at once. Exact, for a tenth more arithmetic; training a decoder takes three quarters more."""
+    at once. Exact, for a tenth more arithmetic; training a decoder takes two thirds more."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
