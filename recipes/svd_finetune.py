@@ -77,6 +77,10 @@ class Config:
             raise ConfigError(f"data: bucket {single[0]} has one frame; stage={self.stage} needs two or more")
         if self.stage == "decoder":
             refuse_draws(self.data, self.stage)
+            if self.memory.decode_bf16:
+                raise ConfigError(
+                    "memory.decode_bf16 rounds previews; what stage=decoder computes in, training.precision says"
+                )
             if self.training.precision == "pure_bf16":
                 raise ConfigError(
                     "training.precision=pure_bf16 rounds the weights of the VAE, of which stage=decoder has to "

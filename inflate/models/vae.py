@@ -186,6 +186,11 @@ def encode_at_most(vae: AutoencoderKL, frames: int) -> None:
     setattr(vae, "frames_at_once", frames)  # noqa: B010 -- a plain attribute, of a class that may be diffusers'
 
 
+def decode_in_half(vae: AutoencoderKL, wanted: bool) -> None:
+    """Let `decode_clips` compute in bfloat16 by autocast, which rounds, in about half the memory; weights stay."""
+    setattr(vae, "halves", wanted)  # noqa: B010 -- a plain attribute, of a class that may be diffusers'
+
+
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKL, frames: Tensor, together: int | None = None) -> Tensor:
     """Unscaled latents (N, C, h, w), the posterior's modes, of frames (N, 3, H, W) in [-1, 1]; without gradient.
@@ -235,11 +240,18 @@ def decode_clips(vae: AutoencoderKL, latents: Tensor, chunk: int | None = None, 
     With temporal layers `chunk` frames see each other, by default all; without, each frame stands alone.
     """
     unscaled = latents.to(vae.dtype) / vae.config.scaling_factor  # (B, F, C, h, w)
-    if not temporal:
-        frames: Tensor = vae.decode(unscaled.flatten(0, 1), return_dict=False)[0]  # (B F, 3, H, W)
-        return frames.unflatten(0, latents.shape[:2])
-    parts = unscaled.split(chunk or latents.shape[1], dim=1)
-    return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts], dim=1)
+    parts = unscaled.split(chunk or latents.shape[1], dim=1) if temporal else (unscaled.flatten(0, 1),)
+    made = [_decode(vae, part) for part in parts]
+    return torch.cat(made, dim=1) if temporal else made[0].unflatten(0, latents.shape[:2])
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels of unscaled latents, of clips or of images."""
+    if not getattr(vae, "halves", False):
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        return vae.decode(latents, return_dict=False)[0].to(latents.dtype)
 
 
 def check_vae(vae: nn.Module) -> None:

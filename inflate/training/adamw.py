@@ -37,7 +37,8 @@ class AdamW(torch.optim.Optimizer):
 
     `names` are the parameters' own: with the seed and the number of a parameter's updates so far, they alone decide how
     it is rounded. Beside what PyTorch keeps (`step`, `exp_avg`, `exp_avg_sq`) a parameter's state may hold `copy`, its
-    value in float32, and in 8 bits, in place of the moments, `average`, `root` and their `_scales`.
+    value in float32, and in 8 bits, in place of the moments, `average`, `root` and their `_scales`. `wholes` are the
+    tensors that parameters are shares of, whose size decides what is small: all processes must keep the same of one.
     """
 
     def __init__(
@@ -48,10 +49,14 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eight_bits: bool,
         seed: int,
+        wholes: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__([*groups], {"lr": lr, "betas": betas, "eps": 1e-8})
         self.eight_bits, self.seed = eight_bits, seed
         self.names = {id(parameter): name for name, parameter in names.items()}
+        self.sizes = {
+            id(parameter): (wholes or names).get(name, parameter).numel() for name, parameter in names.items()
+        }
         self.groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         self.generators: dict[torch.device, torch.Generator] = {}
 
@@ -86,7 +91,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        small = parameter.ndim < 2 or parameter.numel() < SMALL
+        small = parameter.ndim < 2 or self.sizes[id(parameter)] < SMALL
         state = {"step": torch.tensor(0.0)}
         if self.eight_bits and not small:
             average, root = eight_bits.empty(parameter), eight_bits.empty(parameter)

@@ -19,7 +19,7 @@ from inflate.layers.policy import Policy
 from inflate.layers.quantised import Kind
 from inflate.layers.recompute import feed_forwards, recompute_by, units
 from inflate.models.unet import VideoUNet
-from inflate.models.vae import VideoVAE
+from inflate.models.vae import VideoVAE, decode_in_half
 from inflate.training.memory import bytes_of
 from inflate.training.memory_settings import Memory
 
@@ -41,6 +41,7 @@ def save_memory(network: VideoUNet | VideoVAE, settings: Memory) -> None:
 
 def save_decoding(vae: AutoencoderKL, settings: Memory) -> None:
     """Let a VAE, trained or not, decode as the settings say; that of an image model decodes image by image."""
+    decode_in_half(vae, settings.decode_bf16)
     if settings.decode_rows and isinstance(vae, VideoVAE):
         vae.stream(settings.decode_rows)
     elif settings.decode_rows:

@@ -32,7 +32,9 @@ class Memory:
     frames of a clip. Exact: it sees frames one by one. 1 needs least memory; a large frame fills a GPU by itself."""
     decode_rows: int = 0
     """Decode clips frame by frame, and the temporal layers by so many pixel rows at a time, such as 16; 0 = whole clips
-    at once. Exact, for a tenth more arithmetic; training a decoder takes three quarters more."""
+    at once. Exact, for a tenth more arithmetic; training a decoder takes two thirds more."""
+    decode_bf16: bool = False
+    """Decode previews in bfloat16 by autocast, in about half the memory. It rounds what is shown, and nothing else."""
     base: Literal["as_loaded", "bf16", "int8", "nf4"] = "as_loaded"
     """How the weights of linear layers and convolutions that do not learn are kept: as loaded, or, rounded, in 16, 8 or
     4.25 bits each. They are read layer by layer, twice per step, which takes time; held-out losses and previews are of

@@ -126,7 +126,7 @@ class Trainee:
         cuda = any(p.is_cuda for p in parameters)
         eight_bits, narrow = settings.optimizer == "adamw8bit", any(p.dtype == torch.bfloat16 for p in parameters)
         if eight_bits or narrow or settings.step_in_backward:
-            return AdamW(groups, self.parameters, self.lr, settings.betas, eight_bits, settings.seed)
+            return AdamW(groups, self.parameters, self.lr, settings.betas, eight_bits, settings.seed, self.spread)
         return torch.optim.AdamW(groups, lr=self.lr, betas=settings.betas, fused=cuda or None)
 
     def prepare(self, accelerator: Any) -> None:

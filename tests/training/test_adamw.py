@@ -42,6 +42,15 @@ def run(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps:
         optimizer.step()
 
 
+def test_what_is_small_is_decided_by_the_whole_of_a_share() -> None:
+    whole, share = torch.zeros(16, 512), nn.Parameter(torch.zeros(5, 512))
+    share.grad = torch.ones_like(share)
+    for wholes, kept in (({"weight": whole}, "root"), (None, "exp_avg")):
+        optimizer = AdamW([{"params": [share], "weight_decay": 0.0}], {"weight": share}, 1e-4, BETAS, True, 0, wholes)
+        optimizer.step()
+        assert kept in optimizer.state[share]
+
+
 def test_in_float32_it_is_pytorchs_to_the_bit_and_so_is_its_state() -> None:
     named, theirs = parameters(), parameters()
     first, second = ours(named), torch.optim.AdamW(groups(theirs), lr=1e-2, betas=BETAS)

@@ -19,7 +19,7 @@ from inflate.families.svd import SVD
 from inflate.layers import quantised
 from inflate.layers.quantised import Kind
 from inflate.models.unet import VideoUNet
-from inflate.models.vae import VideoVAE, streams
+from inflate.models.vae import VideoVAE, decode_clips, streams
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.memory import bytes_of
@@ -104,5 +104,12 @@ def test_clips_are_decoded_in_parts_where_that_is_asked_for() -> None:
         for vae in (image, video):
             save_decoding(vae, Memory(decode_rows=rows))
         assert streams(video) is streams(image) is (rows > 0)
+        latents = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        for vae in (image, video):
+            exact = decode_clips(vae, latents, temporal=vae is video)
+            save_decoding(vae, Memory(decode_rows=rows, decode_bf16=True))
+            rounded = decode_clips(vae, latents, temporal=vae is video)
+            assert rounded.dtype == torch.float32
+            assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
     with pytest.raises(ConfigError, match=r"memory.decode_rows=-1: must be 1 or more, or 0"):
         Memory(decode_rows=-1)
