@@ -14,7 +14,7 @@ from inflate.planning import Planner, assignments, costs, workers
 from inflate.tables import aligned
 from inflate.training.cards import USABLE, Card
 from inflate.training.cost import PHASES
-from inflate.training.ladder import Rung, Step, choose, without_preparation
+from inflate.training.ladder import ALONE, BEFOREHAND, Rung, Step, choose, without
 from inflate.training.processes import join_processes, together
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,15 @@ def fitted(config: Any, recipe: Path, sources: Sequence[str]) -> tuple[Any, dict
     if config.training.fit is None:
         return config, None
     card = Card.parse(config.training.fit, "training.fit=")
+    if join_processes().sharding:
+        raise ConfigError("training.fit knows nothing of sharded weights: leave it out, and set the measures yourself")
     planner = Planner(recipe, sources, join_processes().device.type == "cuda")
     found: list[Rung | None] = [None]
     with together():
         if join_processes().is_main_process:
             log.info("looking for the fastest way that fits %s (training.fit)", card)
-            chosen, seen = first_fitting(planner, without_preparation(planner.steps()), card)
+            barred = BEFOREHAND if join_processes().num_processes == 1 else (*BEFOREHAND, *ALONE)
+            chosen, seen = first_fitting(planner, without(planner.steps(), barred), card)
             if chosen is None:
                 raise ConfigError(f"training.fit={config.training.fit}: {refusal(planner, seen, card)}")
             found = [chosen]

@@ -31,6 +31,37 @@ def _set(**wanted: Any) -> Callable[[Settings], dict[str, Any]]:
     return lambda run: {name: value for name, value in dotted.items() if name in run and run[name] != value}
 
 
+def _where(condition: Callable[[Settings], bool], **wanted: Any) -> Callable[[Settings], dict[str, Any]]:
+    """The same, for the runs of which a condition holds."""
+    change = _set(**wanted)
+    return lambda run: change(run) if condition(run) else {}
+
+
+def _decodes(run: Settings) -> bool:
+    """Whether a decoder is trained, which has no transformers but one."""
+    return run.get("stage") == "decoder"
+
+
+def _denoises(run: Settings) -> bool:
+    return not _decodes(run)
+
+
+def _learns_whole(run: Settings) -> bool:
+    """Whether the model's own weights learn: enough of them that their optimiser counts."""
+    return run.get("adapter.kind", "none") == "none"
+
+
+def _steps_by_itself(run: Settings) -> bool:
+    """Whether each backward pass makes one step of one network."""
+    return _learns_whole(run) and _denoises(run) and run["training.accumulate"] == 1
+
+
+def _has_frozen(run: Settings) -> bool:
+    """Whether layers of the trained network stay as they are."""
+    temporal = "temporal" in (run.get("image_to_video.trainable"), run.get("stage"))
+    return _denoises(run) and (temporal or not _learns_whole(run))
+
+
 def _single_clips(run: Settings) -> dict[str, Any]:
     batch = run["training.batch"]
     accumulate = run["training.accumulate"]
@@ -46,22 +77,56 @@ def _draws(run: Settings) -> dict[str, Any]:
     return {"data.cache_draws": 4} if animates else {}
 
 
-FASTEST = _set(memory__recompute="nothing")
+def _halved(run: Settings) -> dict[str, Any]:
+    return {"training.precision": "bf16"} if run["training.precision"] == "no" else {}
+
+
+FASTEST = _set(memory__recompute="nothing", memory__offload=False, memory__feed_forward_parts=1)
 """What a ladder begins with: the run without measures that cost time."""
 MEASURES = (
     Measure("cached clips", "`inflate data cache` first, and disk", _cached),
     Measure("cached condition frames", "4 noised first frames per window in place of ever new ones", _draws),
-    Measure("half precision", "rounding to bf16", _set(training__precision="bf16")),
+    Measure("frames encoded one by one", "smaller calls of the encoder", _set(memory__encode_frames=1)),
+    Measure("previews by strips", "a tenth more arithmetic in previews", _where(_denoises, memory__decode_rows=16)),
+    Measure("half precision", "rounding to bf16", _halved),
     Measure("one preview at a time", "fewer previews", _set(text_to_video__preview_clips=1)),
-    Measure("one held-out clip at a time", "a coarser held-out loss", _set(
-        image_to_video__held_out_clips=1, text_to_video__held_out_clips=1
-    )),
     Measure("single clips", "more passes per step", _single_clips),
+    Measure("weights in bf16", "those that learn whole are rounded at random", _where(
+        _denoises, training__precision="pure_bf16"
+    )),
+    Measure("previews in bf16", "they are rounded", _where(_denoises, memory__decode_bf16=True)),
+    Measure("wide feed-forwards recomputed", "a fifth of a forward pass", _where(
+        _denoises, memory__recompute="feed_forward", memory__feed_forward_parts=8
+    )),
+    Measure("recomputation but for attention", "most of a second forward pass", _where(
+        _denoises, memory__recompute="all_but_attention"
+    )),
     Measure("recomputation", "a second forward pass", _set(memory__recompute="units")),
+    Measure("decoding by strips", "a third forward pass", _where(_decodes, memory__decode_rows=16)),
+    Measure("moments in 8 bits", "rounding", _where(_learns_whole, training__optimizer="adamw8bit")),
+    Measure("no average", "the last weights in its place", _where(_learns_whole, training__ema=0.0)),
+    Measure("steps in the backward pass", "no clipping of gradients", _where(
+        _steps_by_itself, training__step_in_backward=True, training__gradient_clip=0.0
+    )),
+    Measure("inputs of units on the CPU", "its memory, and copies beside the arithmetic", _where(
+        _denoises, memory__offload=True
+    )),
+    Measure("frozen weights in int8", "rounding to 8 bits, read twice per step", _where(
+        _has_frozen, memory__base="int8"
+    )),
+    Measure("frozen weights in nf4", "rounding to 4 bits, a loss about 2 % higher", _where(
+        _has_frozen, memory__base="nf4"
+    )),
+    Measure("nested recomputation", "a third forward pass of transformers", _where(
+        _denoises, memory__recompute="nested"
+    )),
 )  # fmt: skip
-"""In the order in which they are taken."""
+"""In the order in which they are taken: first what costs next to nothing, then exact ones and those that round by what
+they cost in time and in precision."""
 BEFOREHAND = ("data.cache", "data.cache_draws")
 """Settings of measures that take work before the run: it cannot choose them by itself."""
+ALONE = ("training.step_in_backward", "training.gradient_clip")
+"""Settings of measures that only a run of one process may take."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +161,13 @@ def steps(run: Settings) -> list[Step]:
     return found
 
 
-def without_preparation(found: Sequence[Step]) -> list[Step]:
-    """Steps that a run can take by itself: without what would have to be done before it."""
-    able = [replace(step, changes=_able(step.changes)) for step in found]
+def without(found: Sequence[Step], settings: Sequence[str]) -> list[Step]:
+    """Steps without these settings; those that then repeat an earlier one are left out."""
+    able = [
+        replace(step, changes={name: value for name, value in step.changes.items() if name not in settings})
+        for step in found
+    ]
     return [step for place, step in enumerate(able) if step.changes not in [one.changes for one in able[:place]]]
-
-
-def _able(changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in changes.items() if name not in BEFOREHAND}
 
 
 def choose(rungs: Sequence[Rung], card: Card) -> Rung | None:

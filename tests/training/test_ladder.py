@@ -10,13 +10,19 @@ import pytest
 from inflate.errors import ConfigError
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
-from inflate.training.ladder import MEASURES, Rung, choose, steps, without_preparation
+from inflate.training.ladder import ALONE, BEFOREHAND, MEASURES, Rung, choose, steps, without
+from inflate.training.memory_settings import Memory
 
 RUN = {
-    "stage": "image_to_video", "training.batch": 2, "training.accumulate": 3, "training.precision": "no",
-    "data.cache": None, "data.cache_draws": 0, "memory.recompute": "units",
-    "image_to_video.held_out_clips": 32,
+    "stage": "image_to_video", "adapter.kind": "none", "training.batch": 2, "training.accumulate": 3,
+    "training.precision": "no", "training.optimizer": "adamw", "training.ema": 0.99,
+    "training.step_in_backward": False, "training.gradient_clip": 1.0, "data.cache": None, "data.cache_draws": 0,
+    "image_to_video.trainable": "all", "memory.recompute": "units", "memory.feed_forward_parts": 1,
+    "memory.offload": False, "memory.encode_frames": 0, "memory.decode_rows": 0, "memory.decode_bf16": False,
+    "memory.base": "as_loaded",
 }  # fmt: skip
+ADAPTER = {**RUN, "adapter.kind": "lora"}
+DECODER = {**RUN, "stage": "decoder"}
 
 
 def cost(peak: float, half: float, full: float = 0.0) -> Cost:
@@ -34,19 +40,46 @@ def test_a_ladder_begins_as_asked_and_ends_with_every_measure_that_applies() -> 
     rungs = steps(RUN)
     assert [rung.measure for rung in rungs[:2]] == ["as asked", "without recomputation"]
     assert rungs[-1].changes == {
-        "data.cache": "cache", "data.cache_draws": 4, "training.precision": "bf16", "training.batch": 1,
-        "training.accumulate": 6, "image_to_video.held_out_clips": 1,
+        "data.cache": "cache", "data.cache_draws": 4, "training.precision": "pure_bf16", "training.batch": 1,
+        "training.accumulate": 6, "training.optimizer": "adamw8bit", "training.ema": 0.0, "memory.encode_frames": 1,
+        "memory.decode_rows": 16, "memory.decode_bf16": True, "memory.recompute": "nested",
+        "memory.feed_forward_parts": 8, "memory.offload": True,
     }  # fmt: skip
-    applied = {rung.measure for rung in rungs[2:]}
-    assert applied == {measure.name for measure in MEASURES} - {"one preview at a time"}
+
+
+def applied(run: dict[str, Any]) -> set[str]:
+    return {rung.measure for rung in steps(run)}
+
+
+def test_measures_apply_to_the_runs_that_they_are_for() -> None:
+    assert "steps in the backward pass" in applied({**RUN, "training.batch": 1, "training.accumulate": 1})
+    whole, adapter, decoder = applied(RUN), applied(ADAPTER), applied(DECODER)
+    assert {"moments in 8 bits", "no average"} <= whole - adapter
+    assert adapter - whole == {"frozen weights in int8", "frozen weights in nf4"}
+    assert "frozen weights in int8" in applied({**RUN, "image_to_video.trainable": "temporal"})
+    assert decoder - whole == {"decoding by strips"}
+    assert not decoder & {"weights in bf16", "previews by strips", "nested recomputation", "inputs of units on the CPU"}
+    applying = whole | adapter | decoder | {"steps in the backward pass", "one preview at a time"}
+    assert {measure.name for measure in MEASURES} <= applying | {"as asked"}
+
+
+def test_every_rung_can_be_run() -> None:
+    for run in (RUN, ADAPTER, DECODER, {**RUN, "memory.offload": True}):
+        for rung in steps(run):
+            whole = {**run, **rung.changes}
+            Memory(
+                **{name.removeprefix("memory."): value for name, value in whole.items() if name.startswith("memory.")}
+            )
 
 
 def test_what_a_run_has_already_is_no_measure() -> None:
-    cached = {**RUN, "data.cache": "mine", "data.cache_draws": 2, "training.batch": 1, "training.precision": "fp16"}
-    changes = steps(cached)[-1].changes
-    assert changes == {"image_to_video.held_out_clips": 1, "training.precision": "bf16"}
-    least = {**cached, "image_to_video.held_out_clips": 1, "training.precision": "bf16"}
-    assert [rung.measure for rung in steps(least)] == ["as asked", "without recomputation"]
+    last = steps(RUN)[-1]
+    assert [rung.measure for rung in steps({**RUN, **last.changes})] == [
+        "as asked", "without recomputation", "wide feed-forwards recomputed", "recomputation but for attention",
+        "recomputation", "inputs of units on the CPU",
+    ]  # fmt: skip
+    half = steps({**RUN, "training.precision": "pure_bf16"})
+    assert not [rung for rung in half if "training.precision" in rung.changes]
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
@@ -76,8 +109,11 @@ def test_half_precision_counts_for_less_time() -> None:
 
 
 def test_a_run_chooses_for_itself_only_what_needs_no_work_before_it() -> None:
-    able = without_preparation(steps(RUN))
+    able = without(steps(RUN), BEFOREHAND)
     assert not any(name.startswith("data.cache") for step in able for name in step.changes)
     assert [step.measure for step in able] == [
         step.measure for step in steps(RUN) if step.measure not in ("cached clips", "cached condition frames")
     ]
+    alone = {**RUN, "training.batch": 1, "training.accumulate": 1}
+    assert "training.gradient_clip" in steps(alone)[-1].changes
+    assert "training.gradient_clip" not in without(steps(alone), ALONE)[-1].changes
