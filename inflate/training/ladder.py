@@ -114,11 +114,11 @@ MEASURES = (
     Measure("frozen weights in int8", "rounding to 8 bits, read twice per step", _where(
         _has_frozen, memory__base="int8"
     )),
-    Measure("frozen weights in nf4", "rounding to 4 bits, a loss about 2 % higher", _where(
-        _has_frozen, memory__base="nf4"
-    )),
     Measure("nested recomputation", "a third forward pass of transformers", _where(
         _denoises, memory__recompute="nested"
+    )),
+    Measure("frozen weights in nf4", "rounding to 4 bits: over the weights as loaded an adapter is worse", _where(
+        _has_frozen, memory__base="nf4"
     )),
 )  # fmt: skip
 """In the order in which they are taken: first what costs next to nothing, then exact ones and those that round by what
