@@ -57,6 +57,11 @@ BARE: dict[str, tuple[str, str]] = {
 }
 """Flags without a value, and what they set to which value."""
 
+FORMERLY: dict[str, tuple[str, dict[object, str]]] = {
+    "gradient_checkpointing": ("memory.recompute", {True: "units", False: "nothing"}),
+}
+"""The last words of settings that earlier versions had, what they are called now, and their values there."""
+
 RENAMED: dict[str, dict[str, str]] = {
     "--lr_scheduler": {"constant_with_warmup": "constant"},  # the warm-up is a setting of its own here
 }

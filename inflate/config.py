@@ -398,9 +398,22 @@ def _unknown(schema: Schema, path: tuple[str, ...], where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown setting {key}{_hint(key, list(_paths(schema)))}")
 
 
+def renewed(text: str, name: str) -> str:
+    """Return the YAML of an earlier version's `dump` with the settings of today's names."""
+    tree = _Loader("").construct_document(_composed(text, name).entries)
+    for group in [group for group in tree.values() if isinstance(group, dict)]:
+        for word, (place, values) in aliases.FORMERLY.items():
+            if word in group:
+                into, _, setting = place.partition(".")
+                tree.setdefault(into, {})[setting] = values[group.pop(word)]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
 def _hint(key: str, names: list[str]) -> str:
     """Return `; did you mean NAME?` for the nearest of `names`: same last word, else similar spelling."""
     last = key.rpartition(".")[2]
+    if last in aliases.FORMERLY:
+        return f"; it is {aliases.FORMERLY[last][0]} now"
     same = [name for name in names if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, same, 1, 0) or difflib.get_close_matches(key, names, 1)
     if not near:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from inflate.config import check, dump, from_command_line, help_text, load, report_errors
+from inflate.config import check, dump, from_command_line, help_text, load, parse, renewed, report_errors
 from inflate.errors import ConfigError, Interrupted, TrainingError
 
 
@@ -367,3 +367,9 @@ def test_the_reader_imports_neither_torch_nor_diffusers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_settings_of_an_earlier_version_have_todays_names() -> None:
+    text = "image_to_video: {gradient_checkpointing: true, bands: 4}\ntraining: {lr: 1e-4}\n"
+    found = parse(renewed(text, "file"), "file")
+    assert found == {"image_to_video.bands": 4, "training.lr": 1e-4, "memory.recompute": "units"}

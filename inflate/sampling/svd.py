@@ -14,7 +14,7 @@ from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
 from inflate.layers.recompute import in_parts
 from inflate.models.vae import frame_by_frame
-from inflate.models.visits import visiting
+from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
 from inflate.sampling.steps import PARTS, Progress, in_precision, integrate, is_large
 from inflate.surgery import evaluating
@@ -117,9 +117,13 @@ def _predict(family: SVD, condition: Condition) -> Predict:
 
 @torch.no_grad()
 def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None) -> Tensor:
-    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents; large ones frame by frame."""
-    little = frame_by_frame(family.vae, is_large(latents, family.factor, little_memory))
-    with visiting([family.vae], latents.device), evaluating(family.vae), little:
+    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents.
+
+    Large ones frame by frame, while the UNet, which may be there because it is trained, leaves its place on the device.
+    """
+    large = is_large(latents, family.factor, little_memory)
+    idle, little = away([family.unet] if large else []), frame_by_frame(family.vae, large)
+    with idle, visiting([family.vae], latents.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 

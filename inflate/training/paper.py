@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from inflate.models.visits import waiting_on
 from inflate.objectives import schedule_sigmas, schedule_signal
 from inflate.training.memory import fused_attention
 
@@ -43,6 +44,7 @@ class Paper:
             if self.gpu:
                 stack.enter_context(fused_attention(on_paper))
                 stack.enter_context(float32_norms())
+                stack.enter_context(waiting_on(torch.device("meta")))
             stack.enter_context(self._moving())
             stack.enter_context(self.mode)
             stack.enter_context(_Routes())

@@ -104,7 +104,7 @@ class Reproduction:
     def write(self, folder: Path) -> str:
         """Write the settings into a folder; the file's path."""
         place = folder / "config.yaml"
-        place.write_text(self.config, encoding="utf-8")
+        place.write_text(configuration.renewed(self.config, str(self.path)), encoding="utf-8")
         return str(place)
 
     def check(self) -> None:

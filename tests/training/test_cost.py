@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from inflate.models.visits import away
 from inflate.training import adamw
 from inflate.training.cost import Cost, measure, on_paper
 from inflate.training.eight_bits import BLOCK
 from inflate.training.image_to_video import ImageToVideoTask
+from inflate.training.memory import Ledger
 from inflate.training.memory_settings import Memory
 from inflate.training.paper import Paper
 from inflate.training.paper import on_paper as is_on_paper
@@ -113,3 +115,16 @@ def test_tensors_on_paper_answer_0_and_others_keep_their_values() -> None:
         assert is_on_paper(made * 2)
         assert float(made.sum()) == 0.0
         assert float(torch.arange(3).sum()) == 3.0
+
+
+def test_a_network_that_is_away_takes_no_place_on_paper() -> None:
+    network, paper = torch.nn.Linear(8, 8), Paper()
+    paper.adopt(network)
+    ledger = Ledger("cpu")
+    ledger.record(network.parameters())
+    with paper.active(), ledger:
+        with away([network]):
+            assert ledger.current == 0
+        assert ledger.current == 4 * (8 * 8 + 8)
+    with Paper(gpu=False).active(), away([network]):
+        assert ledger.current == 4 * (8 * 8 + 8)
