@@ -111,9 +111,9 @@ class Trainee:
         if not self.parameters:
             raise TrainingError(f"player '{player.name}' has no trainable parameter: nothing requires a gradient")
         self.lr = settings.lr if player.lr is None else player.lr
-        self.optimizer: Any = self._adamw()
         self.average: dict[str, Tensor] = {}
         self.spread: dict[str, DTensor] = {}
+        self.optimizer: Any = self._adamw()
         self.resting = False
         """Whether the averaged weights stand, or may stand, in place of the trained ones; see `at_rest`."""
 
