@@ -249,8 +249,14 @@ def test_a_run_that_is_to_fit_a_card_keeps_to_what_was_predicted(
     output = aligned(clips, tmp_path / "run", "training.fit=0.5GB", "training.steps=2", *few)
     memory = json.loads((output / "environment.json").read_text())["memory"]
     assert memory["predicted"].keys() <= memory["measured"].keys()
-    for phase, predicted in memory["predicted"].items():
-        assert memory["measured"][phase] == pytest.approx(predicted, rel=0.02), phase
+    ahead, real = memory["predicted"], memory["measured"]
+    for phase in ("encode", "forward", "backward", "update"):
+        assert real[phase] == pytest.approx(ahead[phase], rel=0.02), phase
+    for phase in (
+        "evaluate",
+        "preview",
+    ):  # predicted as after a resumption: clips to encode beside the optimiser's state
+        assert 0.7 * ahead[phase] < real[phase] < 1.02 * ahead[phase], phase
     assert re.search(r"memory at most, GB +predicted +measured +difference\n +encode ", capsys.readouterr().out)
 
 

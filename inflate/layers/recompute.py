@@ -191,7 +191,10 @@ def _is_inner(module: nn.Module) -> bool:
 
 
 def _set(module: nn.Module, recompute: Recompute | None) -> None:
-    setattr(module, "recompute", recompute)  # noqa: B010 -- a plain attribute, which mypy takes for a tensor
+    # A layer without one is as it was born, down to its attributes: whatever was compiled for it still is.
+    module.__dict__.pop("recompute", None)
+    if recompute is not None:
+        module.__dict__["recompute"] = recompute
 
 
 def _function(policy: Policy) -> Recompute | None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inflate.layers.clip import Clip, ClipState
-from inflate.layers.convolution import Convolution, convolutions_within, convolve
+from inflate.layers.convolution import convolutions_within, convolve
 from inflate.layers.frame_attention import FrameAttention
 from inflate.layers.recompute import Compiled, Recompute, divide, run
 from inflate.layers.up_blocks import join
@@ -413,8 +413,12 @@ class VideoUpsample(Upsample2D):
         return output
 
 
-class VideoConvOut(Convolution):
-    """The last 2D convolution of a decoder, followed by a temporal one over the pixels."""
+class VideoConvOut(nn.Conv2d):
+    """The last 2D convolution of a decoder, followed by a temporal one over the pixels.
+
+    It keeps its input as PyTorch's does: adversarial training asks for the gradient of its weights while they are
+    frozen, which a recomputation could not know.
+    """
 
     clip: Clip
     temporal: TemporalConv

@@ -258,12 +258,7 @@ def at_rest(trainees: Sequence[Trainee], exact: bool = False) -> Iterator[None]:
     try:
         for one in trainees:
             one.resting = True
-            parameters = dict(one.module.named_parameters())
-            for name, tensor in one.shown().items():
-                parameter = parameters[name]
-                held.append((parameter, parameter.data))
-                full = whole(tensor, one.spread.get(name), parameter.device)
-                parameter.data = full if exact and one.narrow else full.to(parameter.dtype)
+            _show(one, held, exact)
             one.player.network = one.module.eval()
         with torch.no_grad():
             yield
@@ -275,6 +270,16 @@ def at_rest(trainees: Sequence[Trainee], exact: bool = False) -> Iterator[None]:
             parameter.data = data
         for one in trainees:
             one.resting = False
+
+
+def _show(one: Trainee, held: list[tuple[nn.Parameter, Tensor]], exact: bool) -> None:
+    """Give the bare module what it lacks when it is looked at; what that replaces goes to `held`."""
+    parameters = dict(one.module.named_parameters())
+    for name, tensor in one.shown().items():
+        parameter = parameters[name]
+        held.append((parameter, parameter.data))
+        full = whole(tensor, one.spread.get(name), parameter.device)
+        parameter.data = full if exact and one.narrow else full.to(parameter.dtype)
 
 
 @contextmanager
