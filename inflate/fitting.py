@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from inflate.errors import ConfigError
-from inflate.planning import Planner, assignments, costs, workers
+from inflate.planning import MOST_WORKERS, Planner, assignments, costs
 from inflate.tables import aligned
 from inflate.training.cards import USABLE, Card
 from inflate.training.cost import PHASES
@@ -39,11 +39,13 @@ def rungs(planner: Planner, wanted: Sequence[Step]) -> list[Rung]:
 
 
 def first_fitting(planner: Planner, wanted: Sequence[Step], card: Card) -> tuple[Rung | None, list[Rung]]:
-    """The fastest of the first steps of which one fits, and all that were looked at; as many at once as can be."""
+    """The fastest of the first steps of which one fits, and all that were looked at.
+
+    As many at a time on any machine, whatever its processors: a run that goes on elsewhere is to choose the same.
+    """
     seen: list[Rung] = []
     while len(seen) < len(wanted):
-        rest = wanted[len(seen) :]
-        seen += rungs(planner, rest[: workers(len(rest))])
+        seen += rungs(planner, wanted[len(seen) :][:MOST_WORKERS])
         if (chosen := choose(seen, card)) is not None:
             return chosen, seen
     return None, seen
@@ -52,8 +54,8 @@ def first_fitting(planner: Planner, wanted: Sequence[Step], card: Card) -> tuple
 def fitted(config: Any, recipe: Path, sources: Sequence[str]) -> tuple[Any, dict[str, int] | None]:
     """A run's settings with the fastest measures that fit the card of `training.fit`, and the peaks by phase to come.
 
-    Without that setting, all as it is. Every process of a run calls it; the main one works it out. ConfigError where
-    nothing fits.
+    Without that setting, all as it is. Every process of a run calls it; the main one works it out. What is chosen says
+    all: it is not to be fitted again where these settings are run again. ConfigError where nothing fits.
     """
     if config.training.fit is None:
         return config, None
@@ -72,7 +74,7 @@ def fitted(config: Any, recipe: Path, sources: Sequence[str]) -> tuple[Any, dict
             found = [chosen]
     rung = broadcast_object_list(found)[0]
     log.info(verdict(rung, card))
-    return planner.config(rung.changes), rung.cost.peaks
+    return planner.config({**rung.changes, "training.fit": None}), rung.cost.peaks
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from inflate.errors import TrainingError
 from inflate.layers.clip import ClipState
+from inflate.layers.recompute import sub_blocks
 from inflate.layers.temporal import VideoResnet, VideoTransformer
 
 REPEATED = (VideoResnet, VideoTransformer)
@@ -33,13 +34,18 @@ Backend = Callable[..., Any]
 class Compilation:
     """The compiled blocks of a run's networks, with the graphs that were made and the kinds of blocks that ran.
 
-    TrainingError where there is no block to compile.
+    TrainingError where there is no block to compile, or one that is recomputed in two levels.
     """
 
     def __init__(self, networks: Iterable[nn.Module], backend: str | Backend = "inductor") -> None:
         self.units = [m for network in networks for m in network.modules() if isinstance(m, REPEATED)]
         if not self.units:
             raise TrainingError("training.compile=true: there is no inflated block to compile; set it to false")
+        if any(inner.recompute is not None for unit in self.units for inner in sub_blocks(unit)):
+            raise TrainingError(
+                "training.compile=true cannot compile what memory.recompute=nested recomputes within a block: set "
+                "memory.recompute=units, or training.compile=false"
+            )
         self.graphs = 0
         self.kinds: set[Kind] = set()
         self._told = 0

@@ -46,6 +46,11 @@ def _denoises(run: Settings) -> bool:
     return not _decodes(run)
 
 
+def _nests(run: Settings) -> bool:
+    """Whether a block may be recomputed in two levels, which cannot be compiled."""
+    return _denoises(run) and not run.get("training.compile", False)
+
+
 def _learns_whole(run: Settings) -> bool:
     """Whether the model's own weights learn: enough of them that their optimiser counts."""
     return run.get("adapter.kind", "none") == "none"
@@ -57,9 +62,10 @@ def _steps_by_itself(run: Settings) -> bool:
 
 
 def _has_frozen(run: Settings) -> bool:
-    """Whether layers of the trained network stay as they are."""
+    """Whether layers of the trained network stay as they are, and may be rounded."""
     temporal = "temporal" in (run.get("image_to_video.trainable"), run.get("stage"))
-    return _denoises(run) and (temporal or not _learns_whole(run))
+    merged = run.get("text_to_video.domain_adapter") is not None  # into weights that are then not to be rounded
+    return _denoises(run) and not merged and (temporal or not _learns_whole(run))
 
 
 def _single_clips(run: Settings) -> dict[str, Any]:
@@ -115,7 +121,7 @@ MEASURES = (
         _has_frozen, memory__base="int8"
     )),
     Measure("nested recomputation", "a third forward pass of transformers", _where(
-        _denoises, memory__recompute="nested"
+        _nests, memory__recompute="nested"
     )),
     Measure("frozen weights in nf4", "rounding to 4 bits: over the weights as loaded an adapter is worse", _where(
         _has_frozen, memory__base="nf4"

@@ -132,7 +132,8 @@ def fit(
     place(task, trainees, accelerator)
     restore(found, state, settings, trainees, accelerator)
     compilation = Compilation(one.module for one in trainees) if settings.compile else None
-    gauge = gauge_of(accelerator.device, predicted is not None, residents(task, trainees))
+    compared = predicted is not None and not settings.compile  # what follows tensors on a CPU cannot be compiled
+    gauge = gauge_of(accelerator.device, compared, residents(task, trainees))
     networks = [network for one in trainees for network in (one.module, one.player.network)]
     clock = Clock(accelerator.device, networks, gauge)
     stop = Stop(settings.max_seconds, accelerator.is_main_process)

@@ -163,6 +163,22 @@ def test_a_run_compiles_and_ends_in_the_same_weights(
     ]
 
 
+def test_a_compiled_run_whose_memory_is_foreseen_trains_on_a_cpu_unmeasured(
+    tmp_path: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Compilation", lambda networks: Compilation(networks, "eager"))
+    task = image_to_video()
+    task.preview = task.export = lambda folder: None
+    done = fit(task, Clips(), settings(tmp_path / "run", steps=1, batch=1, compile=True), predicted={"forward": 1})
+    assert (done.step, done.peaks) == (1, {})
+
+
+def test_blocks_recomputed_in_two_levels_are_refused_before_the_first_step() -> None:
+    unet = image_to_video(Memory(recompute_in={"mid_block": "nested"})).family.unet
+    with pytest.raises(TrainingError, match="set memory.recompute=units, or training.compile=false"):
+        Compilation([unet], "eager")
+
+
 def test_graphs_beyond_the_kinds_are_told(caplog: pytest.LogCaptureFixture) -> None:
     unet = small()
     resnet = next(module for module in unet.modules() if isinstance(module, VideoResnet))

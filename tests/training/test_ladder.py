@@ -57,6 +57,10 @@ def test_measures_apply_to_the_runs_that_they_are_for() -> None:
     assert {"moments in 8 bits", "no average"} <= whole - adapter
     assert adapter - whole == {"frozen weights in int8", "frozen weights in nf4"}
     assert "frozen weights in int8" in applied({**RUN, "image_to_video.trainable": "temporal"})
+    temporal = {**RUN, "stage": "temporal"}
+    assert "frozen weights in nf4" in applied(temporal)
+    assert "frozen weights in nf4" not in applied({**temporal, "text_to_video.domain_adapter": "look.safetensors"})
+    assert whole - applied({**RUN, "training.compile": True}) == {"nested recomputation"}
     assert decoder - whole == {"decoding by strips"}
     assert not decoder & {"weights in bf16", "previews by strips", "nested recomputation", "inputs of units on the CPU"}
     applying = whole | adapter | decoder | {"steps in the backward pass", "one preview at a time"}
