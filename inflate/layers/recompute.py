@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from inflate.layers.frame_operator import attend_frames
 from inflate.layers.offload import Offload
 from inflate.layers.policy import WHOLE, Policy
 
@@ -36,8 +37,9 @@ ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_flash_attention_for_cpu",
 )
-KEPT = frozenset(getattr(torch.ops.aten, name).default for name in ATTENTION)
-"""Operations whose outputs `all_but_attention` keeps: the fused attentions, dear to compute and small to keep."""
+KEPT = frozenset([attend_frames._opoverload, *(getattr(torch.ops.aten, name).default for name in ATTENTION)])
+"""Operations whose outputs `all_but_attention` keeps: the fused attentions, dear to compute and small to keep; our own
+over frames among them."""
 
 DEAR = 10_000
 """FLOPs of a convolution for each value it gives, from which on `all_but_attention` keeps that, too: below, a gigabyte

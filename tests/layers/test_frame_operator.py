@@ -12,6 +12,7 @@ import torch
 from inflate.errors import InflateError
 from inflate.layers.frame_attention import FrameAttention, attend_frames_by, by_sdpa
 from inflate.layers.frame_operator import by_triton
+from inflate.layers.recompute import recompute_by
 from inflate.layers.temporal import TemporalTransformer
 from inflate.training.memory import simulate
 
@@ -106,6 +107,21 @@ def test_on_paper_it_holds_queries_keys_and_values_alone():
     features = 2 * 8 * 100 * 64 * 2
     assert held[0] - held[1] >= features  # what SDPA gives, which its backward pass reads, and the sums of its softmax
     assert moved[0] == moved[1]
+
+
+@pytest.mark.parametrize("attend", [by_sdpa, by_triton])
+def test_a_recomputation_of_all_but_attention_keeps_what_it_gives(attend):
+    work = []
+    for policy in ("units", "all_but_attention"):
+        with torch.device("meta"):
+            block = TemporalTransformer(64, 2, 32, None).to(torch.bfloat16)
+        block.inner = False  # a unit of its own
+        attend_frames_by(block, attend)
+        recompute_by(block, {"": policy})
+        work.append(
+            simulate_frozen(block, lambda: torch.empty(2, 8, 100, 64, device="meta", dtype=torch.bfloat16)).flops
+        )
+    assert work[0] - work[1] == 2 * 2 * (2 * 100 * 2) * 8 * 8 * 32  # two products of (F,d) and (d,F) for each head
 
 
 def simulate_frozen(block, inputs):
