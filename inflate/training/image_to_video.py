@@ -293,7 +293,8 @@ class ImageToVideoTask:
                 **asdict(self.sampling), fps=float(batch["fps"][0]), motion_bucket=bucket, frames=truth.shape[1],
                 seed=self.seed + number,
             )  # fmt: skip
-            generated.append(sample(self.family, batch["pixels"][:, 0].to(self._device()), settings).cpu())
+            first = batch["pixels"][:, 0].to(self._device())
+            generated.append(sample(self.family, first, settings, idle=self._idle()).cpu())
         return truth, torch.cat(generated)
 
     @torch.no_grad()
@@ -302,7 +303,9 @@ class ImageToVideoTask:
         family, device = self.family, self._device()
         with visiting([family.vae], device):
             latents = [family.encode(clip.to(device)) for clip in truth.split(1)]  # (1, F, C, h, w) each
-            given = torch.cat([decoded(family, one, self.sampling.little_memory).cpu() for one in latents])
+            given = torch.cat(
+                [decoded(family, one, self.sampling.little_memory, self._idle()).cpu() for one in latents]
+            )
         truth, generated, given = unit(truth), unit(generated), unit(given)
         static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
         first, near = slice(0, 1), slice(1, 4)
@@ -323,6 +326,14 @@ class ImageToVideoTask:
                 self.family.save_pretrained(folder)
         else:
             self.adapter.export(self.family.unet, folder)
+
+    def _idle(self) -> list[nn.Module]:
+        """What a preview may send away while it decodes: the UNet of a run of one process.
+
+        Of several, it stays: PyTorch forgets the hooks by which they exchange gradients where a weight changes its
+        device.
+        """
+        return [] if torch.distributed.is_initialized() else [self.family.unet]
 
     def _device(self) -> torch.device:
         return next(self.players[0].network.parameters()).device

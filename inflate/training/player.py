@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -220,7 +220,8 @@ class Trainee:
         for name, weight in self.spread.items():
             parameters[name].data = whole(own(weight), weight, accelerator.device, everywhere=True)
         self.player.network = accelerator.unwrap_model(self.module, keep_fp32_wrapper=False).eval()
-        if self.narrow is not None:
+        if self.narrow is not None:  # in the memory of the CPU: a GPU may have no room for float32
+            self.module.cpu()
             self.narrow.widen()
         if self.in_backward is not None:
             self.in_backward.end()
@@ -288,17 +289,13 @@ def in_full_precision(trainees: Sequence[Trainee]) -> Iterator[None]:
     weights in place of bfloat16 ones; put back afterwards.
     """
     wrapped = [one.module.__dict__.pop("forward", None) for one in trainees]
-    narrow = [one.narrow for one in trainees if one.narrow is not None]
-    held = [(parameter, parameter.data) for one in narrow for parameter in one.network.parameters()]
     try:
-        for each in narrow:
-            each.widen()
-        yield
+        with ExitStack() as stack:
+            for one in trainees:
+                if one.narrow is not None:
+                    stack.enter_context(one.narrow.widened())
+            yield
     finally:
-        for parameter, data in held:
-            parameter.data = data
-        for each in narrow:
-            each.again()
         for one, forward in zip(trainees, wrapped, strict=True):
             if forward is not None:
                 one.module.__dict__["forward"] = forward
@@ -313,6 +310,8 @@ def check_players(players: Sequence[Player], settings: Training) -> None:
         raise TrainingError("training.precision=fp16 cannot scale the losses of several players; use bf16 or no")
     if settings.step_in_backward and len(names) > 1:
         raise TrainingError(f"training.step_in_backward=true: players {names} step in turn; set it to false")
+    if settings.channels_last and any(kind_of(player.network) for player in players):
+        raise TrainingError("training.channels_last=true cannot reorder stored weights; set it or memory.base back")
     trained = [p for player in players for p in player.network.parameters() if p.requires_grad]
     if len({id(p) for p in trained}) < len(trained):
         raise TrainingError(f"players {names} train the same weights; freeze them in all but one")
