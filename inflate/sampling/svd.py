@@ -63,13 +63,14 @@ def sample(
 ) -> Tensor:
     """Draws clips (B, F, 3, H, W), about in [-1, 1], whose first frame is `image` (B, 3, H, W) in [-1, 1].
 
-    The networks visit the image's device one after the other; those that are `idle` once the latents are drawn leave it
-    while a large clip is decoded. `progress` wraps the list of steps, as tqdm does.
+    The networks visit the image's device one after the other; those that are `idle` but for the drawing of latents, the
+    UNet of a training run, leave it while the others work. `progress` wraps the list of steps, as tqdm does.
     ConfigError where the image does not fit the VAE's factor.
     """
     settings = settings or Sampling()
     generator = torch.Generator().manual_seed(settings.seed)
-    condition = condition_of(family, image, settings, generator)
+    with away(idle):
+        condition = condition_of(family, image, settings, generator)
     latents = sample_latents(family, condition, initial_noise(family, image, settings, generator), settings, progress)
     return decoded(family, latents, settings.little_memory, idle)
 
@@ -127,11 +128,10 @@ def _predict(family: SVD, condition: Condition) -> Predict:
 def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None, idle: Sequence[nn.Module] = ()) -> Tensor:
     """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents.
 
-    Large ones frame by frame, while `idle` networks leave their place on the device.
+    Large ones frame by frame; `idle` networks leave their place on the device meanwhile.
     """
-    large = is_large(latents, family.factor, little_memory)
-    little = frame_by_frame(family.vae, large)
-    with away(idle if large else ()), visiting([family.vae], latents.device), evaluating(family.vae), little:
+    little = frame_by_frame(family.vae, is_large(latents, family.factor, little_memory))
+    with away(idle), visiting([family.vae], latents.device), evaluating(family.vae), little:
         return family.decode(latents).float()  # (B, F, 3, H, W)
 
 

@@ -22,7 +22,7 @@ from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition, assemble
 from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
-from inflate.models.visits import visiting
+from inflate.models.visits import away, visiting
 from inflate.sampling.svd import Sampling, decoded, sample
 from inflate.training.adapting import Adapting
 from inflate.training.economy import as_loaded
@@ -189,9 +189,9 @@ class ImageToVideoTask:
         Each encoder is on the device while it works.
         """
         family, device, clips = self.family, self._device(), [*self.held_out, *self.training]
-        with visiting([family.vae], device):
+        with away(self._idle()), visiting([family.vae], device):
             encoded = [self._with_latents(clip, device) for clip in clips]
-        with visiting([family.image_encoder], device):
+        with away(self._idle()), visiting([family.image_encoder], device):
             for clip, found in zip(clips, encoded, strict=True):
                 if "context" not in found:
                     found["context"] = family.embed(first_frame(clip).to(device)).cpu()
@@ -328,7 +328,7 @@ class ImageToVideoTask:
             self.adapter.export(self.family.unet, folder)
 
     def _idle(self) -> list[nn.Module]:
-        """What a preview may send away while it decodes: the UNet of a run of one process.
+        """What may leave the device while encoders and the decoder work: the UNet of a run of one process.
 
         Of several, it stays: PyTorch forgets the hooks by which they exchange gradients where a weight changes its
         device.
