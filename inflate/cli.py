@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -574,7 +575,7 @@ def plan_run(
     from inflate import fitting
     from inflate.planning import Planner
 
-    if not fitting.plan(Planner(recipe, settings or []), cards, typer.echo):
+    if not fitting.plan(Planner(recipe, settings or []), cards, typer.echo, partial(typer.echo, err=True)):
         raise typer.Exit(1)
 
 

@@ -413,7 +413,8 @@ def _hint(key: str, names: list[str]) -> str:
     """Return `; did you mean NAME?` for the nearest of `names`: same last word, else similar spelling."""
     last = key.rpartition(".")[2]
     if last in aliases.FORMERLY:
-        return f"; it is {aliases.FORMERLY[last][0]} now"
+        place, values = aliases.FORMERLY[last]
+        return f"; it is {place} now: {', '.join(f'{new} for {str(old).lower()}' for old, new in values.items())}"
     same = [name for name in names if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, same, 1, 0) or difflib.get_close_matches(key, names, 1)
     if not near:

@@ -22,9 +22,11 @@ log = logging.getLogger(__name__)
 GB = 1e9
 
 
-def plan(planner: Planner, cards: Sequence[Card], say: Callable[[str], None]) -> bool:
-    """Print the table, and for each card the choice; whether there is one for all."""
-    found = rungs(planner, planner.steps())
+def plan(
+    planner: Planner, cards: Sequence[Card], say: Callable[[str], None], tell: Callable[[str], None] = log.info
+) -> bool:
+    """Print the table, and for each card the choice; whether there is one for all. `tell` hears how far it is."""
+    found = rungs(planner, planner.steps(), tell)
     say(table(found, cards[0] if len(cards) == 1 else None))
     chosen = [(card, choose(found, card)) for card in cards]
     for card, rung in chosen:
@@ -32,10 +34,13 @@ def plan(planner: Planner, cards: Sequence[Card], say: Callable[[str], None]) ->
     return all(rung is not None for _, rung in chosen)
 
 
-def rungs(planner: Planner, wanted: Sequence[Step]) -> list[Rung]:
-    """Steps with their costs."""
-    found = costs(planner, [step.changes for step in wanted])
-    return [Rung(**vars(step), cost=cost) for step, cost in zip(wanted, found, strict=True)]
+def rungs(planner: Planner, wanted: Sequence[Step], tell: Callable[[str], None]) -> list[Rung]:
+    """Steps with their costs; `tell` hears of each as it is found."""
+    found = []
+    for step, cost in zip(wanted, costs(planner, [step.changes for step in wanted]), strict=True):
+        found.append(Rung(**vars(step), cost=cost))
+        tell(f"{len(found)} of {len(wanted)}: {step.measure}, {cost.peak / GB:.2f} GB")
+    return found
 
 
 def first_fitting(planner: Planner, wanted: Sequence[Step], card: Card) -> tuple[Rung | None, list[Rung]]:
@@ -45,7 +50,7 @@ def first_fitting(planner: Planner, wanted: Sequence[Step], card: Card) -> tuple
     """
     seen: list[Rung] = []
     while len(seen) < len(wanted):
-        seen += rungs(planner, wanted[len(seen) :][:MOST_WORKERS])
+        seen += rungs(planner, wanted[len(seen) :][:MOST_WORKERS], log.info)
         if (chosen := choose(seen, card)) is not None:
             return chosen, seen
     return None, seen

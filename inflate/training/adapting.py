@@ -142,7 +142,10 @@ def _peak_memory() -> int:
 def refuse_beside(settings: AdapterSettings, setting: str, value: str) -> None:
     """ConfigError where a run has an adapter and another setting that says what learns."""
     if settings.kind != "none":
-        raise ConfigError(f"{setting}={value} says what of the model learns, but beside an adapter it stays as it is")
+        raise ConfigError(
+            f"{setting}={value} says what of the model learns, but beside an adapter it stays as it is: leave the "
+            "setting at its default, or the adapter (adapter.kind=none)"
+        )
 
 
 def _finite(row: Mapping[str, float]) -> dict[str, float | None]:

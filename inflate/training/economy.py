@@ -25,6 +25,9 @@ from inflate.training.memory_settings import Memory
 
 logger = logging.getLogger(__name__)
 
+LEAST = 0.1
+"""Share of the weights that has to stay as it is for a base to be worth storing: a few layers never learn."""
+
 
 def save_memory(network: VideoUNet | VideoVAE, settings: Memory) -> None:
     """Let a network, whose trained parameters are chosen already, run as the settings say.
@@ -50,16 +53,17 @@ def save_decoding(vae: AutoencoderKL, settings: Memory) -> None:
 
 def _store(network: VideoUNet | VideoVAE, kind: Kind) -> None:
     before = bytes_of(network.parameters())
-    layers = quantised.store(network, kind)
-    if not layers:
+    frozen = bytes_of(layer.get_parameter("weight") for layer in quantised.storable(network).values())
+    if frozen < LEAST * before:
         raise ConfigError(
             f"memory.base={kind} is for weights that stay as they are, and every layer learns: train an adapter "
             "(adapters/temporal_lora.yaml) or the temporal layers alone, or set memory.base=as_loaded"
         )
+    layers = quantised.store(network, kind)
     after = bytes_of([*network.parameters(), *network.buffers()])
     logger.info(
-        "memory.base=%s: %d layers stay as they are; all weights take %.3f GB instead of %.3f. What is measured and "
-        "previewed is computed by these, what is exported by the weights as loaded",
+        "memory.base=%s: the weights of %d layers that do not learn are kept so; all take %.3f GB, not %.3f. What is "
+        "measured and previewed is computed by these, what is exported by the weights as loaded",
         kind, len(layers), after / 1e9, before / 1e9,
     )  # fmt: skip
 
@@ -94,7 +98,8 @@ def _around(name: str) -> Iterator[str]:
 def _nearest(pattern: str, names: Iterable[str]) -> str:
     blocks = {block for name in names for block in _around(name)}
     near = difflib.get_close_matches(pattern, sorted(blocks), 3, 0.5)
-    return f"; the nearest are {', '.join(near)}" if near else ""
+    outer = sorted(block for block in blocks if block.count(".") <= 1)
+    return f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(outer)}"
 
 
 def _check_transformers(network: nn.Module, policies: Iterable[Policy], settings: Memory) -> None:

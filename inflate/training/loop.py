@@ -292,6 +292,8 @@ def claim_output(
             settings.warmup,
             settings.steps,
         )
+    if found and accelerator.is_main_process:
+        logger.info("going on from %s, after step %d", found, state.step)
     if accelerator.is_main_process:
         for change in told:
             logger.warning("%s", change)
