@@ -20,6 +20,7 @@ from inflate.fitting import refusal
 from inflate.models import exchange, folders
 from inflate.models.folders import SHIPPED
 from inflate.planning import Planner, assignments
+from inflate.training import ladder
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
 from inflate.training.ladder import Rung
@@ -33,18 +34,16 @@ def small(recipe: Path, file: str, *more: str) -> Planner:
     return Planner(recipe, [str(ROOT / "recipes" / file), *SMALL, *more])
 
 
-def test_the_command_prints_the_ladder_and_what_to_add() -> None:
-    settings = [
-        "data.cache=cache",
-        "training.batch=1",
-        "text_to_video.preview_clips=1",
-        "text_to_video.held_out_clips=1",
-    ]
+def test_the_command_prints_the_ladder_and_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [measure for measure in ladder.MEASURES if measure.name == "recomputation"]
+    monkeypatch.setattr(ladder, "MEASURES", few)
+    settings = ["data.cache=cache", "training.batch=1", "text_to_video.held_out_clips=1"]
     arguments = [str(VIDEO_LDM), str(ROOT / "recipes" / "video_ldm_pocket.yaml"), *SMALL, *settings]
     result = CliRunner().invoke(app, ["plan", *arguments, "--gpu", "1GB", "--gpu", "H100"])
     assert result.exit_code == 0, result.output
-    assert [line.split("  ")[0] for line in result.output.splitlines()[3:5]] == ["as asked", "+ recomputation"]
-    one, _, other = result.output.splitlines()[-3:]
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["1 of 2", "2 of 2"]
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[3:5]] == ["as asked", "+ recomputation"]
+    one, _, other = result.stdout.splitlines()[-3:]
     assert one.startswith("fits 1GB: 0.")
     assert one.endswith("; as asked")
     assert other.startswith("fits H100: 0.")

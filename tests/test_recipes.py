@@ -23,7 +23,7 @@ from inflate.data.demo_clips import build
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Clips, VideoLDM
 from inflate.measures import SHARES
-from inflate.training import caching, log
+from inflate.training import caching, ladder, log
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,8 +243,9 @@ def test_images_are_refused_where_only_temporal_layers_learn(clips: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.usefixtures("_cpu")
 def test_a_run_that_is_to_fit_a_card_keeps_to_what_was_predicted(
-    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ladder, "MEASURES", ())
     few = ("text_to_video.train_clips=0", "text_to_video.bands=1")
     output = aligned(clips, tmp_path / "run", "training.fit=0.5GB", "training.steps=2", *few)
     memory = json.loads((output / "environment.json").read_text())["memory"]
@@ -260,7 +261,10 @@ def test_a_run_that_is_to_fit_a_card_keeps_to_what_was_predicted(
     assert re.search(r"memory at most, GB +predicted +measured +difference\n +encode ", capsys.readouterr().out)
 
 
-def test_a_run_that_fits_no_card_says_what_is_smaller(clips: Path, tmp_path: Path) -> None:
+def test_a_run_that_fits_no_card_says_what_is_smaller(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "MEASURES", ())
     with pytest.raises(ConfigError, match=r"training\.fit=0\.01GB: nothing fits 0\.01GB: with .*smaller are data"):
         aligned(clips, tmp_path / "run", "training.fit=0.01GB")
     with pytest.raises(ConfigError, match=r"training\.fit=huge: write its memory"):
