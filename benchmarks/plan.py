@@ -66,7 +66,7 @@ CASES = (
     Case(training={"channels_last": True}),
     Case("adapter", {"batch": 2}, memory=Memory(encode_frames=1)),
     Case("adapter", {"precision": "bf16"}, memory=Memory("nested", {"down_blocks.*": "all_but_attention"}, 4)),
-    Case(memory=Memory("feed_forward")),
+    Case(memory=Memory("feed_forward")), Case("temporal", LEAN, RECOMPUTED),
 )  # fmt: skip
 
 
