@@ -94,8 +94,8 @@ class VideoVAE(AutoencoderKL):
     def stream(self, rows: int | None) -> None:
         """From now on decode frame by frame, temporal layers by that many pixel rows; None: whole clips at once.
 
-        Exact, in a fraction of the memory, images too. With gradients nothing but the inputs of residual blocks is
-        kept, whatever is recomputed otherwise. Raises `ConfigError`.
+        Exact, in a fraction of the memory, images too. With gradients, of clips nothing but the inputs of residual
+        blocks is kept, whatever is recomputed otherwise. Raises `ConfigError`.
         """
         if rows is not None and rows < 1:
             raise ConfigError(f"cannot decode {rows} pixel rows at a time: 1 or more, or None for whole clips")
