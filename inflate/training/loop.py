@@ -148,37 +148,9 @@ def fit(
                 run.look()
         stop.begin()
         while state.step < settings.steps and not (reason := stop.reason(accelerator)):
-            acting = [one for one in trainees if state.step >= one.player.start]
-            torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
-            terms: Terms = {}
-            numbers: list[int] = []
-            with ExitStack() as stack:
-                completing = partial(stack.enter_context, keeper.completing())
-                ready = partial(check_loss, accelerator, state.step, numbers, completing)
-                for _ in range(settings.accumulate):
-                    batch = report.draw(batches)
-                    numbers += batch["number"].tolist()
-                    noise = Noise(settings.seed, batch["number"], accelerator.device)
-                    batch = send_to_device(batch, accelerator.device, non_blocking=True)
-                    with accelerator.accumulate(*(one.player.network for one in acting)):
-                        for one in acting:
-                            with turn(one, trainees):
-                                loss, logs = learn(one, batch, noise, state.step, accelerator, clock, ready)
-                            collect(terms, one, loss, logs)
-                clock.begin("update")
-                norms = [one.gradient_norm(accelerator) for one in acting]
-                check_step(accelerator, state.step, acting, terms, norms, numbers)
-                if not settings.step_in_backward:
-                    completing()
-                for one, norm in zip(acting, norms, strict=True):
-                    one.update(state.step, norm)
-                    terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
-                state.step += 1
-            clock.begin("other")
+            run.step(batches)
             if compilation:
                 compilation.check()
-            report.add(terms)
-            report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
             run.keep_up()
         completes = reason not in SIGNALS
         run.look(evaluate=completes, preview=False)
@@ -194,9 +166,10 @@ def fit(
 
 @dataclass
 class Run:
-    """What happens beside the steps: looking at the model, saving it.
+    """A run under way: its steps, and what happens beside them, looking at the model and saving it.
 
-    Every process calls each method; the main one does the work, the others wait, and fail where it fails.
+    Every process calls each method. Steps are of all; beside them the main one does the work, the others wait, and fail
+    where it fails.
     """
 
     task: Task
@@ -206,6 +179,39 @@ class Run:
     report: Report
     state: State
     keeper: Keeper
+
+    def step(self, batches: Iterator[Batch | InflateError]) -> None:
+        """Make one optimiser step of every player that acts by now, and log it."""
+        settings, accelerator, report, state = self.settings, self.accelerator, self.report, self.state
+        acting = [one for one in self.trainees if state.step >= one.player.start]
+        torch.manual_seed(seed_of(settings.seed, state.step, accelerator.process_index))  # for dropout
+        terms: Terms = {}
+        numbers: list[int] = []
+        with ExitStack() as stack:
+            completing = partial(stack.enter_context, self.keeper.completing())
+            ready = partial(check_loss, accelerator, state.step, numbers, completing)
+            for _ in range(settings.accumulate):
+                batch = report.draw(batches)
+                numbers += batch["number"].tolist()
+                noise = Noise(settings.seed, batch["number"], accelerator.device)
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                with accelerator.accumulate(*(one.player.network for one in acting)):
+                    for one in acting:
+                        with turn(one, self.trainees):
+                            loss, logs = learn(one, batch, noise, state.step, accelerator, report.clock, ready)
+                        collect(terms, one, loss, logs)
+            report.clock.begin("update")
+            norms = [one.gradient_norm(accelerator) for one in acting]
+            check_step(accelerator, state.step, acting, terms, norms, numbers)
+            if not settings.step_in_backward:
+                completing()
+            for one, norm in zip(acting, norms, strict=True):
+                one.update(state.step, norm)
+                terms[f"gradient_norm/{one.player.name}"] = [selected(norm)]
+            state.step += 1
+        report.clock.begin("other")
+        report.add(terms)
+        report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
 
     def keep_up(self) -> None:
         """Do what is due after a step; what is due at the end is done at the end."""

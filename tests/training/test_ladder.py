@@ -70,10 +70,9 @@ def test_measures_apply_to_the_runs_that_they_are_for() -> None:
 def test_every_rung_can_be_run() -> None:
     for run in (RUN, ADAPTER, DECODER, {**RUN, "memory.offload": True}):
         for rung in steps(run):
-            whole = {**run, **rung.changes}
-            Memory(
-                **{name.removeprefix("memory."): value for name, value in whole.items() if name.startswith("memory.")}
-            )
+            asked = {name: value for name, value in {**run, **rung.changes}.items() if name.startswith("memory.")}
+            memory = Memory(**{name.removeprefix("memory."): value for name, value in asked.items()})
+            assert {name: getattr(memory, name.removeprefix("memory.")) for name in asked} == asked
 
 
 def test_what_a_run_has_already_is_no_measure() -> None:
