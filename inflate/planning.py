@@ -75,8 +75,9 @@ class ClipsOnPaper:
 
     def __getitem__(self, number: int) -> Any:
         return {
-            **self._content, "fps": torch.tensor(7.0), "motion": torch.tensor(0.0), "caption": "a clip",
+            **self._content, "fps": torch.tensor(7.0), "stride": torch.tensor(1.0), "motion": torch.tensor(0.0),
             "origin": torch.zeros(4, dtype=torch.int64), "number": torch.tensor(int(number)), "name": f"clip {number}",
+            "caption": "a clip",
         }  # fmt: skip
 
     @cached_property
@@ -86,7 +87,8 @@ class ClipsOnPaper:
             return {"pixels": pixels}
         made = {**self.encoder.starts(pixels[:1], [""]), **self.encoder.captions(["a clip"])}
         read = {"all": {"pixels": pixels}, "first": {"first": pixels[0]}}.get(self.frames, {})
-        return {"latents": self.encoder.latents(pixels), **{name: value[0] for name, value in made.items()}, **read}
+        framed = {"latents": self.encoder.latents(pixels), **self.encoder.of_frames(pixels)}
+        return {**framed, **{name: value[0] for name, value in made.items()}, **read}
 
 
 @dataclass(frozen=True)

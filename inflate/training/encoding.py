@@ -64,6 +64,10 @@ class ClipEncoder:
         """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
         return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
 
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Nothing else."""
+        return {}
+
     def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
         """`context` (N, 1, D), and with draws `image_latents` (N, K, C, h, w) of noise levels `augs` (N, K)."""
         pixels = pixels.to(self.family.vae.device)
@@ -108,6 +112,10 @@ class TextClipEncoder:
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
         return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
+
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Nothing else."""
+        return {}
 
     def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
         """Nothing: no frame is a condition."""
