@@ -23,9 +23,10 @@ from helpers import CROSS, randomise, tiny_unet, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
-from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.families.svd_encoders import Encoders
 from inflate.families.svd_model import Model
 from inflate.models.folders import PIPELINE_FILES
+from inflate.models.image_encoders import resize_antialiased
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
