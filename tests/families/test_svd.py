@@ -442,7 +442,7 @@ def test_scheduler_and_objective_agree_on_the_noise_input(both: Both) -> None:
     ours, pipeline = both
     pipeline.scheduler.set_timesteps(25)
     told = ours.objective.noise_input(pipeline.scheduler.sigmas[:-1])
-    torch.testing.assert_close(told, pipeline.scheduler.timesteps, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(told, pipeline.scheduler.timesteps, rtol=0, atol=5e-4)  # its schedule is rounded
 
 
 def test_gap_is_rounding_in_diffusers_mode_and_epsilon_in_the_original(family: SVD) -> None:
