@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inflate.families.video_ldm import Encoding
+from inflate.models.stable_diffusion import Encoding
 from inflate.models.text_encoders import TextCondition
 from inflate.training.player import Batch
 

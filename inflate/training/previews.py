@@ -24,14 +24,15 @@ LEAST_HEIGHT = 192
 
 
 def write_pairs(folder: Path, shown: Sequence[Batch], places: list[int], truth: Tensor, generated: Tensor) -> None:
-    """Write samples (N, F, 3, H, W) of those of the shown clips that have one size, and a contact sheet.
+    """Write samples (N, F, 3, H, W) of those of the shown clips that have one size as mp4 files, and a contact sheet.
 
-    Each is named by its place; in the sheet its truth is above it.
+    Each is named by its place; in the sheet its truth is above it. Of images there is the sheet alone.
     """
     rows, labels = [], []
     for place, real, made in zip(places, truth, generated, strict=True):
         name = f"{place:02d}"
-        video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(shown[place]["fps"][0]))
+        if len(made) > 1:
+            video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(shown[place]["fps"][0]))
         rows += [to_uint8(unit(real)), to_uint8(unit(made))]
         labels += [f"{name} truth", f"{name} sample"]
     video.contact_sheet(folder / sheet_name(shown, places), rows, labels)
