@@ -44,6 +44,8 @@ class Model(svd_model.Model):
 
     tokenizer: str | None = None
     """for a single file of text-to-video, as the recipe has it"""
+    image_stream: str | None = None
+    """of DynamiCrafter's stage=adapt; nothing of it is cached"""
 
 
 @dataclass

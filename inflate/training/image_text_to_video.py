@@ -100,8 +100,13 @@ class Preview:
     """denoising steps"""
     guidance: float = 7.5
     """guidance scale; up to 1 there is no guidance, at half the cost"""
+    image_guidance: float | None = None
+    """guidance scale of the image, that above being the text's, at half the cost again; none: one scale for both"""
+    rescale: float | None = None
+    """share of a guided prediction that is brought to the spread of the one it leads to, 0 to 1, against overexposed
+    clips; none: 0.7 of models that were trained on pure noise, otherwise 0"""
     eta: float = 1.0
-    """share of fresh noise in each step, from 0 to 1"""
+    """fresh noise of each step, 0 (none) to 1"""
     little_memory: bool | None = None
     """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clips; none: where
     they are large, more than 8 frames of 512x512 together"""
