@@ -1,4 +1,4 @@
-"""A tiny DynamiCrafter: the tiny text-to-video model, which attends to an image and is shown its latent."""
+"""DynamiCrafter, tiny, over the pocket model's text encoder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_video_ldm import FRAMES, PROMPT, clip
+from tiny_video_ldm import PROMPT, clip, write_text_model
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from helpers import randomise
@@ -15,24 +15,39 @@ from inflate.families.video_ldm import VideoLDM
 from inflate.layers.image_context import ImageContext
 from inflate.training.encoding import ImageTextClipEncoder
 
-CONTEXT = ImageContext(embedding=8, width=16, depth=1, heads=2, head_width=8, queries=2, frames=FRAMES)
+FRAMES, SIDE = 3, 16
+STRETCHED = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+CONTEXT = ImageContext(embedding=8, width=8, depth=1, heads=2, head_width=4, queries=2, frames=FRAMES)
 
 
-def vision(seed: int = 3) -> CLIPVisionModelWithProjection:
-    """An image encoder of one layer, whose images are cut into four patches."""
+def image_encoder(seed: int = 3) -> CLIPVisionModelWithProjection:
+    """Of 16 pixels a side, in 4 patches of width 8."""
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
+    vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
         projection_dim=8,
     )  # fmt: skip
-    return CLIPVisionModelWithProjection(config).eval()
+    return CLIPVisionModelWithProjection(vision).eval()
+
+
+def family(folder: Path, detail: bool = True, clips: Clips | None = None, **schedule: Any) -> DynamiCrafter:
+    """A model all of whose layers do something, in float64; an empty folder is for what it is made of."""
+    parent = VideoLDM.load(write_text_model(folder, **(schedule or STRETCHED)))
+    clips = clips or Clips(FRAMES, 8.0, SIDE, SIDE)
+    made = DynamiCrafter.from_text_to_video(parent, image_encoder(), clips, CONTEXT)
+    if detail:
+        made.take_detail()
+    randomise(made.unet)
+    for network in made.networks:
+        network.double()
+    return made
 
 
 def made(folder: Path, detail: bool = True, context: ImageContext | None = CONTEXT) -> DynamiCrafter:
-    """The text-to-video model of a folder, made one that animates images; all of its weights take part."""
+    """The text-to-video model of a folder, made one that animates images, in float32; all its layers do something."""
     text = VideoLDM.load(folder)
     torch.manual_seed(5)
-    family = DynamiCrafter.from_text_to_video(text, vision(), Clips(FRAMES), context)
+    family = DynamiCrafter.from_text_to_video(text, image_encoder(), Clips(FRAMES), context)
     if detail:
         family.take_detail()
     randomise(family.unet)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_dynamicrafter import CONTEXT, CachedClips, made, strided, vision
+from tiny_dynamicrafter import CONTEXT, CachedClips, image_encoder, made, strided
 from tiny_video_ldm import FRAMES, PROMPT, write_text_model
 
 from inflate.adapters import file, verify
@@ -161,12 +161,12 @@ def test_a_stream_that_does_not_belong_is_refused_and_changes_nothing(folder: Pa
     make(made(folder, detail=False, context=replace(CONTEXT, frames=1)), "context").export(tmp_path)
     text = VideoLDM.load(folder)
     with pytest.raises(CheckpointError, match=r"features of another image encoder.*model\.image_encoder"):
-        image_stream.load(text.unet, vision(seed=4), tmp_path, FRAMES)
+        image_stream.load(text.unet, image_encoder(seed=4), tmp_path, FRAMES)
     narrow = VideoLDM.load("pocket")
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        image_stream.load(narrow.unet, vision(), tmp_path, FRAMES)
+        image_stream.load(narrow.unet, image_encoder(), tmp_path, FRAMES)
     with pytest.raises(CheckpointError, match=r"holds no image stream.*stage=context"):
-        image_stream.load(text.unet, vision(), tmp_path / "missing", FRAMES)
+        image_stream.load(text.unet, image_encoder(), tmp_path / "missing", FRAMES)
     assert text.unet.image_context is None
     assert narrow.unet.image_context is None
 
