@@ -45,8 +45,8 @@ def family(folder: Path, detail: bool = True, clips: Clips | None = None, **sche
 
 def made(folder: Path, detail: bool = True, context: ImageContext | None = CONTEXT) -> DynamiCrafter:
     """The text-to-video model of a folder, made one that animates images, in float32; all its layers do something."""
-    text = VideoLDM.load(folder)
     torch.manual_seed(5)
+    text = VideoLDM.load(folder)
     family = DynamiCrafter.from_text_to_video(text, image_encoder(), Clips(FRAMES), context)
     if detail:
         family.take_detail()
