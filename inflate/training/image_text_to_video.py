@@ -40,9 +40,12 @@ FEATURES, ALL_FEATURES = "features", "frame_features"
 class ImageTextToVideo:
     """Settings of image-and-text-to-video training (DynamiCrafter, 2310.12190)."""
 
-    drop: float = 0.05
-    """share of samples that lose the text alone, as many that lose the image's features alone, and as many that lose
-    both; the detail latent and the rate stay"""
+    drop_text: float = 0.05
+    """share of samples without the text alone: more, where captions say all that the image tokens could"""
+    drop_image: float = 0.05
+    """share of samples without the image tokens alone; the image's latent stays"""
+    drop_both: float = 0.05
+    """share of samples without either, the null condition of guidance"""
     condition_frame: Literal["random", "first"] = "random"
     """the frame of each clip that is the image: one drawn for each sample, so that it cannot be copied to where it
     came from, or the first"""
@@ -64,9 +67,10 @@ class ImageTextToVideo:
     """held-out clips that each preview animates, by their captions and first frames"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop <= 1 / 3:
+        rates = (self.drop_text, self.drop_image, self.drop_both)
+        if min(rates) < 0 or sum(rates) > 1:
             raise ConfigError(
-                f"image_text_to_video.drop={self.drop}: a share from 0 to 1/3, as it is taken three times"
+                "image_text_to_video: drop_text, drop_image and drop_both are shares: not below 0, not above 1 together"
             )
         if self.interpolation and self.condition_frame != "first":
             raise ConfigError(
@@ -161,7 +165,9 @@ class ImageTextToVideoTask:
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
         condition = self.condition(batch, clean, noise)
-        condition = condition.drop(noise.uniform("drop"), self.settings.drop, self.no_text, self.no_image)
+        settings = self.settings
+        rates = (settings.drop_text, settings.drop_both, settings.drop_image)
+        condition = condition.drop(noise.uniform("drop"), self.no_text, self.no_image, *rates)
         timestep = objective.timestep(noise.uniform("timestep") ** self.settings.timestep_power)  # (B,)
         predict = family.predict(condition, self.players[0].network, self._single(batch))
         loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
