@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from inflate.errors import ConfigError
-from inflate.planning import MOST_WORKERS, Planner, assignments, costs
+from inflate.planning import MOST_WORKERS, Planner, adaptable, assignments, costs
 from inflate.tables import aligned
 from inflate.training.cards import USABLE, Card
 from inflate.training.cost import PHASES
@@ -120,9 +120,7 @@ def refusal(planner: Planner, rungs: Sequence[Rung], card: Card) -> str:
     options = planner.smaller(least.changes)
     found = zip(options, costs(planner, [{**least.changes, **one} for one in options]), strict=True)
     helped = [f"{' '.join(assignments(one))} ({cost.peak / GB:.2f} GB)" for one, cost in found]
-    config = planner.config()
-    adaptable = config.adapter.kind == "none" and config.stage != "decoder"
-    helped += ["an adapter (adapters/temporal_lora.yaml)"] if adaptable else []
+    helped += ["an adapter (adapters/temporal_lora.yaml)"] if adaptable(planner.config()) else []
     return (
         f"nothing fits {card}: with {' '.join(assignments(least.changes)) or 'the run as asked'} it needs "
         f"{least.cost.peak / GB:.2f} GB ({least.cost.limit}), {over:.2f} GB more than the {card.usable / GB:.2f} that "

@@ -196,6 +196,12 @@ def encoder_of(family: SVD | VideoLDM | DynamiCrafter, config: Any) -> ClipEncod
     return TextClipEncoder(family, config.data.cache_dtype)
 
 
+def adaptable(config: Any) -> bool:
+    """Whether a run might train an adapter instead of its model's own weights."""
+    animates = isinstance(config.model, dynamicrafter_model.Model)
+    return config.adapter.kind == "none" and (config.stage == "finetune" if animates else config.stage != "decoder")
+
+
 def largest(config: Any) -> Bucket:
     """The bucket whose batches are the largest, of videos where there are any."""
     videos = [bucket for bucket in config.data.sizes if bucket.frames > 1]

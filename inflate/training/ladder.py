@@ -74,9 +74,10 @@ def _steps_by_itself(run: Settings) -> bool:
 
 def _has_frozen(run: Settings) -> bool:
     """Whether layers of the trained network stay as they are, and may be rounded."""
-    temporal = "temporal" in (run.get("image_to_video.trainable"), run.get("stage")) or run.get("stage") == "context"
+    stage = run.get("stage")
+    some_stay = "temporal" in (run.get("image_to_video.trainable"), stage) or stage in ("context", "adapt")
     merged = run.get("text_to_video.domain_adapter") is not None  # into weights that are then not to be rounded
-    return _denoises(run) and not merged and (temporal or not _learns_whole(run))
+    return _denoises(run) and not merged and (some_stay or not _learns_whole(run))
 
 
 def _single_clips(run: Settings) -> dict[str, Any]:
