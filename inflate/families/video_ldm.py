@@ -28,7 +28,7 @@ from inflate.models.stable_diffusion import SHARED_WITH_EULER, Encoding, TextToV
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
-from inflate.objectives import DDPM, Predict
+from inflate.objectives import Predict
 from inflate.surgery import inflate_unet
 
 log = logging.getLogger(__name__)
@@ -145,12 +145,6 @@ class VideoLDM(TextToVideo):
         image = single_file.load_image_model(file, prediction, lambda _: tensors)
         text = load_text_encoders(file, tokenizer, lambda _: tensors)
         return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
-
-    @property
-    def objective(self) -> DDPM:
-        """What the image model was trained with."""
-        config = self.noise.config
-        return DDPM(config.prediction_type, config.rescale_betas_zero_snr)
 
     def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it, for a condition on prompts.
@@ -279,7 +273,7 @@ class VideoLDM(TextToVideo):
 def _compare_objectives(file: Path, family: VideoLDM, image_model: str | Path, refuse: bool) -> None:
     """Say, or raise CheckpointError, where an image model predicts otherwise than temporal layers were trained with."""
     trained, own = folders.read_json(file).get("objective"), asdict(family.objective)
-    if trained in (None, own):
+    if trained is None or {**own, **trained} == own:  # what an earlier version did not say is as it was
         return
     told = f"{file} is of temporal layers trained with {trained}, but {image_model} has {own}"
     if refuse:

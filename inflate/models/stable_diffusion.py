@@ -16,7 +16,7 @@ from inflate.models import folders
 from inflate.models.text_encoders import SUFFIXES, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
-from inflate.objectives import BETA_END, BETA_START, TRAIN_TIMESTEPS
+from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS
 
 SHARED_WITH_EULER = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
@@ -60,6 +60,12 @@ class TextToVideo(Encoding):
     """the image model's noise schedule, as a DDIM sampler's settings"""
     clips: Any
     """what the clips of training were: at least their height and width, if known"""
+
+    @property
+    def objective(self) -> DDPM:
+        """What the image model was trained with."""
+        config = self.noise.config
+        return DDPM(config.prediction_type, config.rescale_betas_zero_snr)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
