@@ -114,8 +114,8 @@ def read_saved(file: Path) -> dict[str, Tensor]:
         return load_file(file) if file.suffix == SAFETENSORS else _unpickled(file)
     except _NO_TENSORS as error:
         raise CheckpointError(
-            f"{file} cannot be read: it is damaged, or pickles more than tensors, which is never run; download it again, "
-            f"or as a {SAFETENSORS} file"
+            f"{file} cannot be read: it is damaged, or pickles more than tensors, which is never run; download it "
+            f"again, or as a {SAFETENSORS} file"
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error

@@ -1,4 +1,4 @@
-"""The noise schedule that latent diffusion's code saves beside the weights, by which a file tells how it was trained."""
+"""The noise schedule that latent diffusion's code saves beside weights, by which a file tells how it was trained."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def differing(saved: Mapping[str, Tensor], objective: DDPM) -> dict[str, float]:
     return {
         name: float((one - other).abs().max())
         for name, (one, other) in pairs.items()
-        if not torch.allclose(one, other, **_close(saved[name]))
+        if not torch.allclose(one, other, rtol=_rounding(saved[name]), atol=1e-6)
     }
 
 
@@ -90,6 +90,6 @@ def _table(name: str, saved: Tensor, origin: str) -> Tensor:
     return saved[:TRAIN_TIMESTEPS]
 
 
-def _close(saved: Tensor) -> dict[str, float]:
-    """How close saved numbers must be: as their precision allows."""
-    return {"rtol": max(1e-4, torch.finfo(saved.dtype).eps), "atol": 1e-6}
+def _rounding(saved: Tensor) -> float:
+    """How close saved numbers must be, relatively, as their precision allows."""
+    return max(1e-4, torch.finfo(saved.dtype).eps)

@@ -15,7 +15,7 @@ from inflate.errors import CheckpointError
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families import dynamicrafter_original as original
 from inflate.models import exchange
-from inflate.models.original_video_names import LVDM, layout_of
+from inflate.models.original_video_names import LVDM, layout_of, with_fps
 from inflate.models.unet import VideoUNet
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "dynamicrafter"
@@ -38,7 +38,7 @@ UNET: dict[str, Any] = {
 def unet(gate: bool, frames: int = 3) -> VideoUNet:
     """A UNet without memory; its heads are 64 channels wide."""
     context = {"embedding": 24, "width": 32, "depth": 2, "heads": 3, "head_width": 64, "frames": frames, "gate": gate}
-    return exchange.build_unet({**UNET, "image_context": context}, original.spec(64))
+    return exchange.build_unet({**UNET, "image_context": context}, with_fps(64))
 
 
 def constants(shapes: dict[str, Any]) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def test_each_tensor_goes_to_its_place_and_back(gate: bool) -> None:
     assert any(key.endswith(".alpha") for key in start) == gate
     made = original.unet_of(start, "the file")
     assert made.image_context == unet(gate).image_context
-    assert made.spec == original.spec(64)
+    assert made.spec == with_fps(64)
     assert all(number(tensor) == number(start[names[key]]) for key, tensor in made.state_dict().items())
     back = original.unet_tensors(made)
     assert back.keys() == start.keys()
@@ -149,7 +149,7 @@ def test_a_deepspeed_checkpoint_and_the_embedding_of_a_stride_are_known_by_today
 
 
 def test_a_unet_without_an_image_is_read_and_written() -> None:
-    text = exchange.build_unet({**UNET, "in_channels": 4}, original.spec(64))
+    text = exchange.build_unet({**UNET, "in_channels": 4}, with_fps(64))
     names = keys.unet_names(exchange.shapes(text), layout_of(UNET))
     start = constants(LVDM.shapes(exchange.shapes(text), names))
     made = original.unet_of(start, "the file")
