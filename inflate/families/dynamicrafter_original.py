@@ -42,11 +42,8 @@ BY_SCALE = {
     0.3: Clips(height=576, width=1024, number=10.0),
 }
 """The clips of the others, by how far their clean latents are rescaled."""
-UNTOLD = {
-    True: DDPM("epsilon"),
-    False: DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7),
-}
-"""The objective of the published models that are told the stride, or the frame rate, for files without a schedule."""
+BY_RATE = DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
+"""The objective of the published models that are told the frame rate, for files without a schedule."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -116,10 +113,12 @@ class Original:
         saved = schedule_buffers.told(self.tensors, str(self.origin))
         if "objective" in self.told:
             return DDPM(**self.told["objective"])
-        if saved is None:
-            log.warning("%s holds no noise schedule (%s): %s is taken, that of the published model", self.origin,
-                        schedule_buffers.SIGNAL, UNTOLD[self.stride])  # fmt: skip
-        return saved or UNTOLD[self.stride]
+        if saved is not None:
+            return saved
+        usual = BY_RATE if self.has_image and not self.stride else DDPM("epsilon")
+        log.warning("%s holds no noise schedule (%s): %s is taken, that of the published model", self.origin,
+                    schedule_buffers.SIGNAL, usual)  # fmt: skip
+        return usual
 
     @property
     def noise(self) -> DDIMScheduler:
@@ -137,7 +136,7 @@ class Original:
         """What the clips were: as a file of ours tells, else those of the published model of the same schedule."""
         if "clips" in self.told:
             return Clips(**self.told["clips"])
-        clips = BY_STRIDE if self.stride else BY_SCALE.get(self.objective.base_scale, Clips())
+        clips = BY_STRIDE if self.stride else BY_SCALE.get(self.objective.base_scale, BY_SCALE[0.7])
         groups = size_of(self.tensors, f"{keys.IMAGE_PROJ}latents", 1) // keys.QUERIES if self.has_image else 1
         return replace(clips, frames=groups) if groups > 1 else clips
 

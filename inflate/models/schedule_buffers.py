@@ -63,7 +63,7 @@ def told(tensors: Mapping[str, Tensor], origin: str) -> DDPM | None:
     if signal is None:
         return None
     zero = bool(signal[-1] < ZERO)
-    scale = round(float(saved[SCALES][-1]), 4) if SCALES in saved else 1.0
+    scale = _rounded(saved[SCALES][-1]) if SCALES in saved else 1.0
     if not 0.0 < scale <= 1.0:
         raise CheckpointError(f"{origin}: its {SCALES} ends in {scale}, which is no share of clean latents")
     objective = DDPM("v_prediction" if zero else "epsilon", zero, scale)
@@ -88,6 +88,11 @@ def _table(name: str, saved: Tensor, origin: str) -> Tensor:
     if saved.ndim != 1 or len(saved) < TRAIN_TIMESTEPS or not saved.is_floating_point():
         raise CheckpointError(f"{origin}: its {name} is {tuple(saved.shape)}, no table of {TRAIN_TIMESTEPS} timesteps")
     return saved[:TRAIN_TIMESTEPS]
+
+
+def _rounded(scale: Tensor) -> float:
+    """The scale that a configuration names, of which a file in half precision has two digits right."""
+    return round(float(scale), 4 if torch.finfo(scale.dtype).bits >= 32 else 2)
 
 
 def _rounding(saved: Tensor) -> float:

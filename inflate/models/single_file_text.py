@@ -77,7 +77,7 @@ def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = re
     surplus = [key for key in tensors if key.startswith(TEXT) and not key.startswith(inside)]
     if surplus:
         raise CheckpointError(f"{file} holds tensors of no known text encoder: {listing(surplus)}; nothing was loaded")
-    networks = tuple(_encoder(tensors, place, file) for place in places)
+    networks = tuple(encoder_of(tensors, place, file) for place in places)
     pairs = zip(places, networks, strict=True)
     tokenizers = tuple(_tokenizer(vocabulary, place, network.config) for place, network in pairs)
     return TextEncoders(networks, tokenizers, zeros_for_empty=len(places) > 1)
@@ -111,7 +111,7 @@ def _tokenizer(folder: Path, place: Place, config: Any) -> CLIPTokenizer:
     return tokenizer
 
 
-def _encoder(tensors: Mapping[str, Tensor], place: Place, file: Path) -> Any:
+def encoder_of(tensors: Mapping[str, Tensor], place: Place, file: Path) -> Any:
     named = {key.removeprefix(place.prefix): one for key, one in tensors.items() if key.startswith(place.prefix)}
     ours = _from_open_clip(named) if place.open_clip else {key.removeprefix("text_model."): named[key] for key in named}
     kept = {key: tensor for key, tensor in ours.items() if key not in UNUSED}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from original_files import DYNAMICRAFTER, published_dynamicrafter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,8 +17,6 @@ from inflate.models import exchange
 from inflate.models.original_video_names import LVDM, layout_of, with_fps
 from inflate.models.unet import VideoUNet
 
-FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "dynamicrafter"
-PUBLISHED = FIXTURES / "state_keys_full_ckpt_512.json"
 HEAD_WIDTHS = {"tiny_a": 16, "tiny_c": 8}
 """Of the recorded query transformers, which their tensors do not tell."""
 UNET: dict[str, Any] = {
@@ -51,23 +48,15 @@ def number(tensor: Tensor) -> float:
     return float(tensor.max())
 
 
-@pytest.fixture
-def published() -> dict[str, list[int]]:
-    if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here: the names of the published checkpoint are not part of the repository")
-    names: dict[str, list[int]] = json.loads(PUBLISHED.read_text())
-    return names
-
-
 def recorded(name: str, gate: bool) -> dict[str, Tensor]:
     """The tensors of a recorded UNet and its query transformer as a file has them."""
-    if not (FIXTURES / name).is_dir():
-        pytest.skip(f"{FIXTURES / name} is not here: recordings of the original are not part of the repository")
+    if not (DYNAMICRAFTER / name).is_dir():
+        pytest.skip(f"{DYNAMICRAFTER / name} is not here: recordings of the original are not part of the repository")
     parts = ((keys.UNET, "unet_tiny"), (keys.IMAGE_PROJ, "resampler_tiny"))
     tensors = {
         f"{prefix}{key}": tensor
         for prefix, stem in parts
-        for key, tensor in load_file(FIXTURES / name / f"{stem}.safetensors").items()
+        for key, tensor in load_file(DYNAMICRAFTER / name / f"{stem}.safetensors").items()
     }
     return {key: tensor.float() for key, tensor in tensors.items() if gate or not key.endswith(".alpha")}
 
@@ -134,7 +123,8 @@ def test_a_recorded_model_is_read_and_written_bit_for_bit(name: str, gate: bool)
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
-def test_the_published_unet_has_the_shapes_of_ours(published: dict[str, list[int]]) -> None:
+def test_the_published_unet_has_the_shapes_of_ours() -> None:
+    published = published_dynamicrafter()
     start = constants({key: shape for key, shape in published.items() if key.startswith((keys.UNET, keys.IMAGE_PROJ))})
     made = original.unet_of(start, "the published checkpoint")
     assert sum(value.numel() for key, value in made.named_parameters() if not key.startswith("query_")) == 1_438_854_980
