@@ -36,8 +36,8 @@ def test_the_schedule_is_stable_diffusions() -> None:
     for zero, objective in ((False, NOISE), (True, V)):
         theirs = DDIMScheduler(**settings, rescale_betas_zero_snr=zero)
         found = schedule_buffers.buffers(objective)
-        torch.testing.assert_close(found["betas"], theirs.betas, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(found["alphas_cumprod"], theirs.alphas_cumprod, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found["betas"], theirs.betas, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["alphas_cumprod"], theirs.alphas_cumprod, atol=1e-5, rtol=1e-4)
     variance = found["betas"] * (1 - found["alphas_cumprod_prev"]) / (1 - found["alphas_cumprod"])
     torch.testing.assert_close(found["posterior_variance"], variance, atol=1e-6, rtol=1e-5)
 
