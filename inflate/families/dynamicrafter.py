@@ -283,12 +283,12 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         """The network as objectives and samplers call it, for a condition.
 
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
-        temporal layer is bypassed.
+        temporal layer is bypassed, as it is for a clip of one frame.
         """
         network = self.unet if unet is None else unet
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
             sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
             ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
             image = _image(condition, noisy.dtype)
