@@ -19,7 +19,8 @@ from inflate.errors import CheckpointError
 from inflate.families import modelscope_keys
 from inflate.files import new_file
 from inflate.layers.conditioning import ImageTokens
-from inflate.models import exchange, folders, original_names
+from inflate.models import exchange, folders
+from inflate.models.original_video_names import FPS, VGEN, layout_of
 from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 
 _SHARED_SETTINGS = (
@@ -119,11 +120,11 @@ def from_vgen(tensors: Mapping[str, Tensor], origin: str) -> ImageToVideo:
     """
     beside = {key: tensor for key, tensor in tensors.items() if key.startswith(modelscope_keys.TOKENS_PREFIX)}
     own = {key: tensor for key, tensor in tensors.items() if key not in beside}
-    config = vgen_config(own)
-    told_fps = "fps_embedding.0.weight" in own
+    config = VGEN.config(own)
+    told_fps = FPS in own
     unet = exchange.build_unet(config, _with_fps(config["block_out_channels"][0]) if told_fps else MODELSCOPE)
     wanted = exchange.shapes(unet)
-    names = exchange.inverse(modelscope_keys.unet_to_vgen(wanted, modelscope_keys.layout_of(config)))
+    names = exchange.inverse(VGEN.names(wanted, layout_of(config)))
     exchange.adopt(unet, exchange.convert(own, names, wanted, origin))
     return ImageToVideo(unet, _tokens(beside, config["cross_attention_dim"], origin) if beside else None)
 
@@ -133,19 +134,11 @@ def to_vgen(model: ImageToVideo) -> dict[str, Tensor]:
     unet = model.unet
     refuse_what_vgen_lacks(unet)
     tensors = exchange.detached(unet)
-    names = modelscope_keys.unet_to_vgen(tensors, modelscope_keys.layout_of(unet.config))
-    shapes = modelscope_keys.vgen_shapes(exchange.shapes(unet), names)
+    names = VGEN.names(tensors, layout_of(unet.config))
+    shapes = VGEN.shapes(exchange.shapes(unet), names)
     beside = {} if model.tokens is None else exchange.detached(model.tokens)
     named = {f"{modelscope_keys.TOKENS_PREFIX}{key}": tensor for key, tensor in beside.items()}
     return {**exchange.convert(tensors, names, shapes, "this UNet"), **named}
-
-
-def vgen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The 2D UNet configuration that fits VGen's tensors; CheckpointError where they are another model's."""
-    width = modelscope_keys.head_width(tensors)
-    # VGen's downsampling has no number of its own in its block.
-    numbered = {key.replace(".op.", ".0.op."): tensor for key, tensor in tensors.items()}
-    return original_names.unet_config(numbered, width)
 
 
 def _with_fps(width: int) -> TemporalSpec:

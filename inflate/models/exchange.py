@@ -45,7 +45,7 @@ def inverse(names: Names) -> Names:
 def convert(
     tensors: Mapping[str, Tensor], names: Names, shapes: Mapping[str, torch.Size], origin: str
 ) -> dict[str, Tensor]:
-    """Renames every tensor by `names` and fits pointwise convolutions to linear layers and back, without copying.
+    """Renames every tensor by `names` and fits those of another shape as `fit` does, without copying.
 
     `shapes` are those of the target model and `origin` names the source in messages. Raises CheckpointError, listing
     the keys, where a tensor is missing, left over or of another shape.
@@ -78,12 +78,13 @@ def _difference(missing: list[str], surplus: list[str]) -> str:
 
 
 def fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """A tensor in a shape that differs at most as a pointwise convolution from a linear layer; None for others."""
+    """A tensor in a shape that differs at most as a pointwise convolution from a linear layer, or as one number in a
+    row from the number alone; None for others."""
     if tensor.shape == shape:
         return tensor
     longer, shorter = (tensor.shape, shape) if tensor.ndim > len(shape) else (shape, tensor.shape)
-    pointwise = len(shorter) == 2 and tuple(longer) in ((*shorter, 1), (*shorter, 1, 1))
-    return tensor.reshape(shape) if pointwise else None
+    endings = {0: ((1,),), 2: ((1,), (1, 1))}.get(len(shorter), ())
+    return tensor.reshape(shape) if longer[len(shorter) :] in endings and longer[: len(shorter)] == shorter else None
 
 
 def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
