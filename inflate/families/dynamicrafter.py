@@ -284,17 +284,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         temporal layer is bypassed.
         """
         network = self.unet if unet is None else unet
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
-            sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
-            ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
-            image = _image(condition, noisy.dtype)
-            text = condition.text.to(noisy.dtype)
-            output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
-            return output  # (B, F, C, h, w)
-
-        return predict
+        return predictor(network, condition, bool(self.unet.spec.added_ids), image_only)
 
     def with_tokens(self, condition: Condition, frames: int) -> Condition:
         """A condition whose image is already what the query transformer makes of it: the same in every step."""
@@ -345,6 +335,23 @@ def ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
     latents = first.new_zeros(len(first), frames, *first.shape[1:])
     latents[:, 0], latents[:, -1] = first, last
     return latents
+
+
+def predictor(network: nn.Module, condition: Condition, told: bool, image_only: bool = False) -> Predict:
+    """A UNet's prediction of noisy clips; `told` says whether it takes the condition's number.
+
+    The latents beside the noisy ones join their channels.
+    """
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+        sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
+        ids = condition.number.to(noisy)[:, None] if told else None  # (B, 1)
+        image, text = _image(condition, noisy.dtype), condition.text.to(noisy.dtype)
+        output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
+        return output  # (B, F, C, h, w)
+
+    return predict
 
 
 def read_clips(file: Path) -> Clips:
