@@ -20,11 +20,15 @@ from inflate.models.original_video_names import LVDM
 UNET, IMAGE_PROJ, FIRST_STAGE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
 TEXT_ENCODER, IMAGE_ENCODER = "cond_stage_model.model.", "embedder.model.visual."
 QUERY_TRANSFORMER = "query_transformer."
+TWIN = "embedder.model."
 IDLE = tuple(
-    f"embedder.model.{name}"
+    f"{TWIN}{name}"
     for name in ("token_embedding.", "positional_embedding", "text_projection", "logit_scale", "ln_final.")
 )
 """What the files keep and nothing uses: the rest of the text encoder that the image encoder was made with."""
+PARTS = (UNET, IMAGE_PROJ, FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, *IDLE)
+GATE = ".attn2.alpha"
+"""The gate of a block's image tokens, of the model of 256 pixels alone."""
 QUERIES = 16
 """Tokens of a frame, in every published model."""
 DEEPSPEED, STRIDE, FPS = "_forward_module.", ".framestride_embed.", ".fps_embedding."
@@ -90,5 +94,5 @@ def image_context(tensors: Mapping[str, Tensor], head_width: int) -> ImageContex
         head_width=head_width,
         queries=QUERIES,
         frames=queries // QUERIES,
-        gate=any(key.endswith(".attn2.alpha") for key in tensors),
+        gate=any(key.endswith(GATE) for key in tensors),
     )

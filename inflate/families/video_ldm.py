@@ -97,6 +97,8 @@ class VideoLDM(TextToVideo):
         channels = self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
+        if self.unet.spec.added_ids > 1:
+            raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
 
     @classmethod
     def load(
@@ -157,10 +159,18 @@ class VideoLDM(TextToVideo):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
             context, added = condition.context.to(noisy.dtype), self.added(condition, noisy)
-            output: Tensor = network(noisy, timestep, context, image_only=marks, **added).sample
+            told = self.told(condition, noisy)
+            output: Tensor = network(noisy, timestep, context, told, image_only=marks, **added).sample
             return output  # (B, F, C, h, w)
 
         return predict
+
+    def told(self, condition: TextCondition, noisy: Tensor) -> Tensor | None:
+        """The frame rate (B, 1) of latents (B, F, C, h, w), in whole frames per second, where the UNet is told it."""
+        if self.unet.spec.added_ids == 0:
+            return None
+        fps = noisy.new_full((len(noisy),), self.clips.fps) if condition.fps is None else condition.fps
+        return fps.to(noisy).floor()[:, None]  # (B, 1)
 
     def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the UNet adds to the time embedding of every frame of latents (B, F, C, h, w); nothing of SD 1 and 2."""

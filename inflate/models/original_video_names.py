@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inflate.errors import CheckpointError
+from inflate.models import exchange
 from inflate.models.exchange import Names
 from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head, substituted, unet_config
-from inflate.models.unet import INPUT_HEADS
+from inflate.models.unet import INPUT_HEADS, MODELSCOPE, TemporalSpec, VideoUNet
 
 FPS = "fps_embedding.0.weight"
 """A tensor of those models that are told the frame rate."""
@@ -91,6 +92,40 @@ VGEN = Dialect("VGen", "input_blocks.0.1", False, re.compile(r"\.temporal\.proj_
 """VGen's and ModelScope's."""
 LVDM = Dialect("VideoCrafter", "init_attn.0", True, re.compile(r"^conv_in\.temporal\.proj_(in|out)\.weight$"))
 """VideoCrafter's and DynamiCrafter's."""
+
+BUILT_IN: dict[str, Any] = {**exchange.BUILT_IN, "use_linear_projection": True, "upcast_attention": False}
+"""What the UNets of these code bases, and diffusers' class for them, have built in."""
+
+
+def with_fps(width: int) -> TemporalSpec:
+    """The layers of a model that is told the frame rate by an embedding of that width."""
+    return replace(MODELSCOPE, added_ids=1, added_id_dim=width)
+
+
+def refuse_what_originals_lack(unet: VideoUNet, code: str) -> None:
+    """CheckpointError, naming the settings, where the UNets of a code base cannot represent a model."""
+    told_fps = unet.spec.added_ids > 0
+    slots = with_fps(unet.config.block_out_channels[0]) if told_fps else MODELSCOPE
+    fixed = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu"}
+    refuse_other_layers(unet, slots, code, {**fixed, "class_embed_type": "projection" if told_fps else None})
+
+
+def refuse_other_layers(unet: VideoUNet, slots: TemporalSpec, target: str, built_in: Mapping[str, Any]) -> None:
+    """CheckpointError, naming the settings, where a model has others than these slots and what is built in."""
+    wrong = exchange.differing(unet, {**BUILT_IN, **built_in})
+    wrong += exchange.differing_spec(unet.spec, replace(slots, dropout=unet.spec.dropout))
+    widths = head_widths(unet)
+    if len(widths) != 1:
+        wrong.append(f"heads of different widths ({', '.join(map(str, sorted(widths)))})")
+    if {len(transformer.transformer_blocks) for transformer in exchange.transformers(unet)} != {1}:
+        wrong.append("more than one block per transformer")
+    if wrong:
+        raise CheckpointError(f"{target} has no place for: {'; '.join(wrong)}")
+
+
+def head_widths(unet: VideoUNet) -> set[int]:
+    """Widths of the heads of a UNet's 2D transformers."""
+    return {layer.inner_dim // layer.config.num_attention_heads for layer in exchange.transformers(unet)}
 
 
 def layout_of(config: Mapping[str, object]) -> UNetLayout:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
+from inflate.errors import ConfigError
 from inflate.objectives import Predict
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -59,12 +60,19 @@ def guided(predictions: Sequence[Predict], scales: Sequence[float | Tensor] = ()
     return predict
 
 
-def is_large(latents: Tensor, factor: int, asked: bool | None) -> bool:
-    """Whether to draw in little memory: as `asked`, else where twice the clips' pixels are too many to go together.
+def is_large(latents: Tensor, factor: int, asked: bool | None, passes: int = 2) -> bool:
+    """Whether to draw in little memory: as `asked`, else where the pixels of so many passes are too many together.
 
     The latents (B, F, C, h, w) have `factor` pixels a side each.
     """
-    return 2 * latents[:, :, 0].numel() * factor**2 > TOGETHER if asked is None else asked
+    return passes * latents[:, :, 0].numel() * factor**2 > TOGETHER if asked is None else asked
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Raise ConfigError naming the counts that are given and below 1."""
+    low = [f"{name} ({count})" for name, count in counts.items() if count is not None and count < 1]
+    if low:
+        raise ConfigError(f"{' and '.join(low)} must be at least 1")
 
 
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:

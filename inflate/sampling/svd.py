@@ -17,7 +17,7 @@ from inflate.layers.recompute import in_parts
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import PARTS, Progress, guided, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, Progress, at_least_one, guided, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -50,8 +50,7 @@ class Sampling:
     is large, of more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.frames is not None and self.frames < 1):
-            raise ConfigError(f"steps ({self.steps}) and frames ({self.frames}) must be at least 1")
+        at_least_one(steps=self.steps, frames=self.frames)
 
 
 def sample(

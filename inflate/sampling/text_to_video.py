@@ -16,7 +16,7 @@ from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.layers.recompute import in_parts
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
-from inflate.sampling.steps import PARTS, TOGETHER, Progress, guided, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, guided, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -45,10 +45,7 @@ class Sampling:
     they are large, more than 8 frames of 512x512 together"""
 
     def __post_init__(self) -> None:
-        given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
-        low = [f"{name} ({value})" for name, value in given.items() if value is not None and value < 1]
-        if low:
-            raise ConfigError(f"{' and '.join(low)} must be at least 1")
+        at_least_one(steps=self.steps, frames=self.frames, batch=self.batch)
 
 
 def sample(

@@ -151,11 +151,11 @@ class TextToVideoTask:
         return self.family.encode(batch["pixels"].to(device))
 
     def condition(self, batch: Batch, device: torch.device) -> TextCondition:
-        """What the UNet is told of the clips: their captions, and where their pixels come from."""
+        """What the UNet is told of the clips: their captions, frame rates, and where their pixels come from."""
         cached = "caption_states" in batch
         text = self._cached_text(batch, device) if cached else self.family.embed(batch["caption"])
-        origin = batch.get("origin")
-        return text if origin is None else replace(text, origin=origin.to(device))
+        beside = {name: batch[name].to(device) for name in ("origin", "fps") if name in batch}
+        return replace(text, **beside)
 
     def _cached_text(self, batch: Batch, device: torch.device) -> TextCondition:
         place, pooled = (device, self.family.vae.dtype), batch.get("caption_pooled")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from original_files import DYNAMICRAFTER, published_dynamicrafter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,11 +14,9 @@ from inflate.errors import CheckpointError
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families import dynamicrafter_original as original
 from inflate.models import exchange
-from inflate.models.original_video_names import LVDM, layout_of
+from inflate.models.original_video_names import LVDM, layout_of, with_fps
 from inflate.models.unet import VideoUNet
 
-FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "dynamicrafter"
-PUBLISHED = FIXTURES / "state_keys_full_ckpt_512.json"
 HEAD_WIDTHS = {"tiny_a": 16, "tiny_c": 8}
 """Of the recorded query transformers, which their tensors do not tell."""
 UNET: dict[str, Any] = {
@@ -38,7 +35,7 @@ UNET: dict[str, Any] = {
 def unet(gate: bool, frames: int = 3) -> VideoUNet:
     """A UNet without memory; its heads are 64 channels wide."""
     context = {"embedding": 24, "width": 32, "depth": 2, "heads": 3, "head_width": 64, "frames": frames, "gate": gate}
-    return exchange.build_unet({**UNET, "image_context": context}, original.spec(64))
+    return exchange.build_unet({**UNET, "image_context": context}, with_fps(64))
 
 
 def constants(shapes: dict[str, Any]) -> dict[str, Tensor]:
@@ -51,23 +48,15 @@ def number(tensor: Tensor) -> float:
     return float(tensor.max())
 
 
-@pytest.fixture
-def published() -> dict[str, list[int]]:
-    if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here: the names of the published checkpoint are not part of the repository")
-    names: dict[str, list[int]] = json.loads(PUBLISHED.read_text())
-    return names
-
-
 def recorded(name: str, gate: bool) -> dict[str, Tensor]:
     """The tensors of a recorded UNet and its query transformer as a file has them."""
-    if not (FIXTURES / name).is_dir():
-        pytest.skip(f"{FIXTURES / name} is not here: recordings of the original are not part of the repository")
+    if not (DYNAMICRAFTER / name).is_dir():
+        pytest.skip(f"{DYNAMICRAFTER / name} is not here: recordings of the original are not part of the repository")
     parts = ((keys.UNET, "unet_tiny"), (keys.IMAGE_PROJ, "resampler_tiny"))
     tensors = {
         f"{prefix}{key}": tensor
         for prefix, stem in parts
-        for key, tensor in load_file(FIXTURES / name / f"{stem}.safetensors").items()
+        for key, tensor in load_file(DYNAMICRAFTER / name / f"{stem}.safetensors").items()
     }
     return {key: tensor.float() for key, tensor in tensors.items() if gate or not key.endswith(".alpha")}
 
@@ -115,7 +104,7 @@ def test_each_tensor_goes_to_its_place_and_back(gate: bool) -> None:
     assert any(key.endswith(".alpha") for key in start) == gate
     made = original.unet_of(start, "the file")
     assert made.image_context == unet(gate).image_context
-    assert made.spec == original.spec(64)
+    assert made.spec == with_fps(64)
     assert all(number(tensor) == number(start[names[key]]) for key, tensor in made.state_dict().items())
     back = original.unet_tensors(made)
     assert back.keys() == start.keys()
@@ -134,7 +123,8 @@ def test_a_recorded_model_is_read_and_written_bit_for_bit(name: str, gate: bool)
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
-def test_the_published_unet_has_the_shapes_of_ours(published: dict[str, list[int]]) -> None:
+def test_the_published_unet_has_the_shapes_of_ours() -> None:
+    published = published_dynamicrafter()
     start = constants({key: shape for key, shape in published.items() if key.startswith((keys.UNET, keys.IMAGE_PROJ))})
     made = original.unet_of(start, "the published checkpoint")
     assert sum(value.numel() for key, value in made.named_parameters() if not key.startswith("query_")) == 1_438_854_980
@@ -149,7 +139,7 @@ def test_a_deepspeed_checkpoint_and_the_embedding_of_a_stride_are_known_by_today
 
 
 def test_a_unet_without_an_image_is_read_and_written() -> None:
-    text = exchange.build_unet({**UNET, "in_channels": 4}, original.spec(64))
+    text = exchange.build_unet({**UNET, "in_channels": 4}, with_fps(64))
     names = keys.unet_names(exchange.shapes(text), layout_of(UNET))
     start = constants(LVDM.shapes(exchange.shapes(text), names))
     made = original.unet_of(start, "the file")
