@@ -235,7 +235,8 @@ def _videocrafter(file: Path, target: Path, extra: Extra) -> str:
     original = DynamiCrafterFile.read(file)
     text, about = original.load_text(extra.tokenizer), original.clips
     clips = video_ldm.Clips(about.frames, about.fps, about.height, about.width)
-    return _saved(VideoLDM(original.load_unet(), original.load_vae(), text, original.noise, clips), target)
+    own = original.load_unet(), original.load_vae(), text, original.noise, clips
+    return _saved(VideoLDM(*own, base_scale=original.objective.base_scale), target)
 
 
 def _modelscope(folder: Path) -> VideoLDM:

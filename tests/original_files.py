@@ -22,15 +22,18 @@ from transformers import (
 from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
 from inflate.families import svd_keys
 from inflate.families.dynamicrafter import Clips, DynamiCrafter, Told
+from inflate.families.dynamicrafter_original import unet_tensors
 from inflate.families.svd import SVD
 from inflate.layers.image_context import ImageContext
+from inflate.models import schedule_buffers
 from inflate.models.folders import SHIPPED
 from inflate.models.original_names import UNetLayout
 from inflate.models.original_video_names import with_fps
-from inflate.models.single_file_writing import image_tensors
+from inflate.models.single_file_writing import image_tensors, vae_tensors
 from inflate.models.text_encoders import TextEncoders, load_tokenizer
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
+from inflate.objectives import DDPM
 from inflate.surgery import inflate_unet, inflate_vae
 
 DYNAMICRAFTER = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dynamicrafter"
@@ -194,6 +197,16 @@ def parts(folder: Path, spec: TemporalSpec, **settings: Any) -> dict[str, Any]:
     text = TextEncoders((text_encoder(act="gelu"),), (load_tokenizer(write_tokenizer(folder) / "tokenizer"),))
     noise = DDIMScheduler(**BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     return {"unet": unet, "vae": tiny_vae(**VAE), "text": text, "noise": noise}
+
+
+def write_videocrafter(folder: Path, told: bool = True) -> tuple[Path, VideoUNet]:
+    """Write a tiny VideoCrafter, whose clean latents were rescaled, and its tokenizer; returns its UNet, too."""
+    found = parts(folder, with_fps(64) if told else MODELSCOPE)
+    text = open_clip_tensors(found["text"].networks[0], OPEN)
+    schedule = schedule_buffers.buffers(DDPM("epsilon", base_scale=0.7))
+    tensors = {**unet_tensors(found["unet"]), **vae_tensors(found["vae"]), **text, **schedule}
+    torch.save({"state_dict": tensors}, folder / "videocrafter.ckpt")
+    return folder / "videocrafter.ckpt", found["unet"]
 
 
 def dynamicrafter(folder: Path, told: Told = "fps", base_scale: float = 1.0, **context: Any) -> DynamiCrafter:

@@ -32,7 +32,7 @@ from inflate.models.image_encoders import (
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet, load_strictly
-from inflate.objectives import DDPM, Predict
+from inflate.objectives import Predict
 
 FAMILY = "dynamicrafter"
 Told = Literal["fps", "stride"]
@@ -172,8 +172,6 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
     image_std: tuple[float, ...] = CLIP_STD
     """per channel, of the image encoder's inputs in [0, 1]"""
-    base_scale: float = 1.0
-    """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
     further: dict[str, Any] = field(default_factory=dict)
     """further entries of inflate.json, which stay with the model"""
 
@@ -232,12 +230,10 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         """
         if context is not None:
             model.unet.add_image_context(context)
-        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
-
-    @property
-    def objective(self) -> DDPM:
-        """What the model is trained with."""
-        return replace(super().objective, base_scale=self.base_scale)
+        return cls(
+            model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
+            base_scale=model.base_scale,
+        )  # fmt: skip
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

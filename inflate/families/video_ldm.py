@@ -130,11 +130,13 @@ class VideoLDM(TextToVideo):
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
         if kind is VideoUNet:
-            clips = read_clips(folder / folders.SETTINGS_FILE)
+            file = folder / folders.SETTINGS_FILE
+            clips, base_scale = read_clips(file), folders.read_json(file).get("base_scale", 1.0)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
-            clips, unet = Clips(), inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
-        return cls(unet, encoders.vae, encoders.text, noise, clips)
+            clips, base_scale = Clips(), 1.0
+            unet = inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
+        return cls(unet, encoders.vae, encoders.text, noise, clips, base_scale=base_scale)
 
     @classmethod
     def _from_single_file(
@@ -214,7 +216,7 @@ class VideoLDM(TextToVideo):
         with torch.no_grad():
             for name, parameter in theirs.items():
                 parameter.copy_(own[name])
-        other.clips = self.clips
+        other.clips, other.base_scale = self.clips, self.base_scale
         return other
 
     def save_temporal(
@@ -273,7 +275,7 @@ class VideoLDM(TextToVideo):
         for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
             part.save_pretrained(folder / name)
         self.text.save_pretrained(folder)
-        settings = {**self._settings(), ZEROS: self.text.zeros_for_empty}
+        settings = {**self._settings(), "base_scale": self.base_scale, ZEROS: self.text.zeros_for_empty}
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def _settings(self) -> dict[str, Any]:
