@@ -34,19 +34,23 @@ def cases(folder: Path, names: Sequence[str] = ()) -> Iterator[Case]:
             yield Case(f"{name}: no such recording", math.inf, EXACT)
     for stem in found:
         if not names or stem.startswith(tuple(names)):
-            yield from _cases_of(folder, stem)
+            yield from cases_of(folder, stem)
 
 
-def _cases_of(folder: Path, stem: str) -> Iterator[Case]:
+def cases_of(folder: Path, stem: str) -> Iterator[Case]:
+    """The cases of one recording of a folder, or of a folder in it."""
     file = folder / stem
     runner = runner_of(file.parent, file.name)
     if runner is None:
         yield Case(f"{stem}: unknown file", math.inf, EXACT)
         return
-    above = stem.removesuffix(file.name)
+    above, found = stem.removesuffix(file.name), False
     try:
         for case in runner(file.parent, file.name):
+            found = True
             yield case._replace(name=f"{above}{case.name}")
+        if not found:
+            yield Case(f"{stem}: no case", math.inf, EXACT)
     except (InflateError, KeyError, RuntimeError, OSError, ValueError, TypeError) as error:
         yield Case(f"{stem}: {type(error).__name__} {error}".replace("\n", " "), math.inf, EXACT)
 

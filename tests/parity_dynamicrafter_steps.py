@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity_cases import EXACT, LOSS, RECORDED, WEIGHTS, Case, difference, read_json, relative
+from parity_cases import EXACT, LOSS, RECORDED, WEIGHTS, Case, difference, read_json
 from parity_dynamicrafter_unet import SINGLE, load_unet, tokens_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,17 +28,28 @@ GRADIENT = 1e-3  # of the norm of a tensor's gradient; float32 leaves 3e-7 where
 SMALL = 1e-3  # norms below this are taken for it
 DROP = 0.05
 """How often training leaves out each of text, image and both."""
+BETWEEN = "c_concat_interp"
+"""The detail latents of two ends."""
+GIVEN = ("z", "noise", "t", "text", "img_feat", "fs")
+CONDITIONS = (
+    "x_T", "text", "null_text", "image_features", "null_image_features", "image_tokens", "null_image_tokens", "fs",
+    "c_concat", BETWEEN,
+)  # fmt: skip
+STEP = ("noise", "x_prev", "pred_x0", "out")
+"""What a training step is given, what samples are made of, and what is recorded of each."""
 SPACINGS: dict[str, Spacing] = {"uniform": "leading", "uniform_trailing": "trailing"}
 
 
 def objective_of(described: dict[str, Any]) -> DDPM:
     """The objective that a recording was made with, which it tells in words."""
     words = described["schedule"].lower()
-    known = re.match(r"(v|eps|epsilon)-prediction", words), re.search(r"turning_step=400\b|no dynamic rescale", words)
-    if not all(known):
+    predicted = [
+        name for name, word in (("v_prediction", r"\bv-pred"), ("epsilon", r"\beps")) if re.search(word, words)
+    ]
+    if len(predicted) != 1 or re.search(r"turning_step=(?!400\b)", words):
         raise ValueError(f"a schedule that is not known: {described['schedule']}")
-    zero = re.search(r"(?<!no )(?<!without )zero[- ](terminal[- ])?snr", words) is not None
-    return DDPM("v_prediction" if words.startswith("v") else "epsilon", zero, described.get("base_scale") or 1.0)
+    zero = re.search(r"(?<!no )(?<!without )(zero[- ](terminal[- ])?|zt?)snr", words) is not None
+    return DDPM(predicted[0], zero, described.get("base_scale") or 1.0)
 
 
 def described_cases(folder: Path, stem: str) -> Iterator[Case]:
@@ -46,7 +57,7 @@ def described_cases(folder: Path, stem: str) -> Iterator[Case]:
     described, name = read_json(folder / f"{stem}.json"), stem.removeprefix("train_sampler_")
     for part, recording in (("training", "train"), ("sampling", "sampler")):
         there = (folder / f"{recording}_{name}{RECORDED}").is_file()
-        yield Case(f"{stem}.{part}", float(there != (part in described)), EXACT)
+        yield Case(f"{stem}.{part}", there != (part in described), EXACT)
     if "classifier_free_dropout" in described:
         yield from _dropout_cases(stem, described["classifier_free_dropout"])
 
@@ -66,41 +77,40 @@ def _dropout_cases(stem: str, recorded: dict[str, list[float]]) -> Iterator[Case
 def training_cases(folder: Path, stem: str) -> Iterator[Case]:
     """One loss and its gradients: what goes in, what comes out, and what each tensor gets."""
     name = stem.removeprefix("train_")
-    described = read_json(folder / f"train_sampler_{name}.json")
-    recorded = {key: _ours(tensor) for key, tensor in load_file(folder / f"{stem}{RECORDED}").items()}
+    described, recorded = read_json(folder / f"train_sampler_{name}.json"), _recorded(folder, stem)
     unet = _double(load_unet(folder, name)).requires_grad_(True)
     detail = repeated(recorded["z"][:, described["training"]["cond_frame"]], recorded["z"].shape[1])
-    condition = Condition(recorded["text"], recorded["img_feat"], detail, recorded["fs"])
-    for key, ours in _inputs(unet, objective_of(described), condition, recorded).items():
-        tolerance = {"c_concat": EXACT, "context": PREDICTION}.get(key, LOSS)
-        yield Case(f"{stem}.{key}", relative(ours, recorded[key]), tolerance)
-    yield from _loss_cases(stem, unet, objective_of(described), condition, recorded)
+    number = _number(folder, name, recorded, len(detail))
+    condition = Condition(recorded["text"], recorded["img_feat"], detail, number)
+    step = _step(unet, objective_of(described), condition, recorded)
+    for key, (ours, tolerance) in step.items():
+        if key in recorded:
+            yield Case(f"{stem}.{key}", difference(ours.detach(), recorded[key]), tolerance)
+    unknown = [key for key in recorded if key not in (*GIVEN, *step) and not key.startswith("grad")]
+    yield Case(f"{stem}.unknown", len(unknown), EXACT)
     yield from _gradient_cases(stem, unet, described["training"]["grad_param_names"], recorded)
 
 
-def _inputs(
+def _step(
     unet: VideoUNet, objective: DDPM, condition: Condition, recorded: dict[str, Tensor]
-) -> dict[str, Tensor | None]:
+) -> dict[str, tuple[Tensor, float]]:
+    """All that one training step computes, with tolerances; leaves the parameters' gradients behind."""
     clean, noise, timestep = (recorded[key] for key in ("z", "noise", "t"))
-    return {
-        "c_concat": condition.detail,
-        "context": torch.cat([condition.text, tokens_of(unet, condition.image)], dim=1),
-        "x_scaled": objective.rescale(timestep)[:, None, None, None, None] * clean,
-        "x_noisy": objective.noisy(clean, timestep, noise),
-        "target": objective.target(clean, timestep, noise),
-    }
-
-
-def _loss_cases(
-    stem: str, unet: VideoUNet, objective: DDPM, condition: Condition, recorded: dict[str, Tensor]
-) -> Iterator[Case]:
-    """Prediction and loss; leaves the parameters' gradients behind."""
+    assert condition.image is not None
+    assert condition.detail is not None
     predict, predictions = _kept(predictor(unet, condition, unet.spec.added_ids > 0))
-    losses = objective.loss(predict, recorded["z"], recorded["t"], recorded["noise"]).mean(dim=1)
+    losses = objective.loss(predict, clean, timestep, noise).mean(dim=1)
     losses.mean().backward()
-    yield Case(f"{stem}.pred", difference(predictions[0].detach(), recorded["pred"]), PREDICTION)
-    yield Case(f"{stem}.loss_per_sample", difference(losses.detach(), recorded["loss_per_sample"]), LOSS)
-    yield Case(f"{stem}.loss", difference(losses.detach().mean(), recorded["loss"]), LOSS)
+    return {
+        "c_concat": (condition.detail, EXACT),
+        "context": (torch.cat([condition.text, tokens_of(unet, condition.image)], dim=1), PREDICTION),
+        "x_scaled": (objective.rescale(timestep)[:, None, None, None, None] * clean, LOSS),
+        "x_noisy": (objective.noisy(clean, timestep, noise), LOSS),
+        "target": (objective.target(clean, timestep, noise), LOSS),
+        "pred": (predictions[0], PREDICTION),
+        "loss_per_sample": (losses, LOSS),
+        "loss": (losses.mean(), LOSS),
+    }
 
 
 def _kept(predict: Predict) -> tuple[Predict, list[Tensor]]:
@@ -120,17 +130,15 @@ def _gradient_cases(stem: str, unet: VideoUNet, names: list[str], recorded: dict
     yield Case(f"{stem}.grad_param_names", len(set(names) ^ set(places)), EXACT)
     own = {name: unet.get_parameter(places[name]).grad for name in names}
     norms = recorded["grad_norm"].clamp(min=SMALL)
-    roots = torch.tensor([float(each.numel()) ** 0.5 for each in own.values()])
+    spreads = norms / torch.tensor([float(each.numel()) ** 0.5 for each in own.values()])
     ours = torch.stack([each.norm() for each in own.values()])
     yield Case(f"{stem}.grad_norm", difference(ours / norms, recorded["grad_norm"] / norms), GRADIENT)
     ours = torch.stack([each.mean() for each in own.values()])
-    each = norms / roots
-    yield Case(f"{stem}.grad_mean", difference(ours / each, recorded["grad_mean"] / each), GRADIENT)
+    yield Case(f"{stem}.grad_mean", difference(ours / spreads, recorded["grad_mean"] / spreads), GRADIENT)
     for key in sorted(key for key in recorded if key.startswith("grad.")):
         name = key.removeprefix("grad.").replace("diffusion_model.", keys.UNET, 1)
-        theirs = recorded[key] if recorded[key].ndim < 5 else recorded[key].transpose(-4, -3)
-        apart = own[name].reshape(theirs.shape) - theirs
-        yield Case(f"{stem}.{key}", float(apart.norm() / theirs.norm().clamp(min=SMALL)), GRADIENT)
+        apart = own[name].reshape(recorded[key].shape) - recorded[key]
+        yield Case(f"{stem}.{key}", float(apart.norm() / norms[names.index(name)]), GRADIENT)
 
 
 # ---- sampling
@@ -140,27 +148,34 @@ def _gradient_cases(stem: str, unet: VideoUNet, names: list[str], recorded: dict
 def sampling_cases(folder: Path, stem: str) -> Iterator[Case]:
     """The tokens, both kinds of detail latents, and each step of each case from the recorded latents before it."""
     name = stem.removeprefix("sampler_")
-    described = read_json(folder / f"train_sampler_{name}.json")
-    recorded = {key: _ours(tensor) for key, tensor in load_file(folder / f"{stem}{RECORDED}").items()}
-    unet = _double(load_unet(folder, name))
-    for kind in ("", "null_"):
-        ours = tokens_of(unet, recorded[f"{kind}image_features"])
-        yield Case(f"{stem}.{kind}image_tokens", difference(ours, recorded[f"{kind}image_tokens"]), PREDICTION)
-    detail, between = recorded["c_concat"], recorded["c_concat_interp"]
-    frames = detail.shape[1]
-    yield Case(f"{stem}.c_concat", difference(repeated(detail[:, 0], frames), detail), EXACT)
-    yield Case(f"{stem}.c_concat_interp", difference(ends(between[:, 0], between[:, -1], frames), between), EXACT)
-    settings = described["sampling"]["cases"]
-    yield Case(f"{stem}.cases", len(set(settings) ^ {key.split(".")[0] for key in recorded if "." in key}), EXACT)
+    described, recorded = read_json(folder / f"train_sampler_{name}.json"), _recorded(folder, stem)
+    recorded["fs"] = _number(folder, name, recorded, len(recorded["x_T"]))
+    unet, settings = _double(load_unet(folder, name)), described["sampling"]["cases"]
+    yield from _condition_cases(stem, unet, recorded)
+    own = {f"{case}.{key}" for case in settings for key in STEP}
+    yield Case(
+        f"{stem}.unknown", len(own.symmetric_difference(key for key in recorded if key not in CONDITIONS)), EXACT
+    )
     for case, asked in settings.items():
         own = {key.removeprefix(f"{case}."): each for key, each in recorded.items() if key.startswith(f"{case}.")}
         predict = _guided(unet, case, asked, recorded)
-        yield from _step_cases(f"{stem}.{case}", asked, objective_of(described), predict, recorded["x_T"], own)
+        yield from step_cases(f"{stem}.{case}", asked, objective_of(described), predict, recorded["x_T"], own)
+
+
+def _condition_cases(stem: str, unet: VideoUNet, recorded: dict[str, Tensor]) -> Iterator[Case]:
+    for kind in ("image", "null_image"):
+        ours = tokens_of(unet, recorded[f"{kind}_features"])
+        yield Case(f"{stem}.{kind}_tokens", difference(ours, recorded[f"{kind}_tokens"]), PREDICTION)
+    detail, frames = recorded["c_concat"], recorded["c_concat"].shape[1]
+    yield Case(f"{stem}.c_concat", difference(repeated(detail[:, 0], frames), detail), EXACT)
+    if BETWEEN in recorded:
+        detail = recorded[BETWEEN]
+        yield Case(f"{stem}.{BETWEEN}", difference(ends(detail[:, 0], detail[:, -1], frames), detail), EXACT)
 
 
 def _guided(unet: VideoUNet, case: str, asked: dict[str, Any], recorded: dict[str, Tensor]) -> Predict:
     """The prediction of a case: of the whole condition, guided away from nothing by one scale or two, or by none."""
-    detail = recorded["c_concat_interp" if "interp" in case else "c_concat"]
+    detail = recorded[BETWEEN if "interp" in case else "c_concat"]
     full = Condition(recorded["text"], recorded["image_features"], detail, recorded["fs"])
     image = replace(full, text=recorded["null_text"])
     nothing = replace(image, image=recorded["null_image_features"])
@@ -173,9 +188,10 @@ def _guided(unet: VideoUNet, case: str, asked: dict[str, Any], recorded: dict[st
     return guided([predict], scales, asked["guidance_rescale"])
 
 
-def _step_cases(
+def step_cases(
     name: str, asked: dict[str, Any], objective: DDPM, predict: Predict, latents: Tensor, recorded: dict[str, Tensor]
 ) -> Iterator[Case]:
+    """Each step from the recorded latents before it, the first from `latents`."""
     timesteps = torch.tensor(asked["timesteps_descending"])
     sampler = DDIM(objective, len(timesteps), asked["eta"], SPACINGS[asked["spacing"]])
     if asked["steps"] == len(timesteps):  # otherwise the original took more steps than it was asked for
@@ -187,9 +203,17 @@ def _step_cases(
         clean = step.rescale * objective.separate(before, timestep, prediction)[0]
         after = sampler.step(step, before, prediction, iter(recorded["noise"][number:]))
         latents = recorded["x_prev"][number]
-        yield Case(f"{name}.pred_x0.{number}", difference(clean, recorded["pred_x0"][number]), SINGLE)
-        yield Case(f"{name}.x_prev.{number}", difference(after, latents), SINGLE)
-    yield Case(f"{name}.out", difference(after, recorded["out"]), SINGLE)
+        yield Case(f"{name}.pred_x0.{number}", _spread_difference(clean, recorded["pred_x0"][number]), SINGLE)
+        yield Case(f"{name}.x_prev.{number}", _spread_difference(after, latents), SINGLE)
+    yield Case(f"{name}.out", _spread_difference(after, recorded["out"]), SINGLE)
+
+
+def _spread_difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference in units of the spread, where that is above 1.
+
+    Guidance amplifies the rounding of the recorded passes as it does the spread.
+    """
+    return difference(ours, theirs) / max(1.0, float(theirs.std()))
 
 
 # ---- tables
@@ -208,7 +232,7 @@ def table_cases(folder: Path, stem: str) -> Iterator[Case]:
         yield Case(f"{stem}.{spacing}_{count}", difference(ours, torch.tensor(described[f"{spacing}_{count}"])), EXACT)
     for count in described.get("step_counts_with_nan_direction_eta1", ()):
         rows = torch.stack([*_sampler("uniform_trailing", int(count)).table()])
-        yield Case(f"{stem}.finite_{count}", float((~rows.isfinite()).sum()), EXACT)
+        yield Case(f"{stem}.finite_{count}", int((~rows.isfinite()).sum()), EXACT)
 
 
 def _matches(pattern: str, names: Iterable[str]) -> Iterator[tuple[str, ...]]:
@@ -249,10 +273,23 @@ def _step_entry(spacing: str, count: int, what: str, timesteps: Tensor) -> Tenso
     raise ValueError(f"{what} of {spacing} steps is not known")
 
 
-def _ours(tensor: Tensor) -> Tensor:
-    """A recorded tensor in float64 where it is of real numbers, clips (..., C, F, h, w) as (..., F, C, h, w)."""
-    tensor = tensor.double() if tensor.is_floating_point() else tensor
-    return tensor.transpose(-4, -3) if tensor.ndim > 4 else tensor
+# ---- helpers
+
+
+def _recorded(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What is recorded, in float64 where it is of real numbers; clips (..., C, F, h, w) as (..., F, C, h, w)."""
+    found = {}
+    for key, tensor in load_file(folder / f"{stem}{RECORDED}").items():
+        precise = tensor.double() if tensor.is_floating_point() else tensor
+        found[key] = precise.transpose(-4, -3) if tensor.ndim > 4 and not key.startswith("grad") else precise
+    return found
+
+
+def _number(folder: Path, name: str, recorded: dict[str, Tensor], batch: int) -> Tensor:
+    """The frame rates (B,); one that is not recorded is the configuration's."""
+    return recorded.get(
+        "fs", torch.full((batch,), read_json(folder / f"unet_{name}.json")["unet_config"]["default_fs"])
+    )
 
 
 def _double(unet: VideoUNet) -> VideoUNet:
