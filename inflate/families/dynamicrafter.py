@@ -292,18 +292,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed, as it is for a clip of one frame.
         """
-        network = self.unet if unet is None else unet
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
-            sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
-            ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
-            image = _image(condition, noisy.dtype)
-            text = condition.text.to(noisy.dtype)
-            output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
-            return output  # (B, F, C, h, w)
-
-        return predict
+        return predictor(self.unet, condition, unet, image_only)
 
     def with_tokens(self, condition: Condition, frames: int) -> Condition:
         """A condition whose image is already what the query transformer makes of it: the same in every step."""
@@ -354,6 +343,27 @@ def ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
     latents = first.new_zeros(len(first), frames, *first.shape[1:])
     latents[:, 0], latents[:, -1] = first, last
     return latents
+
+
+def predictor(
+    unet: VideoUNet, condition: Condition, network: nn.Module | None = None, image_only: bool = False
+) -> Predict:
+    """A UNet's prediction of noisy clips, by its wrapped form (`network`) where there is one.
+
+    The latents beside the noisy ones join their channels. The temporal layers pass clips of one frame, and those that
+    are `image_only`.
+    """
+    called = unet if network is None else network
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        marks = unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
+        sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
+        ids = condition.number.to(noisy)[:, None] if unet.spec.added_ids else None  # (B, 1)
+        image, text = _image(condition, noisy.dtype), condition.text.to(noisy.dtype)
+        output: Tensor = called(sample, timestep, text, ids, image_only=marks, **image).sample
+        return output  # (B, F, C, h, w)
+
+    return predict
 
 
 def read_clips(file: Path) -> Clips:
