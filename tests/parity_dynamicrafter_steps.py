@@ -26,7 +26,6 @@ from inflate.sampling.steps import guided
 PREDICTION = 1e-5
 GRADIENT = 1e-3  # of the norm of a tensor's gradient; float32 leaves 3e-7 where others cancel out
 SMALL = 1e-3  # norms below this are taken for it
-"""How often training leaves out each of text, image and both."""
 BETWEEN = "c_concat_interp"
 """The detail latents of two ends."""
 GIVEN = ("z", "noise", "t", "text", "img_feat", "fs")
