@@ -1,26 +1,28 @@
 """The commands that draw clips. Each imports what it needs when it runs, so that --help answers at once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from inflate.adapters.settings import Weighted
-from inflate.errors import ConfigError, DataError, report_errors
+from inflate.errors import CheckpointError, ConfigError, DataError, report_errors
 from inflate.options import AnyBase, ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import torch
-
+    from inflate.animation import Animator, Pixels
+    from inflate.families.dynamicrafter import DynamiCrafter
     from inflate.families.svd import SVD
     from inflate.families.video_ldm import VideoLDM
     from inflate.models.precision import Precision
-    from inflate.sampling.svd import Sampling
     from inflate.sampling.text_to_video import Sampling as TextSampling
+    from inflate.shooting import Shooting
+    from inflate.story import Shot
+
+    Family = SVD | VideoLDM | DynamiCrafter
+    Draws = tuple[Family, Callable[[], list[Pixels]], list[str], float]
+    """A model, what draws clips with it, the names of these, and their frames per second."""
 
 sampling_app = typer.Typer()
 
@@ -48,26 +50,67 @@ Adapters = Annotated[
 ]
 
 
+SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
+"""Panels of options that one family alone has."""
+
+
+def _of_svd(text: str, **limits: float) -> Any:
+    return typer.Option(help=text, rich_help_panel=SVD_ALONE, **limits)
+
+
+def _of_dynamicrafter(text: str, **limits: float) -> Any:
+    return typer.Option(help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
+
+
 @sampling_app.command()
 @report_errors()
 def sample(
     path: ModelPath,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The first frame.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Length of the clip [default: the model's, 14 where a file tells none]")
+    image: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="The first frame; a story names its own.", show_default=False)
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    motion_bucket: Annotated[float, typer.Option(min=0, max=255, help="Amount of motion.")] = 127.0,
-    noise_aug: Annotated[float, typer.Option(min=0, help="Noise added to the first frame.")] = 0.02,
-    guidance_min: Annotated[float, typer.Option(help="Guidance scale of the first frame.")] = 1.0,
-    guidance_max: Annotated[float, typer.Option(help="Guidance scale of the last frame.")] = 3.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
+    story: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON list of shots to join, each {image: FILE or previous: true, prompt: TEXT}."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of a clip [default: the model's, 14 where a file tells none]")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, as the model is told [default: its own]")] = None,
+    play_fps: Annotated[float | None, typer.Option(help="Those of the video, where they are to be others.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50]")] = None,
+    start: Annotated[
+        float | None,
+        typer.Option(help="Begin below the last noise level: for more motion. SVD: 100 of 700; DynamiCrafter: 920 of 999"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise; each shot of a story has the next.")] = 0,
+    grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
     height: Annotated[
-        int | None, typer.Option(min=1, help="Pixels [default: the model's area, the image's shape]")
+        int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; DynamiCrafter's own]")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
+    prompt: Annotated[list[str] | None, _of_dynamicrafter("What happens; may be repeated: a row each.")] = None,
+    negative: Annotated[str | None, _of_dynamicrafter("A prompt that guidance leads away from.")] = None,
+    end_image: Annotated[Path | None, _of_dynamicrafter("The last frame.")] = None,
+    loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which the video then shows once.")] = False,
+    stride: Annotated[
+        float | None, _of_dynamicrafter("What a model is told in place of frames per second [default: its own]", min=1)
+    ] = None,
+    eta: Annotated[
+        float | None, _of_dynamicrafter("Noise of each step: 0 for none, up to 1 [default: 1]", min=0, max=1)
+    ] = None,
+    guidance: Annotated[float | None, _of_dynamicrafter("Guidance scale [default: 7.5]; up to 1 there is none.")] = None,
+    image_guidance: Annotated[
+        float | None, _of_dynamicrafter("One of the image alone, for a pass more [default: none]")
+    ] = None,
+    rescale: Annotated[
+        float | None, _of_dynamicrafter("Share of guidance's contrast that is undone [default: the model's]", min=0, max=1)
+    ] = None,
+    motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
+    noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,
+    guidance_min: Annotated[float | None, _of_svd("Guidance scale of the first frame [default: 1]")] = None,
+    guidance_max: Annotated[float | None, _of_svd("Guidance scale of the last frame [default: 3]")] = None,
     image_model: OtherImageModel = None,
     image_encoder: ImageEncoder = None,
     prediction: Prediction = None,
@@ -77,32 +120,125 @@ def sample(
     little_memory: LittleMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
-    """Animate IMAGE with the model in PATH. Its networks take turns on the GPU."""
+    """Animate IMAGE, or the shots of a story, with the model in PATH. Its networks take turns on the GPU.
+
+    Ctrl-C while a story is drawn writes the shots that are whole.
+    """
     wanted = [Weighted.parse(text) for text in adapter or ()]
-    check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
+    check_output(overwrite, (".mp4",), output, *_beside(output, story))
     if (height is None) != (width is None):
         raise ConfigError("--height and --width: give both or neither")
-    from inflate.data.video import read_image
+    shot = _given(prompt=prompt or None, end_image=end_image, loop=loop)
+    given = shot | _given(
+        frames=frames, fps=fps, steps=steps, start=start, negative=negative, stride=stride, eta=eta, guidance=guidance,
+        image_guidance=image_guidance, rescale=rescale, motion_bucket=motion_bucket, noise_aug=noise_aug,
+        guidance_min=guidance_min, guidance_max=guidance_max, image_model=image_model, image_encoder=image_encoder,
+        prediction=prediction, little_memory=little_memory,
+    )  # fmt: skip
+    shots = _told(story, seed, image, grid, shot) if story else _asked(image, range(seed, seed + grid), **shot)
+    from inflate import animation, shooting
 
-    first = read_image(image)
-    from inflate.sampling.svd import Sampling
+    sizes = shooting.sizes_of(shots, story)
+    kind = animation.kind_of(path, given)
+    if story:
+        shooting.refuse_keys(shots, story, kind, path)
+    _note_image_model(path)
+    animator = kind.load(path, given)
+    _note_shots(path, shots, animator, negative or "")
+    _adapt(animator.family, wanted, any_base, dtype)
+    size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
+    taken = shooting.Shooting.at(size, shots, sizes, _note)
+    if story:
+        _write_story(output, story, taken, animator, play_fps or animator.fps)
+    else:
+        clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
+        _write_grid(output, shots, clips, grid, play_fps or animator.fps)
 
-    given = {"image_model": image_model, "image_encoder": image_encoder, "prediction": prediction}
-    family = _load(path, frames=frames, **given)
-    _adapt(family, wanted, any_base, dtype)
-    size = (height, width) if height and width else _fitting(first.shape[0], first.shape[1], family)
-    settings = Sampling(
-        steps=steps,
-        guidance_min=guidance_min,
-        guidance_max=guidance_max,
-        fps=family.fps if fps is None else fps,
-        motion_bucket=motion_bucket,
-        noise_aug=noise_aug,
-        frames=frames,
-        seed=seed,
-        little_memory=little_memory,
-    )
-    _write(output, _animate(family, read_image(image, size), settings), settings.fps)
+
+def _beside(output: Path, story: Path | None) -> list[Path]:
+    """Return the files that go with a video: its contact sheet and, of a story, its page."""
+    return [output.with_suffix(suffix) for suffix in (".png", ".html")[: 2 if story else 1]]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def _told(file: Path, seed: int, image: Path | None, grid: int, shot: dict[str, Any]) -> "list[Shot]":
+    """Return the shots of a story; ConfigError for what was given of a single shot."""
+    from inflate import story
+    from inflate.animation import option
+
+    single = ["IMAGE"] * (image is not None) + [option(name) for name in shot] + ["--grid"] * (grid > 1)
+    if single:
+        raise ConfigError(f"{single[0]} is not for a story, whose shots have their own: leave it out")
+    return story.read(file, seed)
+
+
+def _asked(
+    image: Path | None,
+    seeds: "Sequence[int]",
+    prompt: "Sequence[str]" = ("",),
+    end_image: Path | None = None,
+    loop: bool = False,
+) -> "list[Shot]":
+    """Return a shot for each prompt and seed."""
+    from inflate.story import Shot
+
+    if image is None:
+        raise ConfigError("name IMAGE, the first frame, or a story by --story")
+    if loop and end_image is not None:
+        raise ConfigError("--loop ends on the first frame and --end-image on another: give one of them")
+    end = image if loop else end_image
+    return [Shot(image, prompt=each, seed=seed, end_image=end) for each in prompt for seed in seeds]
+
+
+def _note_shots(path: str, shots: "Sequence[Shot]", animator: "Animator", negative: str) -> None:
+    """Say what of the shots the model was not made for."""
+    if any(shot.end_image for shot in shots) and not animator.interpolates:
+        _note(f"{path} was not trained to end on a given frame (clips.interpolation): it may not get there")
+    _note_unknown_words(animator.unknown_words([*(shot.prompt for shot in shots), negative]))
+
+
+def _write_grid(
+    output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", grid: int, fps: float
+) -> None:
+    """Write clips side by side, those of each prompt in a row where there are several."""
+    from inflate.data.pixels import tiled
+
+    rows = len(clips) // grid
+    labels = [f"{shot.label}, seed {shot.seed}" for shot in shots] if len(clips) > 1 else None
+    _write(output, tiled(clips, grid if rows > 1 else None), fps, clips, labels)
+
+
+def _write_story(output: Path, taken: "Shooting", animator: "Animator", fps: float) -> None:
+    """Draw the shots and write the video, its sheet and its page; where Ctrl-C stops it, of the shots that are whole."""
+    clips, stopped = [], False
+    try:
+        for clip in taken.in_turn(animator, lambda text: typer.echo(text, err=True)):
+            clips.append(clip)
+    except KeyboardInterrupt:
+        stopped = True
+    if clips:
+        _write_shots(output, taken.shots, clips, fps)
+    if stopped:
+        raise KeyboardInterrupt(f"interrupted after {len(clips)} of {len(taken.shots)} shots, of which the files are")
+
+
+def _write_shots(
+    output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", fps: float
+) -> None:
+    import numpy as np
+
+    from inflate import story
+    from inflate.files import write_text
+
+    parts = story.shown(shots, clips)
+    _write(output, np.concatenate(parts), fps, parts, [f"{n}: {shot.label}" for n, shot in enumerate(shots[:len(parts)], 1)])
+    page = output.with_suffix(".html")
+    write_text(page, story.page(output.name, shots, parts, fps))
+    typer.echo(f"wrote {page}")
 
 
 @sampling_app.command()
@@ -141,12 +277,11 @@ def generate(
     if sampler not in ("ddim", "euler"):
         raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
     from inflate.data.pixels import tiled
-    from inflate.families.video_ldm import VideoLDM
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path, image_model, tokenizer, prediction)
+    family = _text_to_video(path, image_model, tokenizer, prediction)
     _note_image_model(path)
-    _note_unknown_words(family, prompt, negative)
+    _note_unknown_words(family.text.unknown_words(f"{prompt} {negative}"))
     _adapt(family, wanted, any_base, dtype)
     settings = Sampling(
         steps=steps,
@@ -181,6 +316,9 @@ def compare_adapters(
     seeds: Annotated[int, typer.Option(min=1, help="Rows of each input: of this seed and the next ones.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: sample's, or generate's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the clips [default: the model's]")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What happens in the images, for a model that is told; a row for each.")
+    ] = None,
     any_base: AnyBase = False,
 ) -> None:
     """Draw the same inputs and seeds under several adapters or strengths, the base first: a video, a sheet, a page."""
@@ -189,10 +327,10 @@ def compare_adapters(
     wanted = comparison.columns(adapter)
     if output.exists():
         raise DataError(f"{output} exists already; choose another name")
-    every = range(seed, seed + seeds)
-    family, clips, fps = (_animations if _are_images(inputs) else _drawings)(path, inputs, every, steps, frames)
+    given = _given(steps=steps, frames=frames, prompt=prompt or None)
+    draws = _animations if _are_images(inputs) else _drawings
+    family, clips, rows, fps = draws(path, inputs, range(seed, seed + seeds), given)
     drawn = comparison.draw(family.unet, wanted, clips, any_base)
-    rows = [f"{Path(one).name}, seed {each}" for one in inputs for each in every]
     comparison.write(output, drawn, rows, fps, f"{path}: {', '.join(drawn)}")
     for name in (comparison.GRID, comparison.SHEET, comparison.PAGE):
         typer.echo(f"wrote {output / name}")
@@ -208,49 +346,48 @@ def _are_images(inputs: list[str]) -> bool:
     return bool(found)
 
 
-def _animations(
-    path: str, images: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
-) -> "tuple[SVD, Callable[[], list[npt.NDArray[np.uint8]]], float]":
-    """Return the model in `path`, what animates each image with each seed, and the rate; all as large as the first."""
-    from inflate.data.video import read_image
-    from inflate.sampling.svd import Sampling
+def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dict[str, Any]) -> "Draws":
+    """Return what animates each image by each prompt with each seed; all as large as the first."""
+    from inflate import animation, shooting
 
-    first = read_image(images[0]).shape
-    family = _load(path, frames=frames)
-    size = _fitting(first[0], first[1], family)
-    shown = [read_image(image, size) for image in images]
-    settings = Sampling(steps=steps or Sampling.steps, fps=family.fps, frames=frames)
-    pairs = [(image, replace(settings, seed=seed)) for image in shown for seed in seeds]
-    return family, lambda: [_animate(family, image, each) for image, each in pairs], family.fps
+    prompts = given.get("prompt", ("",))
+    shots = [shot for image in images for shot in _asked(Path(image), seeds, prompts)]
+    sizes = shooting.sizes_of(shots)
+    _note_image_model(path)
+    animator = animation.kind_of(path, given).load(path, given)
+    _note_unknown_words(animator.unknown_words(prompts))
+    taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, _note)
+    rows = [", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image]
+    return animator.family, lambda: taken.together(animator), rows, animator.fps
 
 
-def _drawings(
-    path: str, prompts: list[str], seeds: "Sequence[int]", steps: int | None, frames: int | None
-) -> "tuple[VideoLDM, Callable[[], list[npt.NDArray[np.uint8]]], float]":
-    """Return the model in `path`, what draws each prompt with each seed, and the rate."""
-    from inflate.families.video_ldm import VideoLDM
+def _drawings(path: str, prompts: list[str], seeds: "Sequence[int]", given: dict[str, Any]) -> "Draws":
+    """Return what draws each prompt with each seed."""
     from inflate.sampling.text_to_video import Sampling
 
-    family = VideoLDM.load(path)
+    if "prompt" in given:
+        raise ConfigError("--prompt is for images; these are prompts already: leave it out")
+    family = _text_to_video(path)
     _note_image_model(path)
-    _note_unknown_words(family, *prompts)
-    settings = Sampling(steps=steps or Sampling.steps, frames=frames)
-    return family, lambda: _draw(family, prompts, seeds, settings), family.clips.fps
+    _note_unknown_words(family.text.unknown_words(" ".join(prompts)))
+    settings = Sampling(**given)
+    rows = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+    return family, lambda: _draw(family, prompts, seeds, settings), rows, family.clips.fps
 
 
-def _load(path: str, frames: int | None = None, **given: Any) -> "SVD":
-    """Return the family in `path`, as `SVD.load` does, inflated if it is an image model.
+def _text_to_video(path: str, *given: Any) -> "VideoLDM":
+    """Return the model in `path`, as `VideoLDM.load` does; CheckpointError for one that animates images."""
+    from inflate.animation import KINDS
+    from inflate.families.video_ldm import VideoLDM
+    from inflate.models import folders
 
-    A folder's clip length stays: so many of a sample's frames, however long it is, are decoded together.
-    """
-    from inflate.families.svd import SVD
-    from inflate.models.folders import SAFETENSORS
-
-    _note_image_model(path)
-    return SVD.load(path, frames=frames if path.endswith(SAFETENSORS) else None, **given)
+    family = folders.family_of(path)
+    if family in KINDS:
+        raise CheckpointError(f"{path} is of {family}, which animates images: inflate sample {path} IMAGE -o out.mp4")
+    return VideoLDM.load(path, *given)
 
 
-def _adapt(family: "SVD | VideoLDM", wanted: list[Weighted], any_base: bool, dtype: "Precision | None") -> None:
+def _adapt(family: "Family", wanted: list[Weighted], any_base: bool, dtype: "Precision | None") -> None:
     """Merge adapters into the UNet, and then round all weights, for as long as this command runs."""
     if wanted:
         from inflate.adapters.merge import merge_files
@@ -270,69 +407,39 @@ def _note_image_model(path: str) -> None:
 
     file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
     if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
-        typer.echo(f"note: {path} is an image model: freshly inflated, its frames know nothing of each other", err=True)
+        _note(f"{path} is an image model: freshly inflated, its frames know nothing of each other")
 
 
-def _note_unknown_words(family: "VideoLDM", *prompts: str) -> None:
-    """Say which words the text encoder's vocabulary lacks."""
-    unknown = family.text.unknown_words(" ".join(prompts))
+def _note_unknown_words(unknown: "Sequence[str]") -> None:
+    """Say which words of prompts the text encoder's vocabulary lacks."""
     if unknown:
-        typer.echo(f"note: the model's text encoder does not know: {', '.join(unknown)}", err=True)
+        _note(f"the model's text encoder does not know: {', '.join(unknown)}")
 
 
-def _device() -> "torch.device":
-    """Return the GPU, if there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _fitting(height: int, width: int, family: "SVD") -> tuple[int, int]:
-    """Return (height, width) with the image's shape and about the area that the model was made for, in whole blocks."""
-    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
-    block = factor * 2 ** (len(family.unet.config.block_out_channels) - 1)
-    if family.height and family.width:
-        area = family.height * family.width
-    else:
-        latent = family.unet.config.sample_size
-        sides = (latent, latent) if isinstance(latent, int) else latent
-        area = factor**2 * sides[0] * sides[1]
-    scale = (area / (height * width)) ** 0.5
-    return max(1, round(height * scale / block)) * block, max(1, round(width * scale / block)) * block
-
-
-def _animate(family: "SVD", first: "npt.NDArray[np.uint8]", settings: "Sampling") -> "npt.NDArray[np.uint8]":
-    """Return frames (F, H, W, 3) from the first one (H, W, 3), showing the progress."""
-    import torch
-    from tqdm import tqdm
-
-    from inflate.data.pixels import to_uint8, unit
-    from inflate.sampling.svd import sample as draw
-
-    image = torch.tensor(first).permute(2, 0, 1)[None].to(_device()) / 127.5 - 1  # (1, 3, H, W)
-    clip = draw(family, image, settings, progress=lambda steps: tqdm(steps, desc="sampling", unit="step"))[0]
-    return to_uint8(unit(clip))  # (F, H, W, 3)
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
 
 
 def _draw(
     family: "VideoLDM", prompts: "Sequence[str]", seeds: "Sequence[int]", settings: "TextSampling"
-) -> "list[npt.NDArray[np.uint8]]":
+) -> "list[Pixels]":
     """Return a clip (F, H, W, 3) of each prompt with each seed, showing the progress."""
-    from tqdm import tqdm
-
-    from inflate.data.pixels import to_uint8, unit
+    from inflate.animation import device, in_pixels, progress
     from inflate.sampling.text_to_video import sample as draw
 
     named, drawn = [one for one in prompts for _ in seeds], [*seeds] * len(prompts)
-    clips = draw(family, named, drawn, settings, lambda steps: tqdm(steps, desc="sampling", unit="step"), _device())
-    return [to_uint8(unit(clip)) for clip in clips]  # (F, H, W, 3)
+    return [in_pixels(clip) for clip in draw(family, named, drawn, settings, progress, device())]
 
 
 def _write(
-    output: Path, frames: "npt.NDArray[np.uint8]", fps: float, rows: "Sequence[npt.NDArray[np.uint8]] | None" = None
+    output: Path,
+    frames: "Pixels",
+    fps: float,
+    rows: "Sequence[Pixels] | None" = None,
+    labels: "Sequence[str] | None" = None,
 ) -> None:
     """Write the video, and a contact sheet of it or of the clips that it is made of."""
     from inflate.data.video import contact_sheet, write
 
-    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), rows or [frames])):
+    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), rows or [frames], labels)):
         typer.echo(f"wrote {file}")

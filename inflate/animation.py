@@ -1,0 +1,196 @@
+"""Clips from images, by whatever family a model is of: the options that each has, the clips' size, their drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from inflate.data.pixels import to_float, to_uint8, unit
+from inflate.errors import CheckpointError, ConfigError
+from inflate.families import svd, video_ldm
+from inflate.families.svd import SVD
+from inflate.models import folders
+from inflate.sampling import svd as svd_sampling
+
+Pixels = npt.NDArray[np.uint8]
+Size = tuple[int, int]
+"""(height, width)"""
+
+
+@dataclass(frozen=True)
+class Take:
+    """A clip to be drawn."""
+
+    image: Pixels
+    """its first frame, (H, W, 3)"""
+    seed: int = 0
+    prompt: str = ""
+    """what happens in it, for a family that is told"""
+    end: Pixels | None = None
+    """its last frame, (H, W, 3), for a family that can be given one; of clips drawn together all have one, or none"""
+    frames: int | None = None
+    """its length; none: as was asked for all"""
+
+
+class Animator(Protocol):
+    """A model that animates images, with the options of its clips."""
+
+    OPTIONS: ClassVar[frozenset[str]]
+    """the options of the command that not every family has"""
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model in `path`, with the options that were given, by their names."""
+
+    @property
+    def family(self) -> SVD:
+        """The model."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips."""
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether it was trained to end on a given frame."""
+
+    def size(self, height: int, width: int) -> Size:
+        """How large clips are by default of an image as large as this."""
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Words that its text encoder does not know."""
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """Clips (F, H, W, 3), showing the progress."""
+
+
+@dataclass(frozen=True)
+class StableVideoDiffusion:
+    """Clips of an image alone."""
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        ("motion_bucket", "noise_aug", "guidance_min", "guidance_max", "image_model", "image_encoder", "prediction")
+    )
+    family: SVD
+    settings: svd_sampling.Sampling
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model, inflated if it is an image model.
+
+        A folder's clip length stays: so many of a sample's frames, however long it is, are decoded together.
+        """
+        named = {name: given[name] for name in ("image_model", "image_encoder", "prediction") if name in given}
+        frames = given.get("frames") if path.endswith(folders.SAFETENSORS) else None
+        family = SVD.load(path, frames=frames, **named)
+        start = {"sigma_max": given["start"]} if "start" in given else {}
+        asked = {"fps": family.fps, **asked_of(svd_sampling.Sampling, given), **start}
+        return cls(family, svd_sampling.Sampling(**asked))
+
+    @property
+    def fps(self) -> float:
+        """What the model is told."""
+        return self.settings.fps
+
+    @property
+    def interpolates(self) -> bool:
+        """Never."""
+        return False
+
+    def size(self, height: int, width: int) -> Size:
+        """The image's shape at about the area that the model was made for."""
+        family = self.family
+        if family.height and family.width:
+            return fitting(height, width, family.height * family.width, block_of(family))
+        latent = family.unet.config.sample_size
+        sides = (latent, latent) if isinstance(latent, int) else latent
+        return fitting(height, width, family.factor**2 * sides[0] * sides[1], block_of(family))
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """None: it is told none."""
+        return []
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """One clip after the other."""
+        return [self._drawn(take) for take in takes]
+
+    def _drawn(self, take: Take) -> Pixels:
+        settings = replace(self.settings, seed=take.seed, frames=take.frames or self.settings.frames)
+        return in_pixels(svd_sampling.sample(self.family, batch([take.image]), settings, progress)[0])
+
+
+KINDS: dict[str, type[Animator]] = {svd.FAMILY: StableVideoDiffusion}
+"""What animates images, by family."""
+
+
+def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
+    """What animates images with the model in `path`, and has the options that were given, by their names.
+
+    CheckpointError where nothing does, ConfigError for an option that only other families have.
+    """
+    family = folders.family_of(path) or svd.FAMILY
+    if family == video_ldm.FAMILY:
+        raise CheckpointError(
+            f'{path} is of {family}, which draws from prompts alone: inflate generate {path} "a prompt" -o out.mp4'
+        )
+    if family not in KINDS:
+        raise CheckpointError(f"{path} is of {family}; images are animated by {' and '.join(KINDS)}")
+    others = {name: other for other, kind in KINDS.items() for name in kind.OPTIONS - KINDS[family].OPTIONS}
+    for name in given:
+        if name in others:
+            raise ConfigError(f"{option(name)} is an option of {others[name]}, and {path} is of {family}: leave it out")
+    return KINDS[family]
+
+
+def option(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of a sampler's settings."""
+    return {field.name: given[field.name] for field in fields(schema) if field.name in given}
+
+
+def block_of(family: SVD) -> int:
+    """Pixels of which both sides must be a multiple, for every level of the UNet to be twice the next."""
+    return int(family.factor * 2 ** (len(family.unet.config.block_out_channels) - 1))
+
+
+def fitting(height: int, width: int, area: int, block: int) -> Size:
+    """A size in whole blocks with about an image's shape, and this area in pixels."""
+    scale = (area / (height * width)) ** 0.5
+    return max(1, round(height * scale / block)) * block, max(1, round(width * scale / block)) * block
+
+
+def cut(height: int, width: int, size: Size) -> float:
+    """The share of an image that is left out where it is scaled to cover `size` and cropped about its centre."""
+    shapes = sorted((width / height, size[1] / size[0]))
+    return 1 - shapes[0] / shapes[1]
+
+
+def batch(images: Sequence[Pixels]) -> Tensor:
+    """Images (H, W, 3) of one size as (B, 3, H, W) in [-1, 1], on the GPU if there is one."""
+    return torch.from_numpy(to_float(np.stack(images))).to(device())  # (B, 3, H, W)
+
+
+def in_pixels(clip: Tensor) -> Pixels:
+    """A clip (F, 3, H, W) in [-1, 1] as a file has it, (F, H, W, 3)."""
+    return to_uint8(unit(clip))
+
+
+def device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def progress(steps: Sequence[Any]) -> Any:
+    """Show the steps of a sampler as they are taken."""
+    return tqdm(steps, desc="sampling", unit="step")
