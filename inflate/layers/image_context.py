@@ -9,8 +9,8 @@ one output projection. Names, with `B` for a block such as `down_blocks.0.attent
     B.attn2.image.{to_k,to_v}.weight                                 keys and values of image tokens
     B.attn2.image.gate                                               shape (1,), where the image's share is learned
 
-Source: Xing et al., DynamiCrafter (2023), section 3.2; Ye et al., IP-Adapter (2023), section 3.2. The query transformer is the
-perceiver resampler of Alayrac et al., Flamingo (2022), section 3.1.
+Source: Xing et al., DynamiCrafter (2023), section 3.2; Ye et al., IP-Adapter (2023), section 3.2. The query transformer
+is the perceiver resampler of Alayrac et al., Flamingo (2022), section 3.1.
 """
 
 from __future__ import annotations
