@@ -15,6 +15,7 @@ from tqdm import tqdm
 from inflate.data.pixels import to_float, to_uint8, unit
 from inflate.errors import CheckpointError, ConfigError
 from inflate.families import svd, video_ldm
+from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
 from inflate.models import folders
 from inflate.sampling import svd as svd_sampling
@@ -50,7 +51,7 @@ class Animator(Protocol):
         """The model in `path`, with the options that were given, by their names."""
 
     @property
-    def family(self) -> SVD:
+    def family(self) -> SVD | DynamiCrafter:
         """The model."""
 
     @property
@@ -159,7 +160,7 @@ def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(schema) if field.name in given}
 
 
-def block_of(family: SVD) -> int:
+def block_of(family: SVD | DynamiCrafter) -> int:
     """Pixels of which both sides must be a multiple, for every level of the UNet to be twice the next."""
     return int(family.factor * 2 ** (len(family.unet.config.block_out_channels) - 1))
 

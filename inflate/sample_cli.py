@@ -54,11 +54,11 @@ SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
 """Panels of options that one family alone has."""
 
 
-def _of_svd(text: str, **limits: float) -> Any:
+def _of_svd(text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=SVD_ALONE, **limits)
 
 
-def _of_dynamicrafter(text: str, **limits: float) -> Any:
+def _of_dynamicrafter(text: str, **limits: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
 
 
@@ -77,12 +77,18 @@ def sample(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Length of a clip [default: the model's, 14 where a file tells none]")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second, as the model is told [default: its own]")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second, as the model is told [default: its own]")
+    ] = None,
     play_fps: Annotated[float | None, typer.Option(help="Those of the video, where they are to be others.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50]")
+    ] = None,
     start: Annotated[
         float | None,
-        typer.Option(help="Begin below the last noise level: for more motion. SVD: 100 of 700; DynamiCrafter: 920 of 999"),
+        typer.Option(
+            help="Begin lower, for more motion. SVD: a noise level below 700; DynamiCrafter: a timestep below 999"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all noise; each shot of a story has the next.")] = 0,
     grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
@@ -100,12 +106,15 @@ def sample(
     eta: Annotated[
         float | None, _of_dynamicrafter("Noise of each step: 0 for none, up to 1 [default: 1]", min=0, max=1)
     ] = None,
-    guidance: Annotated[float | None, _of_dynamicrafter("Guidance scale [default: 7.5]; up to 1 there is none.")] = None,
+    guidance: Annotated[
+        float | None, _of_dynamicrafter("Guidance scale [default: 7.5]; up to 1 there is none.")
+    ] = None,
     image_guidance: Annotated[
         float | None, _of_dynamicrafter("One of the image alone, for a pass more [default: none]")
     ] = None,
     rescale: Annotated[
-        float | None, _of_dynamicrafter("Share of guidance's contrast that is undone [default: the model's]", min=0, max=1)
+        float | None,
+        _of_dynamicrafter("Share of guidance's contrast that is undone [default: the model's]", min=0, max=1),
     ] = None,
     motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
     noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,
@@ -149,7 +158,7 @@ def sample(
     size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
     taken = shooting.Shooting.at(size, shots, sizes, _note)
     if story:
-        _write_story(output, story, taken, animator, play_fps or animator.fps)
+        _write_story(output, taken, animator, play_fps or animator.fps)
     else:
         clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
         _write_grid(output, shots, clips, grid, play_fps or animator.fps)
@@ -201,9 +210,7 @@ def _note_shots(path: str, shots: "Sequence[Shot]", animator: "Animator", negati
     _note_unknown_words(animator.unknown_words([*(shot.prompt for shot in shots), negative]))
 
 
-def _write_grid(
-    output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", grid: int, fps: float
-) -> None:
+def _write_grid(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", grid: int, fps: float) -> None:
     """Write clips side by side, those of each prompt in a row where there are several."""
     from inflate.data.pixels import tiled
 
@@ -213,8 +220,9 @@ def _write_grid(
 
 
 def _write_story(output: Path, taken: "Shooting", animator: "Animator", fps: float) -> None:
-    """Draw the shots and write the video, its sheet and its page; where Ctrl-C stops it, of the shots that are whole."""
-    clips, stopped = [], False
+    """Draw the shots; write the video, its sheet and its page, where Ctrl-C stops it of the shots that are whole."""
+    clips: list[Pixels] = []
+    stopped = False
     try:
         for clip in taken.in_turn(animator, lambda text: typer.echo(text, err=True)):
             clips.append(clip)
@@ -223,19 +231,19 @@ def _write_story(output: Path, taken: "Shooting", animator: "Animator", fps: flo
     if clips:
         _write_shots(output, taken.shots, clips, fps)
     if stopped:
-        raise KeyboardInterrupt(f"interrupted after {len(clips)} of {len(taken.shots)} shots, of which the files are")
+        kept = f", which {output} shows" if clips else ""
+        raise KeyboardInterrupt(f"interrupted after {len(clips)} of {len(taken.shots)} shots{kept}")
 
 
-def _write_shots(
-    output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", fps: float
-) -> None:
+def _write_shots(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", fps: float) -> None:
     import numpy as np
 
     from inflate import story
     from inflate.files import write_text
 
     parts = story.shown(shots, clips)
-    _write(output, np.concatenate(parts), fps, parts, [f"{n}: {shot.label}" for n, shot in enumerate(shots[:len(parts)], 1)])
+    labels = [f"{number}: {shot.label}" for number, shot in enumerate(shots[: len(parts)], 1)]
+    _write(output, np.concatenate(parts), fps, parts, labels)
     page = output.with_suffix(".html")
     write_text(page, story.page(output.name, shots, parts, fps))
     typer.echo(f"wrote {page}")
@@ -357,7 +365,9 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
     animator = animation.kind_of(path, given).load(path, given)
     _note_unknown_words(animator.unknown_words(prompts))
     taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, _note)
-    rows = [", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image]
+    rows = [
+        ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image
+    ]
     return animator.family, lambda: taken.together(animator), rows, animator.fps
 
 

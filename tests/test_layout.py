@@ -47,7 +47,12 @@ ARROWS = {
     "training": MIDDLE | {"families", "sampling", "training", "adapters", "curves", "measures", "shelves", "__init__"},
     "options": {"errors"},
     "adapter_cli": {"adapters", "formats", "options", "training"} | BASE,
-    "sample_cli": MIDDLE | {"adapters", "comparison", "families", "options", "sampling"},
+    "pages": set(),
+    "story": {"pages"} | BASE,
+    "animation": MIDDLE | {"families", "sampling"},
+    "shooting": MIDDLE | {"animation", "story"},
+    "sample_cli": MIDDLE
+    | {"adapters", "animation", "comparison", "families", "options", "sampling", "shooting", "story"},
     "aliases": {"errors"},
     "curves": {"files", "measures"},
     "measures": set(),
@@ -63,7 +68,7 @@ ARROWS = {
     "formats": set(),
     "catalogue": MIDDLE | {"families", "formats"},
     "conversion": MIDDLE | {"families", "catalogue", "formats"},
-    "comparison": {"adapters", "data", "errors", "files", "models"},
+    "comparison": {"adapters", "data", "errors", "files", "models", "pages"},
     "cli": MIDDLE
     | {
         "adapters",
