@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from inflate.data.pixels import to_float, to_uint8, unit
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import svd, video_ldm
+from inflate.families import dynamicrafter, svd, video_ldm
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
 from inflate.models import folders
+from inflate.models.text_encoders import TextEncoders
+from inflate.sampling import dynamicrafter as dynamicrafter_sampling
 from inflate.sampling import svd as svd_sampling
 
 Pixels = npt.NDArray[np.uint8]
@@ -58,22 +60,21 @@ class Animator(Protocol):
     def fps(self) -> float:
         """Frames per second of its clips."""
 
-    @property
-    def interpolates(self) -> bool:
-        """Whether it was trained to end on a given frame."""
-
     def size(self, height: int, width: int) -> Size:
         """How large clips are by default of an image as large as this."""
 
-    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """Words that its text encoder does not know."""
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """What it was not trained for of clips by these prompts, and with last frames where they have `ends`.
+
+        ConfigError where it cannot draw them.
+        """
 
     def draw(self, takes: Sequence[Take]) -> list[Pixels]:
         """Clips (F, H, W, 3), showing the progress."""
 
 
 @dataclass(frozen=True)
-class StableVideoDiffusion:
+class SVDAnimator:
     """Clips of an image alone."""
 
     OPTIONS: ClassVar[frozenset[str]] = frozenset(
@@ -100,11 +101,6 @@ class StableVideoDiffusion:
         """What the model is told."""
         return self.settings.fps
 
-    @property
-    def interpolates(self) -> bool:
-        """Never."""
-        return False
-
     def size(self, height: int, width: int) -> Size:
         """The image's shape at about the area that the model was made for."""
         family = self.family
@@ -114,8 +110,8 @@ class StableVideoDiffusion:
         sides = (latent, latent) if isinstance(latent, int) else latent
         return fitting(height, width, family.factor**2 * sides[0] * sides[1], block_of(family))
 
-    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """None: it is told none."""
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """None: it is given neither."""
         return []
 
     def draw(self, takes: Sequence[Take]) -> list[Pixels]:
@@ -127,7 +123,59 @@ class StableVideoDiffusion:
         return in_pixels(svd_sampling.sample(self.family, batch([take.image]), settings, progress)[0])
 
 
-KINDS: dict[str, type[Animator]] = {svd.FAMILY: StableVideoDiffusion}
+@dataclass(frozen=True)
+class DynamiCrafterAnimator:
+    """Clips of an image and a prompt, and of a last frame where there is one."""
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        ("prompt", "negative", "end_image", "loop", "stride", "eta", "guidance", "image_guidance", "rescale")
+    )
+    path: str
+    family: DynamiCrafter
+    settings: dynamicrafter_sampling.Sampling
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model; ConfigError for a rate where it is told a stride, and the reverse."""
+        family = DynamiCrafter.load(path)
+        told = family.clips.told
+        for name in {"fps", "stride"} & given.keys() - {told}:
+            raise ConfigError(
+                f"{option(name)}: {path} is told the {told} of its clips: give {option(told)} in its place"
+            )
+        asked = asked_of(dynamicrafter_sampling.Sampling, given)
+        return cls(path, family, dynamicrafter_sampling.Sampling(**asked, number=given.get(told)))
+
+    @property
+    def fps(self) -> float:
+        """That of its clips; or what it is asked for by a number that means just this."""
+        clips, number = self.family.clips, self.settings.number
+        means_itself = clips.told == "fps" and clips.number is None
+        return number if means_itself and number is not None else clips.fps
+
+    def size(self, height: int, width: int) -> Size:
+        """That of its training, whatever the image's: it has seen no other."""
+        return self.family.size
+
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """Unknown words, and a last frame where it was trained without one, or cannot see it (ConfigError)."""
+        if ends and not self.family.takes_detail:
+            raise ConfigError(f"{self.path} sees no latent of its image, so that no last frame can be given to it")
+        untrained = f"{self.path} was not trained to end on a given frame (clips.interpolation): it may miss it"
+        return [untrained] * (ends and not self.family.clips.interpolation) + unknown_words(self.family.text, prompts)
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """All together, or as many at a time as there is room for."""
+        ends = [take.end for take in takes if take.end is not None]
+        settings = replace(self.settings, frames=takes[0].frames or self.settings.frames)
+        clips = dynamicrafter_sampling.sample(
+            self.family, batch([take.image for take in takes]), [take.prompt for take in takes],
+            [take.seed for take in takes], settings, batch(ends) if ends else None, progress, device=device(),
+        )  # fmt: skip
+        return [in_pixels(clip) for clip in clips]
+
+
+KINDS: dict[str, type[Animator]] = {svd.FAMILY: SVDAnimator, dynamicrafter.FAMILY: DynamiCrafterAnimator}
 """What animates images, by family."""
 
 
@@ -160,7 +208,13 @@ def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(schema) if field.name in given}
 
 
-def block_of(family: SVD | DynamiCrafter) -> int:
+def unknown_words(text: TextEncoders, prompts: Sequence[str]) -> list[str]:
+    """A note on words of prompts that the text encoders' vocabulary lacks, where there are some."""
+    unknown = text.unknown_words(" ".join(prompts))
+    return [f"the model's text encoder does not know: {', '.join(unknown)}"] if unknown else []
+
+
+def block_of(family: SVD) -> int:
     """Pixels of which both sides must be a multiple, for every level of the UNet to be twice the next."""
     return int(family.factor * 2 ** (len(family.unet.config.block_out_channels) - 1))
 

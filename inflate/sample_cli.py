@@ -144,6 +144,8 @@ def sample(
         guidance_min=guidance_min, guidance_max=guidance_max, image_model=image_model, image_encoder=image_encoder,
         prediction=prediction, little_memory=little_memory,
     )  # fmt: skip
+    if loop and frames is not None and frames < 3:
+        raise ConfigError(f"--loop needs --frames of 3 or more, not {frames}: the last one is left out")
     shots = _told(story, seed, image, grid, shot) if story else _asked(image, range(seed, seed + grid), **shot)
     from inflate import animation, shooting
 
@@ -153,7 +155,8 @@ def sample(
         shooting.refuse_keys(shots, story, kind, path)
     _note_image_model(path)
     animator = kind.load(path, given)
-    _note_shots(path, shots, animator, negative or "")
+    prompts = [*(shot.prompt for shot in shots), negative or ""]
+    _note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
     _adapt(animator.family, wanted, any_base, dtype)
     size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
     taken = shooting.Shooting.at(size, shots, sizes, _note)
@@ -201,13 +204,6 @@ def _asked(
         raise ConfigError("--loop ends on the first frame and --end-image on another: give one of them")
     end = image if loop else end_image
     return [Shot(image, prompt=each, seed=seed, end_image=end) for each in prompt for seed in seeds]
-
-
-def _note_shots(path: str, shots: "Sequence[Shot]", animator: "Animator", negative: str) -> None:
-    """Say what of the shots the model was not made for."""
-    if any(shot.end_image for shot in shots) and not animator.interpolates:
-        _note(f"{path} was not trained to end on a given frame (clips.interpolation): it may not get there")
-    _note_unknown_words(animator.unknown_words([*(shot.prompt for shot in shots), negative]))
 
 
 def _write_grid(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", grid: int, fps: float) -> None:
@@ -284,12 +280,13 @@ def generate(
     check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if sampler not in ("ddim", "euler"):
         raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
+    from inflate.animation import unknown_words
     from inflate.data.pixels import tiled
     from inflate.sampling.text_to_video import Sampling
 
     family = _text_to_video(path, image_model, tokenizer, prediction)
     _note_image_model(path)
-    _note_unknown_words(family.text.unknown_words(f"{prompt} {negative}"))
+    _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
     settings = Sampling(
         steps=steps,
@@ -363,7 +360,7 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
     sizes = shooting.sizes_of(shots)
     _note_image_model(path)
     animator = animation.kind_of(path, given).load(path, given)
-    _note_unknown_words(animator.unknown_words(prompts))
+    _note(*animator.notes(prompts, ends=False))
     taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, _note)
     rows = [
         ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image
@@ -373,13 +370,14 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
 
 def _drawings(path: str, prompts: list[str], seeds: "Sequence[int]", given: dict[str, Any]) -> "Draws":
     """Return what draws each prompt with each seed."""
+    from inflate.animation import unknown_words
     from inflate.sampling.text_to_video import Sampling
 
     if "prompt" in given:
         raise ConfigError("--prompt is for images; these are prompts already: leave it out")
     family = _text_to_video(path)
     _note_image_model(path)
-    _note_unknown_words(family.text.unknown_words(" ".join(prompts)))
+    _note(*unknown_words(family.text, prompts))
     settings = Sampling(**given)
     rows = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
     return family, lambda: _draw(family, prompts, seeds, settings), rows, family.clips.fps
@@ -420,14 +418,9 @@ def _note_image_model(path: str) -> None:
         _note(f"{path} is an image model: freshly inflated, its frames know nothing of each other")
 
 
-def _note_unknown_words(unknown: "Sequence[str]") -> None:
-    """Say which words of prompts the text encoder's vocabulary lacks."""
-    if unknown:
-        _note(f"the model's text encoder does not know: {', '.join(unknown)}")
-
-
-def _note(text: str) -> None:
-    typer.echo(f"note: {text}", err=True)
+def _note(*texts: str) -> None:
+    for text in texts:
+        typer.echo(f"note: {text}", err=True)
 
 
 def _draw(
