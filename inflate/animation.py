@@ -137,14 +137,15 @@ class DynamiCrafterAnimator:
     @classmethod
     def load(cls, path: str, given: Mapping[str, Any]) -> Self:
         """The model; ConfigError for a rate where it is told a stride, and the reverse."""
-        family = DynamiCrafter.load(path)
-        told = family.clips.told
+        told = dynamicrafter.read_clips(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).told
         for name in {"fps", "stride"} & given.keys() - {told}:
             raise ConfigError(
                 f"{option(name)}: {path} is told the {told} of its clips: give {option(told)} in its place"
             )
-        asked = asked_of(dynamicrafter_sampling.Sampling, given)
-        return cls(path, family, dynamicrafter_sampling.Sampling(**asked, number=given.get(told)))
+        asked = asked_of(dynamicrafter_sampling.Sampling, given) | {"number": given.get(told)}
+        if "start" in asked:
+            asked["start"] = whole("start", asked["start"])
+        return cls(path, DynamiCrafter.load(path), dynamicrafter_sampling.Sampling(**asked))
 
     @property
     def fps(self) -> float:
@@ -201,6 +202,13 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
 def option(name: str) -> str:
     """An option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def whole(name: str, number: float) -> int:
+    """An option's number where it counts; ConfigError for a fraction."""
+    if number != int(number):
+        raise ConfigError(f"{option(name)} is {number}: it must be a whole number for this model")
+    return int(number)
 
 
 def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 
 data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)

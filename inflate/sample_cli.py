@@ -54,12 +54,12 @@ SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
 """Panels of options that one family alone has."""
 
 
-def _of_svd(text: str, **limits: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=SVD_ALONE, **limits)
+def _of_svd(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=SVD_ALONE, **limits)
 
 
-def _of_dynamicrafter(text: str, **limits: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
+def _of_dynamicrafter(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
 
 
 @sampling_app.command()
@@ -99,22 +99,20 @@ def sample(
     prompt: Annotated[list[str] | None, _of_dynamicrafter("What happens; may be repeated: a row each.")] = None,
     negative: Annotated[str | None, _of_dynamicrafter("A prompt that guidance leads away from.")] = None,
     end_image: Annotated[Path | None, _of_dynamicrafter("The last frame.")] = None,
-    loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which the video then shows once.")] = False,
+    loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which is shown once.", "--loop")] = False,
     stride: Annotated[
         float | None, _of_dynamicrafter("What a model is told in place of frames per second [default: its own]", min=1)
     ] = None,
     eta: Annotated[
         float | None, _of_dynamicrafter("Noise of each step: 0 for none, up to 1 [default: 1]", min=0, max=1)
     ] = None,
-    guidance: Annotated[
-        float | None, _of_dynamicrafter("Guidance scale [default: 7.5]; up to 1 there is none.")
-    ] = None,
+    guidance: Annotated[float | None, _of_dynamicrafter("Guidance scale; up to 1 there is none [default: 7.5]")] = None,
     image_guidance: Annotated[
-        float | None, _of_dynamicrafter("One of the image alone, for a pass more [default: none]")
+        float | None, _of_dynamicrafter("That of the image, for a pass more [default: one for both]")
     ] = None,
     rescale: Annotated[
         float | None,
-        _of_dynamicrafter("Share of guidance's contrast that is undone [default: the model's]", min=0, max=1),
+        _of_dynamicrafter("Share of its overexposure that is undone [default: the model's]", min=0, max=1),
     ] = None,
     motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
     noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,

@@ -99,6 +99,12 @@ def test_help_tells_the_samplers_defaults(sampling: type[Any], family: str) -> N
     assert len(shared) >= 3
 
 
+def test_help_shows_what_stands_in_brackets() -> None:
+    assert "[default: SVD 25, DynamiCrafter 50]" in " ".join(
+        inflate("sample", "--help").output.replace("│", "").split()
+    )
+
+
 def test_every_option_is_of_all_families_or_of_some() -> None:
     of_some = frozenset[str]().union(*(kind.OPTIONS for kind in animation.KINDS.values()))
     assert of_some <= helps().keys()
@@ -316,7 +322,12 @@ def frames_of(*arguments: object) -> np.ndarray:
     return video.read(arguments[3])  # type: ignore[arg-type]
 
 
-def test_every_option_of_dynamicrafter_acts(prompted: Path, picture: Path, tmp_path: Path) -> None:
+def test_every_option_of_dynamicrafter_acts(
+    prompted: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = DynamiCrafter.load(prompted)
+    monkeypatch.setattr(DynamiCrafter, "load", lambda _: family)
+
     def draw(*options: object) -> np.ndarray:
         return frames_of(prompted, picture, "-o", tmp_path / "out.mp4", "--overwrite", *options)
 
@@ -325,10 +336,12 @@ def test_every_option_of_dynamicrafter_acts(prompted: Path, picture: Path, tmp_p
     assert (plain == draw("--prompt", "a red disc")).all()
     for options in (
         ("--negative", "a blue box"), ("--eta", 0), ("--guidance", 2), ("--image-guidance", 2), ("--rescale", 0.9),
-        ("--start", 500), ("--fps", 24), ("--seed", 1), ("--end-image", picture),
+        ("--start", 500), ("--fps", 24), ("--seed", 1), ("--end-image", picture), ("--prompt", ""),
     ):  # fmt: skip
-        assert (plain != draw("--prompt", "a red disc", *options)).any(), options
-    assert (plain != draw("--prompt", "a blue box")).any()
+        changed = draw(*options) if "--prompt" in options else draw("--prompt", "a red disc", *options)
+        assert (plain != changed).any(), options
+    out = ("-o", tmp_path / "no.mp4")
+    assert "--start is 0.5: it must be a whole number" in refused("sample", prompted, picture, *out, "--start", 0.5)
 
 
 def test_prompts_have_a_row_each_and_seeds_a_column(prompted: Path, picture: Path, tmp_path: Path) -> None:
@@ -365,12 +378,12 @@ def test_a_model_that_knows_no_last_frame_is_told_of(
 
 
 def test_a_model_is_told_the_rate_or_the_stride(prompted: Path, strided: Path, picture: Path, tmp_path: Path) -> None:
-    def fps(model: Path, *options: object) -> float:
-        drawn(model, picture, "-o", tmp_path / "out.mp4", "--overwrite", "--steps", 1, *options)
-        return video.probe(tmp_path / "out.mp4").fps
+    def fps(model: Path, **given: float) -> float:
+        return animation.DynamiCrafterAnimator.load(str(model), given).fps
 
-    assert [fps(prompted), fps(prompted, "--fps", 12), fps(prompted, "--fps", 12, "--play-fps", 6)] == [8, 12, 6]
-    assert [fps(strided), fps(strided, "--stride", 3), fps(strided, "--play-fps", 6)] == [5, 5, 6]
+    assert [fps(prompted), fps(prompted, fps=12), fps(strided), fps(strided, stride=3)] == [8, 12, 5, 5]
+    drawn(prompted, picture, "-o", tmp_path / "out.mp4", "--steps", 1, "--fps", 12, "--play-fps", 6)
+    assert video.probe(tmp_path / "out.mp4").fps == 6
     common = ("-o", tmp_path / "no.mp4")
     assert "is told the stride of its clips: give --stride" in refused("sample", strided, picture, *common, "--fps", 8)
     assert "is told the fps of its clips: give --fps" in refused("sample", prompted, picture, *common, "--stride", 2)
