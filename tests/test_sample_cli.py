@@ -15,7 +15,7 @@ from click.testing import Result
 from original_files import write_single_file, write_whole_file
 from PIL import Image
 from test_cli import image_model, inflate, refused
-from tiny_dynamicrafter import write_dynamicrafter
+from tiny_dynamicrafter import FRAMES, SIDE, family
 
 from helpers import CROSS, randomise
 from inflate import animation, sample_cli, shooting
@@ -24,7 +24,7 @@ from inflate.adapters import file as adapters
 from inflate.adapters.settings import AdapterSettings
 from inflate.data import video
 from inflate.data.pixels import tiled
-from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.dynamicrafter import Clips, DynamiCrafter
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
 from inflate.sampling import svd as svd_sampling
 from inflate.sampling.text_to_video import Sampling
@@ -88,14 +88,14 @@ def helps() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "family"), [(svd_sampling.Sampling, "SVD"), (dynamicrafter_sampling.Sampling, "DynamiCrafter")]
+    ("sampling", "name"), [(svd_sampling.Sampling, "SVD"), (dynamicrafter_sampling.Sampling, "DynamiCrafter")]
 )
-def test_help_tells_the_samplers_defaults(sampling: type[Any], family: str) -> None:
+def test_help_tells_the_samplers_defaults(sampling: type[Any], name: str) -> None:
     told = helps()
     shared = [field for field in fields(sampling) if field.name in told and isinstance(field.default, int | float)]
     for field in shared:
         if field.name not in ("fps", "seed"):  # which are the model's, and the command's
-            assert re.search(rf"\b(?:default: |{family} ){field.default:g}\b", told[field.name]), field.name
+            assert re.search(rf"\b(?:default: |{name} ){field.default:g}\b", told[field.name]), field.name
     assert len(shared) >= 3
 
 
@@ -288,6 +288,13 @@ def test_an_interrupted_story_keeps_the_shots_that_are_whole(
     assert not [file for file in tmp_path.iterdir() if "none" in file.name]
 
 
+def write_dynamicrafter(folder: Path, detail: bool = True, **clips: Any) -> Path:
+    """An export whose `clips` were such ones."""
+    made = family(folder / "parent", detail, Clips(**{"frames": FRAMES, "height": SIDE, "width": SIDE} | clips))
+    made.save_pretrained(folder / "model")
+    return folder / "model"
+
+
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DynamiCrafter that is told frames per second, and was trained between two frames."""
@@ -325,8 +332,8 @@ def frames_of(*arguments: object) -> np.ndarray:
 def test_every_option_of_dynamicrafter_acts(
     prompted: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = DynamiCrafter.load(prompted)
-    monkeypatch.setattr(DynamiCrafter, "load", lambda _: family)
+    loaded = DynamiCrafter.load(prompted)
+    monkeypatch.setattr(DynamiCrafter, "load", lambda _: loaded)
 
     def draw(*options: object) -> np.ndarray:
         return frames_of(prompted, picture, "-o", tmp_path / "out.mp4", "--overwrite", *options)
