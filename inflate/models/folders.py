@@ -91,7 +91,7 @@ def local_folder(path: str | Path) -> Path | None:
         return folder
     if folder.exists():
         raise CheckpointError(
-            f"{path} is a file; give the folder of a model in diffusers' layout; `inflate convert` makes one of published files"
+            f"{path} is a file; give the folder of a model in diffusers' layout, as `inflate convert` makes of published files"
         )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         known = f"owner/name of a model on the Hugging Face Hub, or one that is shipped: {', '.join(SHIPPED)}"
