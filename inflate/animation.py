@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -17,7 +18,7 @@ from inflate.errors import CheckpointError, ConfigError
 from inflate.families import dynamicrafter, svd, video_ldm
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
-from inflate.models import folders
+from inflate.models import folders, image_stream
 from inflate.models.text_encoders import TextEncoders
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
 from inflate.sampling import svd as svd_sampling
@@ -186,6 +187,8 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
     CheckpointError where nothing does, ConfigError for an option that only other families have.
     """
     family = folders.family_of(path) or svd.FAMILY
+    if (Path(path).expanduser() / image_stream.FILE).is_file():
+        raise CheckpointError(f"{path} is an image stream alone: stage=adapt of a run makes a model of it")
     if family == video_ldm.FAMILY:
         raise CheckpointError(
             f'{path} is of {family}, which draws from prompts alone: inflate generate {path} "a prompt" -o out.mp4'

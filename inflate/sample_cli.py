@@ -11,16 +11,14 @@ from inflate.errors import CheckpointError, ConfigError, DataError, report_error
 from inflate.options import AnyBase, ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
 
 if TYPE_CHECKING:
+    from inflate.adapters.bases import Family
     from inflate.animation import Animator, Pixels
-    from inflate.families.dynamicrafter import DynamiCrafter
-    from inflate.families.svd import SVD
     from inflate.families.video_ldm import VideoLDM
     from inflate.models.precision import Precision
     from inflate.sampling.text_to_video import Sampling as TextSampling
     from inflate.shooting import Shooting
     from inflate.story import Shot
 
-    Family = SVD | VideoLDM | DynamiCrafter
     Draws = tuple[Family, Callable[[], list[Pixels]], list[str], float]
     """A model, what draws clips with it, the names of these, and their frames per second."""
 

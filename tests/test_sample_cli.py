@@ -209,6 +209,9 @@ def test_a_model_of_prompts_alone_is_told_of(picture: Path, tmp_path: Path) -> N
     assert 'inflate generate pocket-t2v "a prompt" -o out.mp4' in said
     said = refused("generate", "pocket-svd", "a disc", "-o", tmp_path / "out.mp4")
     assert "inflate sample pocket-svd IMAGE -o out.mp4" in said
+    (tmp_path / "stream").mkdir()
+    (tmp_path / "stream" / "image_stream.safetensors").touch()
+    assert "is an image stream alone" in refused("sample", tmp_path / "stream", picture, "-o", tmp_path / "out.mp4")
 
 
 STORY = """
