@@ -21,6 +21,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
+RESCALED_TIMESTEPS = 399
+"""Timesteps over which `DDPM.base_scale` is reached."""
 
 
 class Scalings(NamedTuple):
@@ -34,18 +36,19 @@ class Scalings(NamedTuple):
 
 @functools.cache
 def schedule_signal(zero_terminal_snr: bool) -> Tensor:
-    """The 1,000 shares of signal in the variance, descending, of Stable Diffusion's scaled-linear schedule (float32).
+    """The 1,000 shares of signal in the variance, descending, of Stable Diffusion's scaled-linear schedule (float64).
 
-    With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1, so that the last is 0.
+    Like the original implementations, and unlike diffusers, which differs by up to 5e-7, this rounds nothing on the
+    way. With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1, so that the last is 0.
     """
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float32) ** 2
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
     signal = torch.cumprod(1.0 - betas, dim=0)
     return _zero_terminal(signal) if zero_terminal_snr else signal
 
 
 @functools.cache
 def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
-    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float32).
+    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float64).
 
     The last of a stretched schedule, which would be infinite, is 4,096, the value that diffusers'
     EulerDiscreteScheduler uses.
@@ -56,17 +59,14 @@ def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
 
 def _zero_terminal(signal: Tensor) -> Tensor:
     root = signal.sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    stretched = ((root - last) * (first / (first - last))) ** 2
-    # through the betas and back, as the reference does it, for the same rounding
-    ratio = torch.cat([stretched[:1], stretched[1:] / stretched[:-1]])
-    return torch.cumprod(1.0 - (1.0 - ratio), dim=0)
+    first, last = root[0], root[-1]
+    return ((root - last) * (first / (first - last))) ** 2
 
 
 def sigma_to_timestep(sigma: Tensor, zero_terminal_snr: bool = False) -> Tensor:
     """The fractional timestep in [0, 999] whose noise level is `sigma`, by interpolation in log sigma; same shape."""
     place = _place_of_float64(sigma.device)
-    levels = schedule_sigmas(zero_terminal_snr).to(place).log().double()
+    levels = schedule_sigmas(zero_terminal_snr).to(place).log()
     log_sigma = sigma.to(place).double().clamp(min=1e-10).log()
     low = (torch.searchsorted(levels, log_sigma.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
     share = ((log_sigma - levels[low]) / (levels[low + 1] - levels[low])).clamp(0.0, 1.0)
@@ -154,8 +154,13 @@ class DDPM:
     """what the network predicts: the noise, or v = alpha noise - sigma clean (2202.00512)"""
     zero_terminal_snr: bool = False
     """whether the last timestep is pure noise (2305.08891)"""
+    base_scale: float = 1.0
+    """factor of clean latents from timestep 399 on, reached evenly from 1 at timestep 0 (DynamiCrafter's dynamic
+    rescale); 1: they stay as they are"""
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.base_scale <= 1.0:
+            raise ConfigError(f"base_scale is {self.base_scale}: it must be above 0 and at most 1, which is no rescale")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ConfigError("zero terminal SNR needs a model that predicts v: pure noise is its own prediction")
 
@@ -167,17 +172,21 @@ class DDPM:
         """Diffusion time of timesteps, 0 to 1, float32; same shape."""
         return timestep.float() / (TRAIN_TIMESTEPS - 1)
 
+    def rescale(self, timestep: Tensor) -> Tensor:
+        """The factors of clean latents at timesteps; same shape, float32 where those are whole numbers."""
+        return 1.0 + (self.base_scale - 1.0) * (timestep / RESCALED_TIMESTEPS).clamp(max=1.0)
+
     def noisy(self, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """The clips (B, F, C, h, w) at their timesteps: alpha clean + sigma noise."""
+        """The clips (B, F, C, h, w) at their timesteps: alpha clean + sigma noise, the clean latents rescaled."""
         alpha, sigma = self._shares(timestep, clean)
-        return alpha * clean + sigma * noise
+        return alpha * self._rescaled(clean, timestep) + sigma * noise
 
     def target(self, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict, of the shape of `clean`."""
         if self.prediction == "epsilon":
             return noise
         alpha, sigma = self._shares(timestep, clean)
-        return alpha * noise - sigma * clean
+        return alpha * noise - sigma * self._rescaled(clean, timestep)
 
     def loss(self, predict: Predict, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error of each frame (B, F), at least in float32; `clean` and `noise` are (B, F, C, h, w)."""
@@ -188,9 +197,13 @@ class DDPM:
 
     def _shares(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of timesteps, each (B, 1 or F, 1, 1, 1)."""
-        signal = schedule_signal(self.zero_terminal_snr).to(like)[timestep.to(like.device)]
-        signal = signal.reshape(len(like), -1, *(1,) * (like.ndim - 2))  # (B, 1 or F, 1, 1, 1)
-        return signal.sqrt(), (1.0 - signal).sqrt()
+        signal = schedule_signal(self.zero_terminal_snr)
+        roots = torch.stack([signal.sqrt(), (1.0 - signal).sqrt()])
+        alpha, sigma = roots.to(like.dtype).to(like.device)[:, timestep.to(like.device)]
+        return _per_frame(alpha, like), _per_frame(sigma, like)
+
+    def _rescaled(self, clean: Tensor, timestep: Tensor) -> Tensor:
+        return _per_frame(self.rescale(timestep.to(clean)), clean) * clean
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -211,6 +224,10 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is in float64: where losses are computed, whatever the network's precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _per_frame(value: Tensor, like: Tensor) -> Tensor:
+    return value.reshape(len(like), -1, *(1,) * (like.ndim - 2))  # (B, 1 or F, 1, 1, 1)
 
 
 def _per_video(value: Tensor, like: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ IDENTITY = 1e-5
 """Largest difference between an inflated model and its parent that still counts as rounding."""
 
 CREATED = {
+    r"^query_transformer\.": "query transformer",
+    r"\.attn2\.image\.": "keys and values of an image",
     r"\.(position|pos_embed)\.": "frame positions",
     r"\.temporal\.(norm|proj_in|proj_out|transformer_blocks)\.": "transformers over frames",
     r"\.temporal\.conv\d\.\d\.": "temporal convolutions",

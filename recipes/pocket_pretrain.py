@@ -36,8 +36,8 @@ from transformers import (
 from inflate import config as configuration
 from inflate.data.demo import COLOURS, HEADINGS, SPEEDS, TEXTURES, Look, draw_scene, render
 from inflate.errors import ConfigError, report_errors
-from inflate.families.svd_encoders import CLIP_MEAN, CLIP_STD
 from inflate.metrics.video import psnr
+from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD
 from inflate.training.loop import Batch, Noise, Player, fit
 from inflate.training.settings import Training
 

@@ -28,17 +28,15 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_encoders, svd_files, svd_original
 from inflate.families.svd_encoders import (
-    CLIP_MEAN,
-    CLIP_STD,
     Encoding,
     encoder_of,
-    image_statistics,
     load_video_vae,
     needed_encoder,
     refuse_another_encoder,
 )
 from inflate.families.svd_original import Original
-from inflate.models import exchange, folders, temporal_layers
+from inflate.models import exchange, folders, image_encoders, temporal_layers
+from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, image_statistics
 from inflate.models.moments import LatentMoments
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
@@ -171,7 +169,7 @@ class SVD(Encoding):
         self.sigma_max = min(self.sigma_max, self.objective.sigma_limit)
         width, needed = self.image_encoder.config.projection_dim, self.unet.config.cross_attention_dim
         if width != needed:
-            fitting = svd_files.ENCODERS.get(needed, f"one that embeds in {needed} dimensions is needed")
+            fitting = image_encoders.ENCODERS.get(needed, f"one that embeds in {needed} dimensions is needed")
             raise CheckpointError(
                 f"the image encoder embeds in {width} dimensions but the UNet's context has {needed}: {fitting}"
             )
@@ -229,8 +227,8 @@ class SVD(Encoding):
         folder = folders.resolve(path)
         scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
         inherited = objective or objective_of(scheduler, folder)
-        encoder_folder = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
-        encoder = svd_files.load_image_encoder(encoder_folder)
+        encoder_folder = image_encoders.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
+        encoder = image_encoders.load_image_encoder(encoder_folder)
         image_unet = folders.load_parent(UNet2DConditionModel, folder / "unet")
         image_vae = folders.load_parent(AutoencoderKL, folder / "vae")
         statistics = image_statistics(encoder_folder, folder / "feature_extractor")
@@ -251,8 +249,8 @@ class SVD(Encoding):
         CheckpointError, with nothing made, where the file is not whole or does not fit.
         """
         image = load_image_model(file, prediction)
-        folder = svd_files.encoder_folder(image_encoder)
-        encoder = svd_files.load_image_encoder(folder)
+        folder = image_encoders.encoder_folder(image_encoder)
+        encoder = image_encoders.load_image_encoder(folder)
         objective = objective_of(image.scheduler, file)
         networks = inflated(image.unet, image.vae, spec or TemporalSpec())
         return cls(*networks, encoder, objective, frames=frames, decode_chunk=frames, **image_statistics(folder))
@@ -268,7 +266,7 @@ class SVD(Encoding):
         settings = folders.read_json(own) if own.is_file() else {}
         unet = svd_files.load_diffusers_unet(folder / "unet", settings.get("unet"))
         vae = load_video_vae(folder)
-        encoder = svd_files.load_image_encoder(folder / "image_encoder")
+        encoder = image_encoders.load_image_encoder(folder / "image_encoder")
         statistics = image_statistics(folder / "feature_extractor")
         if settings:
             return cls(unet, vae, encoder, **_remembered(settings, own), **statistics)
@@ -611,9 +609,7 @@ def _remembered(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     try:
         objective = EDM(**settings["objective"])
         motion = MotionBuckets(tuple(settings["motion_quantiles"]))
-        known = settings.get("latent_moments")
-        moments = LatentMoments(tuple(known["mean"]), tuple(known["variance"])) if known else None
-        plain = {name: settings[name] for name in _PLAIN_SETTINGS}
-        return {"objective": objective, "motion": motion, "moments": moments, **plain}
+        remembered = {"objective": objective, "motion": motion, "moments": LatentMoments.told(settings)}
+        return {**remembered, **{name: settings[name] for name in _PLAIN_SETTINGS}}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
@@ -16,13 +15,19 @@ from inflate.errors import CheckpointError
 from inflate.families import svd_files
 from inflate.families.svd_original import Original
 from inflate.models import exchange, folders, temporal_layers
+from inflate.models.image_encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    encoder_folder,
+    image_statistics,
+    load_image_encoder,
+    shown,
+)
 from inflate.models.single_file import is_single_image_model, load_vae
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips, encode_frames
 from inflate.surgery import inflate_vae
 
 FAMILY = "svd"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Encoding:
@@ -49,10 +54,7 @@ class Encoding:
     @torch.no_grad()
     def embed(self, image: Tensor) -> Tensor:
         """CLIP's projected embedding (B, 1, D) of images (B, 3, H, W) in [-1, 1], squashed to the encoder's square."""
-        size = self.image_encoder.config.image_size
-        small = (resize_antialiased(image, (size, size)) + 1.0) / 2.0  # (B, 3, size, size)
-        mean, std = (small.new_tensor(value)[:, None, None] for value in (self.image_mean, self.image_std))
-        pixels = ((small - mean) / std).to(self.image_encoder.dtype)
+        pixels = shown(self.image_encoder, image, self.image_mean, self.image_std)
         embedding: Tensor = self.image_encoder(pixels).image_embeds
         return embedding.unsqueeze(1)  # (B, 1, D)
 
@@ -82,20 +84,20 @@ class Encoders(Encoding):
             return cls._of_file(folder, image_encoder)
         statistics = image_statistics(folder / "feature_extractor")
         if svd_files.is_image_model(folder):
-            inside = svd_files.encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
+            inside = encoder_folder(image_encoder) if image_encoder else folder / "image_encoder"
             vae, _ = inflate_vae(folders.load_parent(AutoencoderKL, folder / "vae"))
             statistics = image_statistics(inside, folder / "feature_extractor")
         else:
             refuse_another_encoder(path, image_encoder)
             inside, vae = folder / "image_encoder", load_video_vae(folder)
-        return cls(vae, svd_files.load_image_encoder(inside), **statistics)
+        return cls(vae, load_image_encoder(inside), **statistics)
 
     @classmethod
     def _of_file(cls, file: Path, image_encoder: str | Path | None) -> Self:
         if is_single_image_model(file):
-            folder = svd_files.encoder_folder(needed_encoder(file, image_encoder))
+            folder = encoder_folder(needed_encoder(file, image_encoder))
             vae, _ = inflate_vae(load_vae(file))
-            return cls(vae, svd_files.load_image_encoder(folder), **image_statistics(folder))
+            return cls(vae, load_image_encoder(folder), **image_statistics(folder))
         original = Original.read(file)
         encoder, statistics = encoder_of(original, image_encoder)
         return cls(original.load_vae(), encoder, **statistics)
@@ -135,43 +137,11 @@ def encoder_of(
     """
     if image_encoder is None:
         return original.load_image_encoder(), {}
-    folder = svd_files.encoder_folder(image_encoder)
-    return svd_files.load_image_encoder(folder), image_statistics(folder)
+    folder = encoder_folder(image_encoder)
+    return load_image_encoder(folder), image_statistics(folder)
 
 
 def refuse_another_encoder(path: str | Path, image_encoder: str | Path | None) -> None:
     """Raise CheckpointError where a video model is to have another image encoder than its own."""
     if image_encoder is not None:
         raise CheckpointError(f"{path} is a video model with an image encoder of its own; leave image_encoder out")
-
-
-def image_statistics(*places: Path) -> dict[str, Any]:
-    """The input mean and deviation that the first preprocessor_config.json found states; none: the class's own."""
-    for folder in places:
-        file = folder / "preprocessor_config.json"
-        if file.is_file():
-            stated = folders.read_json(file)
-            return {name: tuple(stated[name]) for name in ("image_mean", "image_std") if name in stated}
-    return {}
-
-
-def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W) at another size (h, w): a Gaussian blur as wide as the shrinking needs, then bicubic.
-
-    The corners stay in place; each axis has its own standard deviation (shrinking - 1) / 2, in pixels, and a window
-    of four of them: what the published model's image encoder was fed with.
-    """
-    for axis, target in zip((2, 3), size, strict=True):
-        image = _blur(image, axis, image.shape[axis] / target)
-    return F.interpolate(image, size=size, mode="bicubic", align_corners=True)  # (B, C, h, w)
-
-
-def _blur(image: Tensor, axis: int, shrinking: float) -> Tensor:
-    deviation = max((shrinking - 1.0) / 2.0, 0.001)
-    radius = int(max(4.0 * deviation, 3)) // 2
-    offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-    weights = torch.exp(-(offsets**2) / (2.0 * deviation**2))
-    kernel = (weights / weights.sum()).reshape((1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1))
-    padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
-    padded = F.pad(image, padding, mode="reflect").flatten(0, 1).unsqueeze(1)  # (B C, 1, H', W')
-    return F.conv2d(padded, kernel).reshape(image.shape)  # (B, C, H, W)

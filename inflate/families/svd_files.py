@@ -14,14 +14,12 @@ from diffusers import (
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
 from inflate.families import svd_keys
 from inflate.models import exchange, folders, original_names
-from inflate.models.unet import TemporalSpec, VideoUNet, load_strictly
+from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 
 DIFFUSERS_EPS = 1e-6
@@ -31,17 +29,6 @@ SAMPLE_SIZE = 96
 """Latents of the published models on each side of a square of their clips' area, by diffusers' configuration."""
 IMAGE_SIZE = 224
 """Pixels of an image on each side that the published models' image encoder is given."""
-ENCODER_FILES = ("*.json", "model*.safetensors", "image_encoder/*", "feature_extractor/*")
-"""Files to download of a pipeline, and of a CLIP model of its own."""
-ENCODERS = {
-    768: "that of Stable Diffusion 1 is openai/clip-vit-large-patch14",
-    1024: "that of Stable Diffusion 2 and Stable Video Diffusion is laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    2048: "that of Stable Diffusion XL joins two text encoders, and no image encoder embeds in it: use another parent",
-}
-"""Which image encoder fits a context, by its width."""
-TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale")
-"""Tensors of a whole CLIP model that its image encoder does without."""
-
 # What diffusers' classes have built in: a model that differs cannot be told to them.
 UNET_FIXED: dict[str, Any] = {
     **exchange.BUILT_IN,
@@ -70,48 +57,6 @@ def is_image_model(folder: Path) -> bool:
         folders.unet_kind(folder / "unet", UNet2DConditionModel, UNetSpatioTemporalConditionModel)
         is UNet2DConditionModel
     )
-
-
-def encoder_folder(path: str | Path) -> Path:
-    """The folder of the image encoder that `path` is or, being a pipeline, has; CheckpointError where there is none."""
-    folder = folders.resolve(path, ENCODER_FILES)
-    inside = folder / "image_encoder"
-    return inside if inside.is_dir() else folder
-
-
-def load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
-    """The CLIP image encoder of a folder, also of a whole CLIP model's, in float32.
-
-    CheckpointError, listing the tensors, where it is not whole.
-    """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no CLIP image encoder; give the folder of one, or its name on the Hub, as image_encoder; "
-            "it must embed in as many dimensions as the UNet's context has (1024, Stable Diffusion 2 and Stable Video "
-            "Diffusion: laion/CLIP-ViT-H-14-laion2B-s32B-b79K; 768, Stable Diffusion 1: openai/clip-vit-large-patch14)"
-        )
-    whole, config = _encoder_config(folder)
-    settings: dict[str, Any] = {"dtype": torch.float32, "config": config}
-    others = TEXT_TOWER if whole else ()
-    try:
-        return load_strictly(CLIPVisionModelWithProjection.from_pretrained, folder, settings, others)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
-
-
-def outline_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
-    """The same without memory; the folder's weights are not read."""
-    with torch.device("meta"):
-        return CLIPVisionModelWithProjection(_encoder_config(folder)[1])
-
-
-def _encoder_config(folder: Path) -> tuple[bool, CLIPVisionConfig]:
-    """Whether a folder holds a whole CLIP model, and the configuration of its image encoder."""
-    if folders.read_json(folder / "config.json").get("model_type") != "clip":
-        return False, CLIPVisionConfig.from_pretrained(folder)
-    both = CLIPConfig.from_pretrained(folder)
-    both.vision_config.projection_dim = both.projection_dim
-    return True, both.vision_config
 
 
 def build_vae(config: Mapping[str, Any]) -> VideoVAE:

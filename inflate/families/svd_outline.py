@@ -14,6 +14,7 @@ from inflate.families.svd import FAMILY, SVD
 from inflate.families.svd_encoders import needed_encoder
 from inflate.families.svd_original import Original
 from inflate.models import exchange, folders, single_file, temporal_layers
+from inflate.models.image_encoders import outline_image_encoder
 from inflate.models.unet import TemporalSpec
 
 
@@ -56,7 +57,7 @@ def _of_file(file: Path, image_encoder: str | Path | None, frames: int) -> SVD:
 def _vision(path: str | Path) -> CLIPVisionModelWithProjection:
     folder = folders.outline(path)
     inside = folder / "image_encoder"
-    return svd_files.outline_image_encoder(inside if inside.is_dir() else folder)
+    return outline_image_encoder(inside if inside.is_dir() else folder)
 
 
 def _inflated(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 from inflate.errors import CheckpointError
 from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
-from inflate.models.text_encoders import SUFFIXES, ZEROS, TextCondition, TextEncoders
+from inflate.models.stable_diffusion import SHARED_WITH_EULER, Encoding, TextToVideo, load_noise, load_vae, noise_of
+from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VIDEO_LDM, VideoUNet, load_strictly
-from inflate.models.vae import VideoVAE, decode_clips, encode_clips
-from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict
+from inflate.models.vae import VideoVAE
+from inflate.objectives import Predict
 from inflate.surgery import inflate_unet
 
 log = logging.getLogger(__name__)
@@ -53,30 +53,6 @@ class Clips:
     """pixels"""
     domain_adapter: str | None = None
     """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
-
-
-class Encoding:
-    """What a model with a VAE and text encoders makes of frames and prompts."""
-
-    vae: AutoencoderKL
-    text: TextEncoders
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
-        return encode_clips(self.vae, pixels)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), one clip at a time.
-
-        Frame by frame with an image model's decoder, all frames of a clip together with a temporal one.
-        """
-        temporal = isinstance(self.vae, VideoVAE)
-        return torch.cat([decode_clips(self.vae, clip, temporal=temporal) for clip in latents.split(1)])
-
-    def embed(self, prompts: Sequence[str]) -> TextCondition:
-        """What the UNet is told of prompts; the empty one is the null condition."""
-        return self.text.embed(prompts)
 
 
 @dataclass
@@ -108,14 +84,9 @@ class Encoders(Encoding):
 
 
 @dataclass
-class VideoLDM(Encoding):
+class VideoLDM(TextToVideo):
     """A text-to-video model: its networks, its noise schedule, and what its clips were."""
 
-    unet: VideoUNet
-    vae: AutoencoderKL
-    text: TextEncoders
-    noise: DDIMScheduler
-    """the image model's noise schedule, as a DDIM sampler's settings"""
     clips: Clips
 
     def __post_init__(self) -> None:
@@ -175,42 +146,6 @@ class VideoLDM(Encoding):
         text = load_text_encoders(file, tokenizer, lambda _: tensors)
         return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
 
-    @property
-    def objective(self) -> DDPM:
-        """What the image model was trained with."""
-        config = self.noise.config
-        return DDPM(config.prediction_type, config.rescale_betas_zero_snr)
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The UNet and the frozen networks."""
-        return self.unet, self.vae, *self.text.networks
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet's parameters are."""
-        return next(self.unet.parameters()).device
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a latent's side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the clips of training or, freshly inflated, of the image model."""
-        if self.clips.height and self.clips.width:
-            return self.clips.height, self.clips.width
-        latent = self.unet.config.sample_size
-        height, width = (latent, latent) if isinstance(latent, int) else latent
-        return height * self.factor, width * self.factor
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the networks, in place."""
-        for network in self.networks:
-            network.to(device)
-        return self
-
     def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it, for a condition on prompts.
 
@@ -239,7 +174,7 @@ class VideoLDM(Encoding):
         """A sampler on the model's noise schedule."""
         if sampler == "ddim":
             return DDIMScheduler.from_config(self.noise.config)
-        shared = {key: value for key, value in self.noise.config.items() if key in _SHARED_WITH_EULER}
+        shared = {key: value for key, value in self.noise.config.items() if key in SHARED_WITH_EULER}
         return EulerDiscreteScheduler.from_config(shared)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -288,12 +223,6 @@ class VideoLDM(Encoding):
         trained = {"spec": self.unet.spec.to_dict(), "objective": asdict(self.objective)}
         settings = {**self._settings(), **trained, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
         temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The networks by the names of their folders."""
-        text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
-        return {"unet": self.unet, "vae": self.vae, **text}
 
     @classmethod
     def _of_image_model(
@@ -344,7 +273,7 @@ class VideoLDM(Encoding):
 def _compare_objectives(file: Path, family: VideoLDM, image_model: str | Path, refuse: bool) -> None:
     """Say, or raise CheckpointError, where an image model predicts otherwise than temporal layers were trained with."""
     trained, own = folders.read_json(file).get("objective"), asdict(family.objective)
-    if trained in (None, own):
+    if trained is None or {**own, **trained} == own:  # what an earlier version did not say is as it was
         return
     told = f"{file} is of temporal layers trained with {trained}, but {image_model} has {own}"
     if refuse:
@@ -370,12 +299,6 @@ class Model:
     def load(self) -> VideoLDM:
         """The model, inflated where it is an image model; CheckpointError."""
         return VideoLDM.load(self.path, self.image_model, self.tokenizer, self.prediction)
-
-
-_SHARED_WITH_EULER = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
-    "steps_offset", "rescale_betas_zero_snr",
-)  # fmt: skip
 
 
 def inflated(unet: UNet2DConditionModel) -> VideoUNet:
@@ -404,12 +327,6 @@ def tokenizer_of(file: Path, image_model: str | Path, tokenizer: str | Path | No
     return temporal_layers.source(file, "tokenizer", tokenizer) if is_file else tokenizer
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a folder, an image model's or one with a temporal decoder; CheckpointError."""
-    kind = folders.unet_kind(folder, AutoencoderKL, VideoVAE)
-    return folders.load_parent(kind, folder)
-
-
 def check_added(unet: VideoUNet, pooled: int) -> None:
     """Raise CheckpointError unless a UNet adds to its time embedding what encoders give: `pooled` numbers, or none."""
     config = unet.config
@@ -429,29 +346,6 @@ def time_ids(origin: Tensor | None, latents: Tensor, factor: int) -> Tensor:
     target = own.expand(len(latents), -1)  # (B, 2)
     before = torch.cat([target, torch.zeros_like(target)], dim=1) if origin is None else origin.to(target)  # (B, 4)
     return torch.cat([before, target], dim=1)  # (B, 6)
-
-
-def load_noise(folder: Path) -> DDIMScheduler:
-    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's."""
-    return noise_of(folders.read_json(folder / "scheduler_config.json"), folder)
-
-
-def noise_of(config: Mapping[str, Any], origin: Path) -> DDIMScheduler:
-    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not SD's.
-
-    With zero terminal SNR sampling begins at the last timestep, which other spacings leave out.
-    """
-    betas = tuple(config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
-    if betas != (BETA_START, BETA_END, "scaled_linear", TRAIN_TIMESTEPS):
-        raise CheckpointError(f"{origin} has betas {betas}; only Stable Diffusion's schedule is known")
-    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise CheckpointError(f"{origin} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
-    spacing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
-    known = {key: value for key, value in config.items() if key in _DDIM_SETTINGS}
-    return DDIMScheduler.from_config({**known, **spacing, "clip_sample": False})
-
-
-_DDIM_SETTINGS = (*_SHARED_WITH_EULER, "set_alpha_to_one")
 
 
 def read_clips(file: Path) -> Clips:

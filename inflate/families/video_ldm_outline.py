@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from inflate.families.video_ldm import FAMILY, Clips, VideoLDM, load_noise, noise_of
+from inflate.families.video_ldm import FAMILY, Clips, VideoLDM
 from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders
+from inflate.models.stable_diffusion import load_noise, noise_of
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE

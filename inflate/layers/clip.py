@@ -25,6 +25,8 @@ class ClipState:
     """Bool (batch, frames): True frames take the spatial path in every mix; None = all are video."""
     bypass: bool = False
     """Skip the temporal layers altogether."""
+    image_tokens: int = 0
+    """How many tokens of every frame's context, the last ones, are of an image."""
 
 
 class Clip:

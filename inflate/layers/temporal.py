@@ -19,7 +19,7 @@ Source: Blattmann et al., Stable Video Diffusion (2023), appendix D; Align your 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -42,6 +42,8 @@ from inflate.layers.convolution import convolutions_within, convolve
 from inflate.layers.frame_attention import FrameAttention
 from inflate.layers.recompute import Compiled, Recompute, divide, run
 from inflate.layers.up_blocks import join
+
+Child = TypeVar("Child", bound=nn.Module)
 
 
 def mix_parameter() -> nn.Parameter:
@@ -66,7 +68,7 @@ def zero_(*layers: nn.Module) -> None:
                 parameter.zero_()
 
 
-def like(child: nn.Module, parent: nn.Module) -> nn.Module:
+def like(child: Child, parent: nn.Module) -> Child:
     """Put a new child in its parent's dtype, device and train or eval mode."""
     reference = next(parent.parameters())
     return child.to(device=reference.device, dtype=reference.dtype).train(parent.training)
@@ -343,17 +345,20 @@ class VideoBlock(SpatialBlock):
         if state.bypass:
             return hidden
         spatial = hidden.unflatten(0, (-1, state.frames))  # (B, F, N, C)
-        context = self._first_context(encoder_hidden_states, state.frames)
+        context = self._first_context(encoder_hidden_states, state)
         temporal = self.temporal(spatial + self.shared.positions(state.frames), context)  # (B, F, N, C)
         share = torch.sigmoid(-self.shared.mix)
         return mix(spatial, temporal, share, state.image_only).flatten(0, 1)  # (B*F, N, C)
 
     @staticmethod
-    def _first_context(context: Any, frames: int) -> Tensor | None:
-        """The context (B,L,D) of the first frame of each clip; image adapters send it as the first of a pair."""
+    def _first_context(context: Any, state: ClipState) -> Tensor | None:
+        """The text (B,L,D) of the first frame of each clip; image adapters send it as the first of a pair."""
         if isinstance(context, tuple):
             context = context[0]
-        return None if context is None else context.unflatten(0, (-1, frames))[:, 0]  # (B, L, D)
+        if context is None:
+            return None
+        first: Tensor = context.unflatten(0, (-1, state.frames))[:, 0]  # (B, L + image tokens, D)
+        return first[:, : first.shape[1] - state.image_tokens]
 
 
 class VideoTransformer(Transformer2DModel):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class LatentMoments:
         places = sum(count for count, _, _ in sums)
         mean, square = (torch.stack(each).sum(dim=0) / places for each in list(zip(*sums, strict=True))[1:])  # (C,)
         return cls(tuple(map(float, mean)), tuple(map(float, square - mean**2)))
+
+    @classmethod
+    def told(cls, settings: Mapping[str, Any]) -> Self | None:
+        """Those in an export's settings, under `latent_moments`; none where they were not measured."""
+        told = settings.get("latent_moments")
+        return cls(tuple(told["mean"]), tuple(told["variance"])) if told else None
 
     def start(self, noise: Tensor, sigma: float, signal: float = 1.0) -> Tensor:
         """Latents (..., C, h, w) as they are likely at a noise level, from standard normal ones of that shape.

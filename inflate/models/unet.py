@@ -39,6 +39,14 @@ from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryEr
 from inflate.layers.branches import FrameTransformer, NormOver, TemporalConvs, VideoConvIn, inflate_conv_in
 from inflate.layers.clip import Clip, ClipState
 from inflate.layers.convolution import convolutions_within
+from inflate.layers.image_context import (
+    DualAttention,
+    ImageContext,
+    QueryLayer,
+    QueryTransformer,
+    attend_to_image,
+    cross_attentions,
+)
 from inflate.layers.recompute import recomputes, set_recompute
 from inflate.layers.temporal import (
     SpatialBlock,
@@ -51,6 +59,7 @@ from inflate.layers.temporal import (
     inflate_resnet,
     inflate_transformer,
     inflate_upsample,
+    like,
 )
 from inflate.layers.up_blocks import VideoCrossAttnUpBlock, inflate_up_block
 
@@ -141,6 +150,8 @@ VIDEO_LDM = TemporalSpec(added_ids=0)
 """Text-to-video by residual blocks and transformer blocks with learned mixes (Align your Latents, 2023)."""
 MODELSCOPE = TemporalSpec(resnet=False, block=False, conv=True, transformer=True, input=True, dropout=0.1, added_ids=0)
 """ModelScope, ZeroScope and the models of VGen."""
+DYNAMICRAFTER = replace(MODELSCOPE, added_ids=1, added_id_dim=320)
+"""DynamiCrafter and VideoCrafter: ModelScope's, told the frame rate."""
 ANIMATEDIFF_V1 = TemporalSpec(
     resnet=False, block=False, motion=True, motion_middle=False, motion_frames=24, added_ids=0
 )
@@ -169,15 +180,26 @@ class VideoUNet(UNet2DConditionModel):
         VideoConvIn.__name__,
         VideoUpsample.__name__,
         Downsample2D.__name__,
+        QueryLayer.__name__,
     ]
     _repeated_blocks = [VideoBlock.__name__]  # noqa: RUF012 -- diffusers reads a list
 
-    def __init__(self, *args: Any, temporal: dict[str, Any] | None = None, **settings: Any) -> None:
+    query_transformer: QueryTransformer | None
+
+    def __init__(
+        self,
+        *args: Any,
+        temporal: dict[str, Any] | None = None,
+        image_context: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(*args, **settings)
         spec = TemporalSpec() if temporal is None else TemporalSpec.from_dict(temporal)
         check_blocks(self)
         check_input(self, spec)
         self._insert(spec)
+        if image_context is not None:
+            self.add_image_context(ImageContext.from_dict(image_context))
 
     @classmethod
     def from_2d(cls, unet: UNet2DConditionModel, spec: TemporalSpec, in_channels: int | None = None) -> VideoUNet:
@@ -189,7 +211,7 @@ class VideoUNet(UNet2DConditionModel):
         check_unet(unet, spec, in_channels)
         video = copy.deepcopy(unet)
         video.__class__ = cls
-        video._widen(in_channels or video.config.in_channels)
+        video.widen(in_channels or video.config.in_channels)
         video._embed_ids(spec)
         video._insert(spec)
         return video
@@ -199,14 +221,52 @@ class VideoUNet(UNet2DConditionModel):
         """Which temporal layers this model has."""
         return TemporalSpec.from_dict(dict(self.config.temporal))
 
+    @property
+    def image_context(self) -> ImageContext | None:
+        """How this model attends to an image; None where it does not."""
+        return None if self.query_transformer is None else self.query_transformer.context
+
+    def add_image_context(self, context: ImageContext) -> None:
+        """Let the model attend to an image beside the text, in place; born with no effect of the image.
+
+        Raises `SurgeryError` where it does already, or where there is no cross-attention.
+        """
+        blocks = [block for _, block in cross_attentions(self)]
+        if self.query_transformer is not None or not blocks:
+            reason = "has no cross-attention" if not blocks else "attends to an image already"
+            raise SurgeryError(f"this UNet {reason}: an image context cannot be added")
+        width = int(self.config.cross_attention_dim)
+        self.set_query_transformer(QueryTransformer(context, width))
+        for block in blocks:
+            attend_to_image(block, self.clip, context.gate)
+
+    def set_query_transformer(self, query_transformer: QueryTransformer) -> None:
+        """Put a query transformer in its place, for instance one with more groups of queries; stores its settings."""
+        self.query_transformer = like(query_transformer, self.conv_in)
+        register(self, image_context=query_transformer.context.to_dict())
+
+    def image_tokens_of(self, features: Tensor, frames: int) -> Tensor:
+        """The tokens (B,F,T,D), or shared by all frames (B,T,D), of image features (B,P,E): they are the same in every
+        step of sampling. Raises `InflateError` where the model attends to no image."""
+        if self.query_transformer is None:
+            raise InflateError("this UNet attends to no image: leave image features out, or add an image context")
+        tokens: Tensor = self.query_transformer(features, frames)
+        return tokens
+
+    def image_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that make and read image tokens, by name."""
+        places = [f"{name}.image." for name, module in self.named_modules() if isinstance(module, DualAttention)]
+        beginnings = ("query_transformer.", *places)
+        return {name: value for name, value in self.named_parameters() if name.startswith(beginnings)}
+
     def temporal_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the temporal layers, by name."""
         return {name: value for name, value in self.named_parameters() if ".temporal." in name}
 
     def created_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the 2D model lacks, by name: the temporal ones and the embedding of added ids."""
+        """The parameters that the 2D model lacks, by name: temporal ones, an image's and the embedding of added ids."""
         ids = self.class_embedding.named_parameters(prefix="class_embedding") if self.spec.added_ids else ()
-        return {**dict(ids), **self.temporal_parameters()}
+        return {**dict(ids), **self.temporal_parameters(), **self.image_parameters()}
 
     def inert_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that get no gradient from a context of one token: queries, keys and norm of cross-attention.
@@ -227,27 +287,48 @@ class VideoUNet(UNet2DConditionModel):
         added_time_ids: Tensor | None = None,
         image_only: Tensor | None = None,
         return_dict: bool = True,
+        image_features: Tensor | None = None,
+        image_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict for clips (B,F,C,h,w) at `timestep` (scalar, (B,) or (B,F)).
 
         Context is (B,L,D) or, per frame, (B,F,L,D); `added_time_ids` (B, added ids); `image_only` bool (B,F) marks
-        frames that no temporal layer may change. Other arguments of the 2D UNet pass as they are, their batch being
-        `B*F`. Raises `InflateError` where shapes disagree. Source: Stable Video Diffusion (2023), appendix D.
+        frames that no temporal layer may change. A model with an image context takes the image's features (B,P,E) or,
+        made of them by `image_tokens_of`, its tokens (B,T,D) or (B,F,T,D); without either it attends to the text alone.
+        Other arguments of the 2D UNet pass as they are, their batch being `B*F`. Raises `InflateError` where shapes
+        disagree. Source: Stable Video Diffusion (2023), appendix D; DynamiCrafter (2023), section 3.2.
         """
         if sample.ndim != 5:
             raise InflateError(f"sample must be (batch, frames, channels, height, width), got {tuple(sample.shape)}")
         clips = sample.shape[:2]
+        context, added = self._context(encoder_hidden_states, image_features, image_tokens, clips)
         output = self._folded(
-            ClipState(clips[1], _frame_mask(image_only, clips)),
+            ClipState(clips[1], _frame_mask(image_only, clips), image_tokens=added),
             sample.flatten(0, 1),  # (B*F, C, h, w)
             _per_frame(timestep, clips, sample.device),  # (B*F,)
-            _frame_context(encoder_hidden_states, clips),  # (B*F, L, D)
+            context,  # (B*F, L + T, D)
             class_labels=self._labels(added_time_ids, clips, sample.dtype),
             **kwargs,
         )
         output = output.unflatten(0, clips)  # (B, F, C', h, w)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _context(
+        self, text: Tensor, features: Tensor | None, tokens: Tensor | None, clips: torch.Size
+    ) -> tuple[Tensor, int]:
+        """The context of all frames (B*F,L+T,D), text before the image's tokens, and how many of these there are."""
+        context = _frame_context(text, clips, "encoder_hidden_states")  # (B*F, L, D)
+        if features is not None and tokens is not None:
+            raise InflateError("image_features and image_tokens are both given: the tokens are made of the features")
+        if features is not None:
+            tokens = self.image_tokens_of(features, clips[1])
+        if tokens is None:
+            return context, 0
+        if self.query_transformer is None:
+            raise InflateError("this UNet attends to no image: leave image_tokens out")
+        image = _frame_context(tokens, clips, "image_tokens")  # (B*F, T, D)
+        return torch.cat([context, image.to(context.dtype)], dim=1), image.shape[1]
 
     def _folded(self, state: ClipState, *args: Any, class_labels: Tensor | None, **kwargs: Any) -> Tensor:
         """The 2D forward pass over the frames of all clips, while the temporal layers see `state`."""
@@ -308,6 +389,7 @@ class VideoUNet(UNet2DConditionModel):
     def _insert(self, spec: TemporalSpec) -> None:
         """Give every layer of the 2D UNet its temporal child, and store the spec in the config."""
         self.clip = Clip()
+        self.query_transformer = None
         if spec.input:
             inflate_conv_in(self.conv_in, self.clip, after_input(self))
         for block in self._blocks():
@@ -336,7 +418,18 @@ class VideoUNet(UNet2DConditionModel):
         middle = [] if self.mid_block is None else [self.mid_block]
         return [*self.down_blocks, *middle, *self.up_blocks]
 
-    def _widen(self, in_channels: int) -> None:
+    def add_ids(self, count: int, width: int) -> None:
+        """Let the model be told numbers of each clip, in place; born without effect.
+
+        Raises `SurgeryError` where it is told some already.
+        """
+        if self.class_embedding is not None or self.config.projection_class_embeddings_input_dim:
+            raise SurgeryError("this UNet embeds ids, labels or sizes (SDXL) already: it cannot be told of others")
+        spec = replace(self.spec, added_ids=count, added_id_dim=width)
+        self._embed_ids(spec)
+        register(self, temporal=spec.to_dict())
+
+    def widen(self, in_channels: int) -> None:
         """Let `conv_in` take more channels; the new ones have zero weights."""
         old = self.conv_in
         if in_channels == old.in_channels:
@@ -509,7 +602,7 @@ def keep_signature(kind: type, parent: type, *added: str) -> None:
     kind.__dict__["__init__"].__signature__ = own.replace(parameters=[*own.parameters.values(), *more])
 
 
-keep_signature(VideoUNet, UNet2DConditionModel, "temporal")
+keep_signature(VideoUNet, UNet2DConditionModel, "temporal", "image_context")
 
 
 def _per_frame(timestep: Tensor | float | int, clips: torch.Size, device: torch.device) -> Tensor:
@@ -521,15 +614,14 @@ def _per_frame(timestep: Tensor | float | int, clips: torch.Size, device: torch.
     return steps.expand(clips).flatten()  # (B*F,)
 
 
-def _frame_context(context: Tensor, clips: torch.Size) -> Tensor:
-    """The context of all frames (B*F,L,D) from (B,L,D) or (B,F,L,D)."""
+def _frame_context(context: Tensor, clips: torch.Size, name: str) -> Tensor:
+    """The context of all frames (B*F,L,D) from (B,L,D) or (B,F,L,D); `name` is the argument's."""
     if context.ndim == 4 and context.shape[:2] == clips:
         return context.flatten(0, 1)  # (B*F, L, D)
     if context.ndim == 3 and context.shape[0] == clips[0]:
         return context.repeat_interleave(clips[1], 0)  # (B*F, L, D)
     raise InflateError(
-        f"encoder_hidden_states must be ({clips[0]}, tokens, width) or {(*clips,)} + (tokens, width), "
-        f"got {tuple(context.shape)}"
+        f"{name} must be ({clips[0]}, tokens, width) or {(*clips,)} + (tokens, width), got {tuple(context.shape)}"
     )
 
 

@@ -23,6 +23,7 @@ from inflate.errors import ConfigError
 from inflate.families import svd_encoders, svd_model, video_ldm
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
+from inflate.models import stable_diffusion
 from inflate.models.vae import encode_at_most
 from inflate.tables import aligned
 from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
@@ -157,7 +158,9 @@ def show_cached(settings: Caching, output: Path, count: int, say: Say) -> None:
     say(f"wrote {output}")
 
 
-def _show(folder: Path, item: Item, family: svd_encoders.Encoding | video_ldm.Encoding, number: int) -> tuple[str, ...]:
+def _show(
+    folder: Path, item: Item, family: svd_encoders.Encoding | stable_diffusion.Encoding, number: int
+) -> tuple[str, ...]:
     """Write one window's mp4 and contact sheet; its line of the table."""
     values: dict[str, Any] = dict(item)
     latents = values["latents"].to(family.vae.device, family.vae.dtype)

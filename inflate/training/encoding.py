@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from inflate.data.settings import Data
-from inflate.families import video_ldm
 from inflate.families.svd_encoders import Encoding
+from inflate.models import stable_diffusion
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
@@ -92,7 +92,7 @@ class TextClipEncoder:
 
     reads_captions = True
 
-    def __init__(self, family: video_ldm.Encoding, precision: Precision) -> None:
+    def __init__(self, family: stable_diffusion.Encoding, precision: Precision) -> None:
         self.family, self.precision, self.dtype = family, precision, getattr(torch, precision)
 
     @cached_property

@@ -23,9 +23,10 @@ from helpers import CROSS, randomise, tiny_unet, write_image_model
 from inflate.errors import CheckpointError, ConfigError, DataError
 from inflate.families import svd_files
 from inflate.families.svd import SVD, Condition, MotionBuckets, euler_scheduler
-from inflate.families.svd_encoders import Encoders, resize_antialiased
+from inflate.families.svd_encoders import Encoders
 from inflate.families.svd_model import Model
 from inflate.models.folders import PIPELINE_FILES
+from inflate.models.image_encoders import resize_antialiased
 from inflate.models.original_names import UNetLayout, unet_names, vae_names
 from inflate.models.unet import TemporalSpec
 from inflate.models.vae import encoder_sha256
@@ -441,7 +442,7 @@ def test_scheduler_and_objective_agree_on_the_noise_input(both: Both) -> None:
     ours, pipeline = both
     pipeline.scheduler.set_timesteps(25)
     told = ours.objective.noise_input(pipeline.scheduler.sigmas[:-1])
-    torch.testing.assert_close(told, pipeline.scheduler.timesteps, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(told, pipeline.scheduler.timesteps, rtol=0, atol=5e-4)  # its schedule is rounded
 
 
 def test_gap_is_rounding_in_diffusers_mode_and_epsilon_in_the_original(family: SVD) -> None:

@@ -156,9 +156,9 @@ def test_frame_positions_start_at_zero_and_differ_once_trained():
 
 def test_time_sees_the_context_of_each_clips_first_frame():
     context = torch.randn(2 * 3, 4, 12)
-    assert torch.equal(VideoBlock._first_context(context, 3), context[[0, 3]])
-    assert torch.equal(VideoBlock._first_context((context, None), 3), context[[0, 3]])
-    assert VideoBlock._first_context(None, 3) is None
+    assert torch.equal(VideoBlock._first_context(context, ClipState(3)), context[[0, 3]])
+    assert torch.equal(VideoBlock._first_context((context, None), ClipState(3)), context[[0, 3]])
+    assert VideoBlock._first_context(None, ClipState(3)) is None
 
 
 def test_mix_is_one_dimensional():

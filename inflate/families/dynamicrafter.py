@@ -1,0 +1,369 @@
+"""DynamiCrafter (Xing et al., 2310.12190): image and text to video, loading, conditioning, export.
+
+The UNet of a text-to-video model sees an image twice: as tokens in cross-attention, which its query transformer makes
+of what CLIP tells of each patch, and as a latent beside the noisy latents of every frame (visual detail guidance). A
+model of the first two training stages has the tokens alone. `DynamiCrafter.condition` is the one function that builds
+the condition, for training and for sampling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from inflate.errors import CheckpointError, ConfigError, InflateError
+from inflate.layers.image_context import ImageContext
+from inflate.models import folders, temporal_layers
+from inflate.models.image_encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    image_statistics,
+    load_image_encoder,
+    shown,
+)
+from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
+from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
+from inflate.models.unet import VideoUNet, load_strictly
+from inflate.objectives import DDPM, Predict
+
+FAMILY = "dynamicrafter"
+Told = Literal["fps", "stride"]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What the clips of training were, which sampling repeats."""
+
+    frames: int = 16
+    """length"""
+    fps: float = 8.0
+    """frames per second of the files that are written"""
+    height: int | None = None
+    """pixels; none: the size that the UNet's configuration names"""
+    width: int | None = None
+    """pixels"""
+    told: Told = "fps"
+    """what the UNet is told of a clip: fps = its frames per second, fewer of which are more motion; stride = how many
+    frames of the source lie between two of its own"""
+    number: float | None = None
+    """what it is told unless asked otherwise; none: the frames per second above, or a stride of 1"""
+    interpolation: bool = False
+    """whether it was trained to go from a first to a last frame"""
+
+    def __post_init__(self) -> None:
+        if self.told not in get_args(Told):
+            raise ConfigError(f"clips.told={self.told}: fps or stride")
+
+    @property
+    def usual(self) -> float:
+        """What the UNet is told unless asked otherwise."""
+        if self.number is not None:
+            return self.number
+        return self.fps if self.told == "fps" else 1.0
+
+    def numbers(self, fps: Tensor, stride: Tensor) -> Tensor:
+        """What the UNet is told (B,), in whole numbers, of clips of such rates and strides, each (B,)."""
+        return (fps if self.told == "fps" else stride).floor()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that the UNet is given beside the noisy clips."""
+
+    text: Tensor
+    """what the text encoder tells of the prompts, (B, L, D)"""
+    image: Tensor | None
+    """what CLIP tells of the image, (B, P, E); none: no image in cross-attention"""
+    detail: Tensor | None
+    """latents beside the noisy ones, (B, F, C, h, w), where the UNet takes them"""
+    number: Tensor
+    """the frame rate or the stride, (B,)"""
+    tokens: Tensor | None = None
+    """what the query transformer made of `image`, in its place: (B, F, T, D) or, shared by all frames, (B, T, D)"""
+
+    def drop(self, draw: Tensor, rate: float, no_text: Tensor, no_image: Tensor) -> Condition:
+        """Nothing in place of a clip's text, its image or both, by its uniform draw (B,); each happens at `rate`.
+
+        The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing.
+        Source: the published training, with a rate of 0.05. ConfigError where three times the rate exceed 1.
+        """
+        if not 0 <= 3 * rate <= 1:
+            raise ConfigError(
+                f"a rate of {rate} leaves no sample whole: three times it are dropped; give less than 1/3"
+            )
+        without_text = (draw < 2 * rate)[:, None, None]
+        without_image = ((rate <= draw) & (draw < 3 * rate))[:, None, None]
+        text = torch.where(without_text, no_text.to(self.text), self.text)
+        image = self.image
+        if image is not None:
+            image = torch.where(without_image, no_image.to(image), image)
+        return replace(self, text=text, image=image)
+
+    @classmethod
+    def cat(cls, conditions: Sequence[Condition]) -> Condition:
+        """Several conditions as one batch; InflateError where one lacks what another has."""
+        return cls(**{name.name: _joined([getattr(each, name.name) for each in conditions]) for name in fields(cls)})
+
+
+class ImageEncoding(Encoding):
+    """What a model with an autoencoder, text encoders and an image encoder makes of frames and prompts."""
+
+    image_encoder: CLIPVisionModelWithProjection
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @torch.no_grad()
+    def embed_image(self, images: Tensor) -> Tensor:
+        """What CLIP tells of images (B, 3, H, W) in [-1, 1]: the last states (B, P, E), before the norm, of its class
+        token and of all patches."""
+        pixels = shown(self.image_encoder, images, self.image_mean, self.image_std)
+        states: Tensor = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-1]
+        return states  # (B, P, E)
+
+    def null_image(self) -> Tensor:
+        """What CLIP tells of no image, which is a grey one: (1, P, E)."""
+        size = self.image_encoder.config.image_size
+        return self.embed_image(torch.zeros(1, 3, size, size, device=self.image_encoder.device))
+
+
+@dataclass
+class Encoders(ImageEncoding):
+    """The frozen networks without a UNet."""
+
+    vae: AutoencoderKL
+    text: TextEncoders
+    image_encoder: CLIPVisionModelWithProjection
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """per channel, of the image encoder's inputs in [0, 1]"""
+    image_std: tuple[float, ...] = CLIP_STD
+    """per channel, of the image encoder's inputs in [0, 1]"""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Those of an export of ours; CheckpointError where a part is missing or not whole."""
+        folder = folders.resolve(path)
+        temporal_layers.entry(folder / folders.SETTINGS_FILE, FAMILY, "clips")
+        encoder = load_image_encoder(folder / "image_encoder")
+        statistics = image_statistics(folder / "feature_extractor")
+        return cls(load_vae(folder / "vae"), TextEncoders.load(folder), encoder, **statistics)
+
+
+@dataclass
+class DynamiCrafter(TextToVideo, ImageEncoding):
+    """A model that animates an image by a prompt: its networks, its noise schedule, and what its clips were."""
+
+    clips: Clips
+    image_encoder: CLIPVisionModelWithProjection
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """per channel, of the image encoder's inputs in [0, 1]"""
+    image_std: tuple[float, ...] = CLIP_STD
+    """per channel, of the image encoder's inputs in [0, 1]"""
+    base_scale: float = 1.0
+    """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
+    further: dict[str, Any] = field(default_factory=dict)
+    """further entries of inflate.json, which stay with the model"""
+
+    def __post_init__(self) -> None:
+        width, needed = self.text.width, self.unet.config.cross_attention_dim
+        if width != needed:
+            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+        context = self.unet.image_context
+        if context is None:
+            raise CheckpointError("the UNet attends to no image: give it an image context")
+        embedding = self.image_encoder.config.hidden_size
+        if context.embedding != embedding:
+            raise CheckpointError(
+                f"the image encoder has {embedding} dimensions but the query transformer takes {context.embedding}"
+            )
+        channels = self.vae.config.latent_channels
+        if self.unet.config.in_channels not in (channels, 2 * channels):
+            raise CheckpointError(
+                f"the UNet takes {self.unet.config.in_channels} channels: {channels} without and {2 * channels} with "
+                "the image's latent are known"
+            )
+        if self.unet.spec.added_ids not in (0, 1):
+            raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Loads an export of ours; CheckpointError, listing the tensors, where a part is missing or not whole."""
+        folder = folders.resolve(path)
+        file = folder / folders.SETTINGS_FILE
+        clips = read_clips(file)
+        encoders = Encoders.load(folder)
+        unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
+        settings = folders.read_json(file)
+        statistics: dict[str, Any] = {"image_mean": encoders.image_mean, "image_std": encoders.image_std}
+        base_scale = float(temporal_layers.entry(file, FAMILY, "objective").get("base_scale", 1.0))
+        beside = {name: value for name, value in settings.items() if name not in _OWN_SETTINGS}
+        noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
+        return cls(
+            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **statistics, base_scale=base_scale,
+            further=beside,
+        )  # fmt: skip
+
+    @classmethod
+    def from_text_to_video(
+        cls,
+        model: TextToVideo,
+        image_encoder: CLIPVisionModelWithProjection,
+        clips: Clips,
+        context: ImageContext | None = None,
+        statistics: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A text-to-video model that attends to an image, too, whose networks are taken over.
+
+        With a `context` the UNet is given it, born with no effect; without, it has one. `statistics` are the image
+        encoder's `image_mean` and `image_std`, where they are not CLIP's own.
+        """
+        if context is not None:
+            model.unet.add_image_context(context)
+        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
+
+    @property
+    def objective(self) -> DDPM:
+        """What the model is trained with."""
+        return replace(super().objective, base_scale=self.base_scale)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The UNet and the frozen networks."""
+        return *super().networks, self.image_encoder
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        return {**super().parts, "image_encoder": self.image_encoder}
+
+    @property
+    def takes_detail(self) -> bool:
+        """Whether the UNet takes the image's latent beside the noisy ones."""
+        return bool(self.unet.config.in_channels > self.vae.config.latent_channels)
+
+    def take_detail(self) -> None:
+        """Let the UNet take the image's latent and be told the frame rate, in place; born without effect of either."""
+        if not self.takes_detail:
+            self.unet.widen(2 * self.vae.config.latent_channels)
+        if not self.unet.spec.added_ids:
+            self.unet.add_ids(1, self.unet.config.block_out_channels[0])
+
+    def condition(
+        self,
+        text: TextCondition,
+        image: Tensor | None,
+        number: Tensor,
+        first: Tensor | None = None,
+        frames: int | None = None,
+        last: Tensor | None = None,
+    ) -> Condition:
+        """The condition on prompts, on what CLIP tells of an image (B, P, E) and on latents of frames (B, C, h, w).
+
+        The first frame's latent is repeated for each of so many frames; with a last one, each stands at its end, and
+        between them is nothing (interpolation; of a loop both are the same). InflateError where the UNet takes latents
+        and there are none.
+        """
+        detail = None
+        if self.takes_detail:
+            if first is None or frames is None:
+                raise InflateError("this model takes the latent of its image: give it, and the number of frames")
+            detail = repeated(first, frames) if last is None else ends(first, last, frames)
+        return Condition(text.context, image, detail, number)
+
+    def predict(self, condition: Condition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it, for a condition.
+
+        `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
+        temporal layer is bypassed.
+        """
+        network = self.unet if unet is None else unet
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+            sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
+            ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
+            image = _image(condition, noisy.dtype)
+            text = condition.text.to(noisy.dtype)
+            output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
+            return output  # (B, F, C, h, w)
+
+        return predict
+
+    def with_tokens(self, condition: Condition, frames: int) -> Condition:
+        """A condition whose image is already what the query transformer makes of it: the same in every step."""
+        if condition.image is None:
+            return condition
+        image = condition.image.to(self.unet.dtype)
+        return replace(condition, image=None, tokens=self.unet.image_tokens_of(image, frames))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes every part in its own sub-folder, and what the clips were to inflate.json; atomic.
+
+        CheckpointError, with nothing written, where the folder holds other files.
+        """
+        folders.write(Path(folder), self._write)
+
+    def _write(self, folder: Path) -> None:
+        parts = {"unet": self.unet, "vae": self.vae, "scheduler": self.noise, "image_encoder": self.image_encoder}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        self.text.save_pretrained(folder)
+        processor = CLIPImageProcessorPil(image_mean=list(self.image_mean), image_std=list(self.image_std))
+        processor.save_pretrained(folder / "feature_extractor")
+        settings = {
+            "family": FAMILY,
+            "clips": asdict(self.clips),
+            "objective": asdict(self.objective),
+            ZEROS: self.text.zeros_for_empty,
+            **self.further,
+        }
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
+
+
+def repeated(latent: Tensor, frames: int) -> Tensor:
+    """The latent (B, C, h, w) of an image for every frame of its clip: (B, F, C, h, w)."""
+    return latent[:, None].expand(-1, frames, -1, -1, -1)
+
+
+def ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
+    """The latents (B, C, h, w) of a first and a last frame at the ends of a clip, exact zeros between: (B, F, C, h, w).
+
+    ConfigError for fewer than two frames.
+    """
+    if frames < 2:
+        raise ConfigError(f"a clip of {frames} frame has no two ends: give at least 2 frames")
+    latents = first.new_zeros(len(first), frames, *first.shape[1:])
+    latents[:, 0], latents[:, -1] = first, last
+    return latents
+
+
+def read_clips(file: Path) -> Clips:
+    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
+    try:
+        return Clips(**temporal_layers.entry(file, FAMILY, "clips"))
+    except TypeError as error:
+        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
+
+
+def _image(condition: Condition, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the UNet is given of the image in cross-attention."""
+    if condition.tokens is not None:
+        return {"image_tokens": condition.tokens.to(dtype)}
+    return {} if condition.image is None else {"image_features": condition.image.to(dtype)}
+
+
+def _joined(values: Sequence[Tensor | None]) -> Any:
+    given = [value for value in values if value is not None]
+    if given and len(given) < len(values):
+        raise InflateError("conditions with and without an image cannot be one batch")
+    return torch.cat(given) if given else None

@@ -1,0 +1,130 @@
+"""What a text-conditioned model of Stable Diffusion has beside its UNet: autoencoder, text encoders, noise schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor, nn
+
+from inflate.errors import CheckpointError
+from inflate.models import folders
+from inflate.models.text_encoders import SUFFIXES, TextCondition, TextEncoders
+from inflate.models.unet import VideoUNet
+from inflate.models.vae import VideoVAE, decode_clips, encode_clips
+from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS
+
+SHARED_WITH_EULER = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
+    "steps_offset", "rescale_betas_zero_snr",
+)  # fmt: skip
+_DDIM_SETTINGS = (*SHARED_WITH_EULER, "set_alpha_to_one")
+
+
+class Encoding:
+    """What a model with a VAE and text encoders makes of frames and prompts."""
+
+    vae: AutoencoderKL
+    text: TextEncoders
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (B, F, C, h, w), the posterior's mode, of clips (B, F, 3, H, W) in [-1, 1]; no gradient."""
+        return encode_clips(self.vae, pixels)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w), one clip at a time.
+
+        Frame by frame with an image model's decoder, all frames of a clip together with a temporal one.
+        """
+        temporal = isinstance(self.vae, VideoVAE)
+        return torch.cat([decode_clips(self.vae, clip, temporal=temporal) for clip in latents.split(1)])
+
+    def embed(self, prompts: Sequence[str]) -> TextCondition:
+        """What the UNet is told of prompts; the empty one is the null condition."""
+        return self.text.embed(prompts)
+
+
+@dataclass
+class TextToVideo(Encoding):
+    """A model that draws clips of prompts: its networks, its noise schedule, and what its clips were."""
+
+    unet: VideoUNet
+    vae: AutoencoderKL
+    text: TextEncoders
+    noise: DDIMScheduler
+    """the image model's noise schedule, as a DDIM sampler's settings"""
+    clips: Any
+    """what the clips of training were: at least their height and width, if known"""
+
+    @property
+    def objective(self) -> DDPM:
+        """What the image model was trained with."""
+        config = self.noise.config
+        return DDPM(config.prediction_type, config.rescale_betas_zero_snr)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The UNet and the frozen networks."""
+        return self.unet, self.vae, *self.text.networks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet's parameters are."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a latent's side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the clips of training or, freshly inflated, of the image model."""
+        if self.clips.height and self.clips.width:
+            return self.clips.height, self.clips.width
+        latent = self.unet.config.sample_size
+        height, width = (latent, latent) if isinstance(latent, int) else latent
+        return height * self.factor, width * self.factor
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the networks, in place."""
+        for network in self.networks:
+            network.to(device)
+        return self
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
+        return {"unet": self.unet, "vae": self.vae, **text}
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a folder, an image model's or one with a temporal decoder; CheckpointError."""
+    kind = folders.unet_kind(folder, AutoencoderKL, VideoVAE)
+    return folders.load_parent(kind, folder)
+
+
+def load_noise(folder: Path) -> DDIMScheduler:
+    """The noise schedule of an image model's scheduler, of whatever class; CheckpointError where it is not SD's."""
+    return noise_of(folders.read_json(folder / "scheduler_config.json"), folder)
+
+
+def noise_of(config: Mapping[str, Any], origin: Path) -> DDIMScheduler:
+    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not SD's.
+
+    With zero terminal SNR sampling begins at the last timestep, which other spacings leave out.
+    """
+    betas = tuple(config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
+    if betas != (BETA_START, BETA_END, "scaled_linear", TRAIN_TIMESTEPS):
+        raise CheckpointError(f"{origin} has betas {betas}; only Stable Diffusion's schedule is known")
+    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise CheckpointError(f"{origin} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
+    spacing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
+    known = {key: value for key, value in config.items() if key in _DDIM_SETTINGS}
+    return DDIMScheduler.from_config({**known, **spacing, "clip_sample": False})
