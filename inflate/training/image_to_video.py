@@ -158,7 +158,7 @@ class ImageToVideoTask:
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
         sigma = objective.sigma(noise.normal("sigma"))  # (B,)
-        condition = self.unclear(self.condition(batch, noise), batch, sigma, noise).drop(
+        condition = self.obscured(self.condition(batch, noise), batch, sigma, noise).drop(
             noise.uniform("drop"), self.settings.drop_both, self.settings.drop_embedding, self.settings.drop_image
         )
         predict = family.predict(condition, self.players[0].network, is_image(batch))
@@ -182,7 +182,7 @@ class ImageToVideoTask:
         condition = assemble(context, latent, *told, aug)
         return condition.without_image() if is_image(batch) else condition
 
-    def unclear(self, condition: Condition, batch: Batch, sigma: Tensor, noise: Noise) -> Condition:
+    def obscured(self, condition: Condition, batch: Batch, sigma: Tensor, noise: Noise) -> Condition:
         """The condition with the noise on its latent that clips at noise levels (B,) are trained under.
 
         An image's latent is withheld and stays so.
