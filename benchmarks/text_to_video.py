@@ -155,7 +155,7 @@ def read(clips: Path, count: int, frames: int) -> tuple[Tensor, list[demo.Scene]
     data = Data(str(clips), split="held_out", frames=frames, height=64, width=64, window="centre")
     dataset = ClipDataset(data, shuffle=False)
     rows = [dataset.rows[number].clip.extra for number in range(min(count, len(dataset)))]
-    scenes = [demo.Scene(**{name: row[name] for name in demo.Scene.__dataclass_fields__}) for row in rows]
+    scenes = [demo.Scene.of(row) for row in rows]
     return torch.stack([dataset[number]["pixels"] for number in range(len(rows))]), scenes
 
 

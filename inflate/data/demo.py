@@ -8,6 +8,9 @@ in the real world a bird flies the way it faces, so an image-to-video model can 
 - at a disc the camera zooms in, at a box it zooms out;
 - only the speed (slow, medium, fast) is not in the first frame: the motion bucket carries it, and the caption names it.
 
+A model that is told in words how a scene moves can be scored where the first frame does not say it: a disc or a box
+that flies, whose caption alone names its heading.
+
 Everything is rendered from continuous coordinates with anti-aliased edges, so motion is exact below one pixel.
 Coordinates: x to the right, y downwards, both in units of the frame's side; time in seconds.
 """
@@ -15,8 +18,9 @@ Coordinates: x to the right, y downwards, both in units of the frame's side; tim
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +73,7 @@ class Scene:
     ground: str
     """background colour"""
     heading: str
-    """left, right, up, down; a disc or box ignores it"""
+    """left, right, up, down; a disc or box that does not fly ignores it"""
     speed: str
     radius: float
     """of the shape, in frame sides"""
@@ -80,11 +84,23 @@ class Scene:
     """of the background texture, in frame sides"""
     phase_x: float
     phase_y: float
+    told: bool = False
+    """whether a disc or box flies as its caption alone tells, instead of being zoomed at"""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The scene of a row of `metadata.jsonl`."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
+
+    @property
+    def flies(self) -> bool:
+        """Whether the shape moves, and not the camera's focal length."""
+        return self.shape == "dart" or self.told
 
     @property
     def velocity(self) -> tuple[float, float]:
         """The shape's velocity in the world, frame sides per second."""
-        if self.shape != "dart":
+        if not self.flies:
             return 0.0, 0.0
         dx, dy = HEADINGS[self.heading]
         return dx * SPEEDS[self.speed], dy * SPEEDS[self.speed]
@@ -98,12 +114,12 @@ class Scene:
     @property
     def zoom(self) -> float:
         """Rate of change of the log of the magnification, per second."""
-        return {"dart": 0.0, "disc": 1.2, "box": -1.2}[self.shape] * SPEEDS[self.speed]
+        return 0.0 if self.flies else {"disc": 1.2, "box": -1.2}[self.shape] * SPEEDS[self.speed]
 
     @property
     def motion(self) -> str:
         """The motion's name: left, right, up, down, in or out."""
-        return {"dart": self.heading, "disc": "in", "box": "out"}[self.shape]
+        return self.heading if self.flies else {"disc": "in", "box": "out"}[self.shape]
 
     @property
     def view(self) -> str:
@@ -112,7 +128,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        if self.shape == "dart":
+        if self.flies:
             follows = ", the camera follows" if self.texture == "checks" else ""
             return f"{self._subject} flying {self.heading} {self.speed} over {self._ground}{follows}"
         return f"{self.view}, the camera zooms {self.motion} {self.speed}"
@@ -127,30 +143,35 @@ class Scene:
 
     def truth(self) -> dict[str, Any]:
         """Everything that determines the scene and its motion, for `metadata.jsonl`."""
-        return asdict(self) | {"motion": self.motion, "velocity": self.velocity, "pan": self.pan, "zoom": self.zoom}
+        scene = {name: value for name, value in asdict(self).items() if value is not False}
+        return scene | {"motion": self.motion, "velocity": self.velocity, "pan": self.pan, "zoom": self.zoom}
 
 
-def draw_scene(rng: np.random.Generator, seconds: float = 2.0) -> Scene:
-    """A random scene whose shape stays inside the frame for `seconds`."""
-    shape = str(rng.choice(["dart", "dart", "dart", "disc", "box"]))
+def draw_scene(rng: np.random.Generator, seconds: float = 2.0, told: bool = False) -> Scene:
+    """A random scene whose shape stays inside the frame for `seconds`.
+
+    `told` draws one whose caption alone says how it moves.
+    """
+    shape = str(rng.choice(["disc", "box"] if told else ["dart", "dart", "dart", "disc", "box"]))
     colour, ground = (str(c) for c in rng.choice(list(COLOURS), size=2, replace=False))
     texture = str(rng.choice(TEXTURES))
     heading = str(rng.choice(list(HEADINGS)))
     speed = str(rng.choice(list(SPEEDS)))
     radius = float(rng.uniform(0.20, 0.29))
     share = 1 - FOLLOW if texture == "checks" else 1.0
-    travel = SPEEDS[speed] * share * seconds if shape == "dart" else 0.0
+    flies = shape == "dart" or told
+    travel = SPEEDS[speed] * share * seconds if flies else 0.0
     margin = radius + 0.02
-    centre = rng.uniform(0.35, 0.65, size=2) if shape != "dart" else rng.uniform(margin, 1 - margin, size=2)
+    centre = rng.uniform(margin, 1 - margin, size=2) if flies else rng.uniform(0.35, 0.65, size=2)
     for axis, step in enumerate(HEADINGS[heading]):
-        if shape == "dart" and step:
+        if flies and step:
             start = float(rng.uniform(margin, max(margin + 1e-3, 1 - margin - travel)))
             centre[axis] = start if step > 0 else 1 - start
     period = float(rng.uniform(0.36, 0.5))
     phases = rng.uniform(0, 1, size=2)
     return Scene(
         shape, colour, texture, ground, heading, speed, radius, float(centre[0]), float(centre[1]),
-        period, float(phases[0]), float(phases[1]),
+        period, float(phases[0]), float(phases[1]), told,
     )  # fmt: skip
 
 

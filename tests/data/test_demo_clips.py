@@ -36,12 +36,35 @@ def test_build_writes_clips_captions_and_motion(tmp_path):
 def test_stored_truth_renders_the_stored_pixels(tmp_path):
     folder = demo_clips.build(tmp_path / "demo", clips=2, held_out=0)
     line = json.loads((folder / "train" / "metadata.jsonl").read_text().splitlines()[1])
-    scene = demo.Scene(**{name: line[name] for name in demo.Scene.__dataclass_fields__})
+    scene = demo.Scene.of(line)
     exact = demo.render(scene, np.arange(16) / demo.FPS)
     stored = video.read(folder / "train" / line["file_name"])
     difference = stored.mean(-1) - exact.mean(-1)  # brightness: colour has half the resolution
     assert np.abs(difference).mean() < 5
     assert scene.caption == line["caption"]
+
+
+def test_of_told_scenes_the_first_frame_does_not_say_where_they_fly():
+    rng = np.random.default_rng(0)
+    scenes = [demo.draw_scene(rng, told=True) for _ in range(20)]
+    assert {scene.shape for scene in scenes} == {"disc", "box"}
+    for scene in scenes:
+        assert scene.motion == scene.heading
+        assert f"flying {scene.heading}" in scene.caption
+        turned = [replace(scene, heading=heading) for heading in demo.HEADINGS]
+        first = [demo.render(one, [0.0]) for one in turned]
+        assert all(np.array_equal(frame, first[0]) for frame in first)
+        later = [demo.render(one, [0.5]).tobytes() for one in turned]
+        assert len(set(later)) == len(later)
+
+
+def test_a_share_of_the_clips_is_told_and_the_others_are_written_as_before(tmp_path):
+    folder = demo_clips.build(tmp_path / "told", clips=12, held_out=0, size=16, frames=2, told=0.5)
+    rows = [json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
+    told = [demo.Scene.of(row).told for row in rows]
+    assert 0 < sum(told) < 12
+    assert [row.get("told", False) for row in rows] == told
+    assert all(row["shape"] != "dart" for row in rows if row.get("told"))
 
 
 def test_build_is_repeatable_and_splits_differ(tmp_path):
@@ -90,7 +113,9 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}, {"told": 1.5}]
+)
 def test_impossible_settings_are_refused(tmp_path, wrong):
     with pytest.raises(DataError, match="cannot be built from"):
         demo_clips.build(tmp_path / "demo", **wrong)
