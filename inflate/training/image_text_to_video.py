@@ -145,8 +145,8 @@ class ImageTextToVideoTask:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
         if settings.condition_noise.maximum and not family.takes_detail:
             raise ConfigError(
-                f"image_text_to_video.condition_noise is on the image's latent, which the model of stage={stage} is not "
-                "shown: leave it out"
+                "image_text_to_video.condition_noise is on the image's latent, which the model of "
+                f"stage={stage} is not shown: leave it out"
             )
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
         self.adapter, self.together = adapter, together
