@@ -29,6 +29,7 @@ from inflate.models.image_encoders import (
     load_image_encoder,
     shown,
 )
+from inflate.models.moments import LatentMoments
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet, load_strictly
@@ -179,6 +180,8 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
     image_std: tuple[float, ...] = CLIP_STD
     """per channel, of the image encoder's inputs in [0, 1]"""
+    moments: LatentMoments | None = None
+    """of the scaled latents of training; none: not measured"""
     further: dict[str, Any] = field(default_factory=dict)
     """further entries of inflate.json, which stay with the model"""
 
@@ -218,7 +221,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
             unet, encoders.vae, encoders.text, noise, clips, image_encoder, **statistics, base_scale=base_scale,
-            further=beside,
+            moments=LatentMoments.told(settings), further=beside,
         )  # fmt: skip
 
     @classmethod
@@ -319,13 +322,14 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
             "family": FAMILY,
             "clips": asdict(self.clips),
             "objective": asdict(self.objective),
+            "latent_moments": asdict(self.moments) if self.moments else None,
             ZEROS: self.text.zeros_for_empty,
             **self.further,
         }
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
+_OWN_SETTINGS = ("family", "clips", "objective", "latent_moments", ZEROS)
 
 
 def repeated(latent: Tensor, frames: int) -> Tensor:
