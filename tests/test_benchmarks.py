@@ -48,7 +48,7 @@ def test_a_loss_is_compared_with_that_over_the_base_as_loaded() -> None:
 
 
 def test_a_look_is_found_in_what_is_painted_so_and_not_in_what_is_not() -> None:
-    script, rng = load_recipe(BENCHMARKS / "text_to_video.py"), np.random.default_rng(0)
+    script, rng = load_recipe(BENCHMARKS / "scenes.py"), np.random.default_rng(0)
     scenes = [demo.draw_scene(rng) for _ in range(40)]
     assert any(demo.OPPOSITE[scene.colour] == scene.ground for scene in scenes)  # which both looks paint alike
 

@@ -6,7 +6,8 @@ in the real world a bird flies the way it faces, so an image-to-video model can 
 - a dart flies the way it points (left, right, up, down); over checks the camera follows it at part of its speed,
   so that the background drifts the other way;
 - at a disc the camera zooms in, at a box it zooms out;
-- only the speed (slow, medium, fast) is not in the first frame: the motion bucket carries it, and the caption names it.
+- only the speed (slow, medium, fast) is not in the first frame: the motion bucket carries it, and the caption names it;
+- by choice some discs and boxes fly instead, in a direction that the caption alone tells: there a text steers.
 
 Everything is rendered from continuous coordinates with anti-aliased edges, so motion is exact below one pixel.
 Coordinates: x to the right, y downwards, both in units of the frame's side; time in seconds.
@@ -15,8 +16,9 @@ Coordinates: x to the right, y downwards, both in units of the frame's side; tim
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +71,7 @@ class Scene:
     ground: str
     """background colour"""
     heading: str
-    """left, right, up, down; a disc or box ignores it"""
+    """left, right, up, down; a disc or box that does not fly ignores it"""
     speed: str
     radius: float
     """of the shape, in frame sides"""
@@ -80,11 +82,23 @@ class Scene:
     """of the background texture, in frame sides"""
     phase_x: float
     phase_y: float
+    flying: bool = False
+    """whether a disc or a box flies, and the camera does not zoom"""
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The scene of a line of `metadata.jsonl`."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+
+    @property
+    def flies(self) -> bool:
+        """Whether the shape moves in the world, as every dart does."""
+        return self.flying or self.shape == "dart"
 
     @property
     def velocity(self) -> tuple[float, float]:
         """The shape's velocity in the world, frame sides per second."""
-        if self.shape != "dart":
+        if not self.flies:
             return 0.0, 0.0
         dx, dy = HEADINGS[self.heading]
         return dx * SPEEDS[self.speed], dy * SPEEDS[self.speed]
@@ -98,12 +112,12 @@ class Scene:
     @property
     def zoom(self) -> float:
         """Rate of change of the log of the magnification, per second."""
-        return {"dart": 0.0, "disc": 1.2, "box": -1.2}[self.shape] * SPEEDS[self.speed]
+        return 0.0 if self.flies else {"disc": 1.2, "box": -1.2}[self.shape] * SPEEDS[self.speed]
 
     @property
     def motion(self) -> str:
         """The motion's name: left, right, up, down, in or out."""
-        return {"dart": self.heading, "disc": "in", "box": "out"}[self.shape]
+        return self.heading if self.flies else {"disc": "in", "box": "out"}[self.shape]
 
     @property
     def view(self) -> str:
@@ -112,7 +126,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        if self.shape == "dart":
+        if self.flies:
             follows = ", the camera follows" if self.texture == "checks" else ""
             return f"{self._subject} flying {self.heading} {self.speed} over {self._ground}{follows}"
         return f"{self.view}, the camera zooms {self.motion} {self.speed}"
@@ -130,27 +144,28 @@ class Scene:
         return asdict(self) | {"motion": self.motion, "velocity": self.velocity, "pan": self.pan, "zoom": self.zoom}
 
 
-def draw_scene(rng: np.random.Generator, seconds: float = 2.0) -> Scene:
-    """A random scene whose shape stays inside the frame for `seconds`."""
+def draw_scene(rng: np.random.Generator, seconds: float = 2.0, flying: float = 0.0) -> Scene:
+    """A random scene whose shape stays inside the frame for `seconds`; that share of discs and boxes flies."""
     shape = str(rng.choice(["dart", "dart", "dart", "disc", "box"]))
+    flies = shape == "dart" or bool(flying and rng.uniform() < flying)
     colour, ground = (str(c) for c in rng.choice(list(COLOURS), size=2, replace=False))
     texture = str(rng.choice(TEXTURES))
     heading = str(rng.choice(list(HEADINGS)))
     speed = str(rng.choice(list(SPEEDS)))
     radius = float(rng.uniform(0.20, 0.29))
     share = 1 - FOLLOW if texture == "checks" else 1.0
-    travel = SPEEDS[speed] * share * seconds if shape == "dart" else 0.0
+    travel = SPEEDS[speed] * share * seconds if flies else 0.0
     margin = radius + 0.02
-    centre = rng.uniform(0.35, 0.65, size=2) if shape != "dart" else rng.uniform(margin, 1 - margin, size=2)
+    centre = rng.uniform(margin, 1 - margin, size=2) if flies else rng.uniform(0.35, 0.65, size=2)
     for axis, step in enumerate(HEADINGS[heading]):
-        if shape == "dart" and step:
+        if flies and step:
             start = float(rng.uniform(margin, max(margin + 1e-3, 1 - margin - travel)))
             centre[axis] = start if step > 0 else 1 - start
     period = float(rng.uniform(0.36, 0.5))
     phases = rng.uniform(0, 1, size=2)
     return Scene(
         shape, colour, texture, ground, heading, speed, radius, float(centre[0]), float(centre[1]),
-        period, float(phases[0]), float(phases[1]),
+        period, float(phases[0]), float(phases[1]), flies and shape != "dart",
     )  # fmt: skip
 
 

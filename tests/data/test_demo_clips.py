@@ -36,7 +36,7 @@ def test_build_writes_clips_captions_and_motion(tmp_path):
 def test_stored_truth_renders_the_stored_pixels(tmp_path):
     folder = demo_clips.build(tmp_path / "demo", clips=2, held_out=0)
     line = json.loads((folder / "train" / "metadata.jsonl").read_text().splitlines()[1])
-    scene = demo.Scene(**{name: line[name] for name in demo.Scene.__dataclass_fields__})
+    scene = demo.Scene.of(line)
     exact = demo.render(scene, np.arange(16) / demo.FPS)
     stored = video.read(folder / "train" / line["file_name"])
     difference = stored.mean(-1) - exact.mean(-1)  # brightness: colour has half the resolution
@@ -90,7 +90,9 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}, {"flying": 1.5}]
+)
 def test_impossible_settings_are_refused(tmp_path, wrong):
     with pytest.raises(DataError, match="cannot be built from"):
         demo_clips.build(tmp_path / "demo", **wrong)
@@ -113,6 +115,22 @@ def test_the_script_builds_and_reports_errors_in_one_line(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_share_of_discs_and_boxes_flies_where_the_caption_says():
+    rest = [demo.draw_scene(np.random.default_rng(seed), flying=1.0) for seed in range(20)]
+    flying = [scene for scene in rest if scene.shape != "dart"]
+    assert len(flying) > 4
+    for scene in flying:
+        assert scene.motion == scene.heading
+        assert f"{scene.shape} flying {scene.heading}" in scene.caption
+        other = replace(scene, heading="up" if scene.heading == "left" else "left")
+        assert np.array_equal(demo.render(scene, [0.0]), demo.render(other, [0.0]))  # a still does not tell
+        moved = demo.render(scene, [0.0, 1.0]).astype(int)
+        assert np.abs(moved[1] - moved[0]).mean() > 1
+    plain = [demo.draw_scene(np.random.default_rng(seed)) for seed in range(20)]
+    assert not any(scene.flying for scene in plain)
+    assert [scene for scene in rest if scene.shape == "dart"] == [scene for scene in plain if scene.shape == "dart"]
 
 
 def test_the_opposite_look_keeps_to_the_same_colours():
