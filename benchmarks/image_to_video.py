@@ -92,7 +92,8 @@ def directions(truth: ClipDataset, generated: torch.Tensor) -> list[tuple[str, s
     """(named by the caption, found in the sample) per clip."""
     pairs = []
     for number, clip in enumerate(generated):
-        scene = demo.Scene.of(truth.rows[number].clip.extra)
+        row = truth.rows[number].clip.extra
+        scene = demo.Scene.of(row)
         start = truth.windows[number][1].middle / demo.FPS
         mask = object_mask(scene, clip.shape[-1], start)
         pairs.append((scene.motion, direction(unit(clip), mask).name))

@@ -180,6 +180,13 @@ class DDPM:
         alpha, sigma = self._shares(timestep, clean)
         return alpha * noise - sigma * self._rescaled(clean, timestep)
 
+    def separate(self, noisy: Tensor, timestep: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents, rescaled as they are in `noisy`, and the noise that a prediction says; of its shape."""
+        alpha, sigma = self._shares(timestep, noisy)
+        if self.prediction == "epsilon":
+            return (noisy - sigma * prediction) / alpha, prediction
+        return alpha * noisy - sigma * prediction, alpha * prediction + sigma * noisy
+
     def loss(self, predict: Predict, clean: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error of each frame (B, F), at least in float32; `clean` and `noise` are (B, F, C, h, w)."""
         clean, noise = at_least_float32(clean), at_least_float32(noise)

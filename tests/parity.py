@@ -30,6 +30,7 @@ from inflate.models.discriminator import ImageDiscriminator, VideoDiscriminator,
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
 from inflate.objectives import EDM, hinge_discriminator_loss, hinge_generator_loss, vanilla_discriminator_loss
+from inflate.sampling.steps import guided
 from inflate.sampling.svd import euler
 
 SINGLE, DOUBLE, LOSS, SAMPLE, EXACT = 2e-5, 1e-5, 1e-6, 1e-4, 0.0
@@ -371,8 +372,8 @@ def _edm_sample_cases(stem: str, objective: EDM, unet: VideoUNet, recorded: dict
     noise = recorded["sample_noise"].reshape(-1, *recorded["sample_noise"].shape[-4:])  # (B, F, C, h, w)
     guidance = torch.linspace(float(scales[0]), float(scales[-1]), noise.shape[1])
     yield Case(f"{stem}.sample_guidance", _difference(guidance, scales), LOSS)
-    predict = _predictor(unet, recorded, "sample_", repeats=2)
-    latents = euler(predict, noise, scheduler, guidance).reshape(recorded["sample_out"].shape)
+    predict = guided([_predictor(unet, recorded, "sample_", repeats=2)], [guidance[:, None, None, None]])
+    latents = euler(predict, noise, scheduler).reshape(recorded["sample_out"].shape)
     yield Case(f"{stem}.sample_out", _difference(latents, recorded["sample_out"]), SINGLE)
 
 

@@ -196,6 +196,15 @@ def test_clean_latents_are_rescaled_before_noising_and_in_the_target() -> None:
     assert DDPM("epsilon", base_scale=0.7).target(clean, steps, noise) is noise
 
 
+@pytest.mark.parametrize("told", [DDPM(base_scale=0.7), DDPM("v_prediction", True, base_scale=0.7)])
+def test_a_right_prediction_separates_clean_latents_from_noise(told: DDPM) -> None:
+    clean, noise, steps = clip(0), clip(1), torch.tensor([[0, 133], [399, 400], [999, 20]])
+    prediction = told.target(clean, steps, noise)
+    found = told.separate(told.noisy(clean, steps, noise), steps, prediction)
+    scale = told.rescale(steps.double())[:, :, None, None, None]
+    torch.testing.assert_close(found, (scale * clean, noise), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("wrong", [0.0, -0.3, 1.01, math.nan])
 def test_a_rescale_that_is_none_is_refused(wrong: float) -> None:
     with pytest.raises(ConfigError, match="base_scale"):

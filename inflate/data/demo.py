@@ -6,8 +6,10 @@ in the real world a bird flies the way it faces, so an image-to-video model can 
 - a dart flies the way it points (left, right, up, down); over checks the camera follows it at part of its speed,
   so that the background drifts the other way;
 - at a disc the camera zooms in, at a box it zooms out;
-- only the speed (slow, medium, fast) is not in the first frame: the motion bucket carries it, and the caption names it;
-- by choice some discs and boxes fly instead, in a direction that the caption alone tells: there a text steers.
+- only the speed (slow, medium, fast) is not in the first frame: the motion bucket carries it, and the caption names it.
+
+A model that is told in words how a scene moves can be scored where the first frame does not say it: a disc or a box
+that flies, whose caption alone names its heading.
 
 Everything is rendered from continuous coordinates with anti-aliased edges, so motion is exact below one pixel.
 Coordinates: x to the right, y downwards, both in units of the frame's side; time in seconds.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -82,18 +84,18 @@ class Scene:
     """of the background texture, in frame sides"""
     phase_x: float
     phase_y: float
-    flying: bool = False
-    """whether a disc or a box flies, and the camera does not zoom"""
+    told: bool = False
+    """whether a disc or box flies as its caption alone tells, instead of being zoomed at"""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
-        """The scene of a line of `metadata.jsonl`."""
-        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+        """The scene of a row of `metadata.jsonl`."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
     @property
     def flies(self) -> bool:
-        """Whether the shape moves in the world, as every dart does."""
-        return self.flying or self.shape == "dart"
+        """Whether the shape moves, and not the camera's focal length."""
+        return self.shape == "dart" or self.told
 
     @property
     def velocity(self) -> tuple[float, float]:
@@ -141,19 +143,23 @@ class Scene:
 
     def truth(self) -> dict[str, Any]:
         """Everything that determines the scene and its motion, for `metadata.jsonl`."""
-        return asdict(self) | {"motion": self.motion, "velocity": self.velocity, "pan": self.pan, "zoom": self.zoom}
+        scene = {name: value for name, value in asdict(self).items() if value is not False}
+        return scene | {"motion": self.motion, "velocity": self.velocity, "pan": self.pan, "zoom": self.zoom}
 
 
-def draw_scene(rng: np.random.Generator, seconds: float = 2.0, flying: float = 0.0) -> Scene:
-    """A random scene whose shape stays inside the frame for `seconds`; that share of discs and boxes flies."""
-    shape = str(rng.choice(["dart", "dart", "dart", "disc", "box"]))
-    flies = shape == "dart" or bool(flying and rng.uniform() < flying)
+def draw_scene(rng: np.random.Generator, seconds: float = 2.0, told: bool = False) -> Scene:
+    """A random scene whose shape stays inside the frame for `seconds`.
+
+    `told` draws one whose caption alone says how it moves.
+    """
+    shape = str(rng.choice(["disc", "box"] if told else ["dart", "dart", "dart", "disc", "box"]))
     colour, ground = (str(c) for c in rng.choice(list(COLOURS), size=2, replace=False))
     texture = str(rng.choice(TEXTURES))
     heading = str(rng.choice(list(HEADINGS)))
     speed = str(rng.choice(list(SPEEDS)))
     radius = float(rng.uniform(0.20, 0.29))
     share = 1 - FOLLOW if texture == "checks" else 1.0
+    flies = shape == "dart" or told
     travel = SPEEDS[speed] * share * seconds if flies else 0.0
     margin = radius + 0.02
     centre = rng.uniform(margin, 1 - margin, size=2) if flies else rng.uniform(0.35, 0.65, size=2)
@@ -165,7 +171,7 @@ def draw_scene(rng: np.random.Generator, seconds: float = 2.0, flying: float = 0
     phases = rng.uniform(0, 1, size=2)
     return Scene(
         shape, colour, texture, ground, heading, speed, radius, float(centre[0]), float(centre[1]),
-        period, float(phases[0]), float(phases[1]), flies and shape != "dart",
+        period, float(phases[0]), float(phases[1]), told,
     )  # fmt: skip
 
 

@@ -23,26 +23,34 @@ def build(
     seed: int = 0,
     size: int = 64,
     frames: int = 16,
-    flying: float = 0.0,
+    told: float = 0.0,
 ) -> Path:
     """Render `clips` training and `held_out` held-out clips into FOLDER/train and FOLDER/held_out.
 
     Each split has its mp4 files (8 frames per second) and a metadata.jsonl: file name, caption and the scene's exact
-    motion. `flying` is the share of discs and boxes that fly where the caption says. A folder that already holds these
-    clips is left as it is; a build that is interrupted leaves nothing. Raises DataError when the folder holds anything
-    else.
+    motion. Of a share `told` of the clips the caption alone says how they move. A folder that already holds these clips
+    is left as it is; a build that is interrupted leaves nothing.
+    Raises DataError when the folder holds anything else.
     """
     folder = Path(folder)
-    settings = {"clips": clips, "held_out": held_out, "seed": seed, "size": size, "frames": frames, "fps": demo.FPS}
-    settings |= {"flying": flying} if flying else {}
-    if clips < 1 or held_out < 0 or frames < 2 or size < 16 or seed < 0 or not 0 <= flying <= 1:
+    settings: dict[str, float] = {
+        "clips": clips,
+        "held_out": held_out,
+        "seed": seed,
+        "size": size,
+        "frames": frames,
+        "fps": demo.FPS,
+    }
+    if told:
+        settings["told"] = told
+    if clips < 1 or held_out < 0 or frames < 2 or size < 16 or seed < 0 or not 0 <= told <= 1:
         raise DataError(f"the demo clips cannot be built from {settings}")
     if _is_built(folder, settings):
         return folder
     try:
         with new_folder(folder) as draft:
             for number, (split, count) in enumerate((("train", clips), ("held_out", held_out))):
-                _build_split(draft / split, count, [seed, number], size, frames, flying)
+                _build_split(draft / split, count, [seed, number], size, frames, told)
             (draft / MANIFEST).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: the demo clips cannot be written ({error.strerror or error})") from error
@@ -66,12 +74,13 @@ def _is_built(folder: Path, settings: dict[str, float]) -> bool:
     raise DataError(f"{folder}: holds {held}; move it away or name another folder")
 
 
-def _build_split(folder: Path, count: int, seed: list[int], size: int, frames: int, flying: float) -> None:
+def _build_split(folder: Path, count: int, seed: list[int], size: int, frames: int, told: float) -> None:
     folder.mkdir(parents=True)
     times = np.arange(frames) / demo.FPS
     lines = []
     for number in range(count):
-        scene = demo.draw_scene(np.random.default_rng([*seed, number]), frames / demo.FPS, flying)
+        rng = np.random.default_rng([*seed, number])
+        scene = demo.draw_scene(rng, frames / demo.FPS, told > 0 and bool(rng.random() < told))
         name = f"{number:04d}.mp4"
         video.write(folder / name, demo.render(scene, times, size), demo.FPS, quality=QUALITY)
         lines.append(json.dumps({"file_name": name, "caption": scene.caption} | scene.truth()) + "\n")

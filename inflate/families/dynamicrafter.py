@@ -112,6 +112,12 @@ class Condition:
         """Several conditions as one batch; InflateError where one lacks what another has."""
         return cls(**{name.name: _joined([getattr(each, name.name) for each in conditions]) for name in fields(cls)})
 
+    def split(self, size: int) -> list[Condition]:
+        """This one as several, of at most so many clips each."""
+        given = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) is not None}
+        parts = zip(*(value.split(size) for value in given.values()), strict=True)
+        return [replace(self, **dict(zip(given, part, strict=True))) for part in parts]
+
 
 class ImageEncoding(Encoding):
     """What a model with an autoencoder, text encoders and an image encoder makes of frames and prompts."""

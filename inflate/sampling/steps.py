@@ -1,14 +1,16 @@
-"""The steps that every sampler here takes: a prediction, guided, and the scheduler's answer to it."""
+"""What samplers share: guidance over several passes of a network, and the steps of a scheduler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
+from inflate.errors import ConfigError
 from inflate.objectives import Predict
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -23,29 +25,54 @@ def integrate(
     predict: Predict,
     noise: Tensor,
     scheduler: DDIMScheduler | EulerDiscreteScheduler,
-    guidance: Tensor | None = None,
     progress: Progress | None = None,
-    without: Predict | None = None,
 ) -> Tensor:
-    """Clean latents (B, F, C, h, w) from standard normal ones, along the scheduler's timesteps.
-
-    With `guidance` (F,), `predict` is given the batch twice: first without, then with the condition. Where there is a
-    prediction `without` the condition, each is given the batch, in turn, which needs half the memory.
-    """
+    """Clean latents (B, F, C, h, w) from standard normal ones, along the scheduler's timesteps."""
     latents = noise * scheduler.init_noise_sigma
     for timestep in (progress or list)(list(scheduler.timesteps)):
         scaled = scheduler.scale_model_input(latents, timestep)
-        prediction = _guided(predict, scaled, timestep, guidance, without)  # (B, F, C, h, w)
+        prediction = predict(scaled, timestep.expand(len(scaled)))  # (B, F, C, h, w)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents
 
 
-def is_large(latents: Tensor, factor: int, asked: bool | None) -> bool:
-    """Whether to draw in little memory: as `asked`, else where twice the clips' pixels are too many to go together.
+def guided(predictions: Sequence[Predict], scales: Sequence[float | Tensor] = (), rescale: float = 0.0) -> Predict:
+    """One prediction of several passes over the same latents, each of which is told more than the one before.
+
+    It is the first pass, plus each scale times what a pass adds to the one before: with two passes classifier-free
+    guidance (2207.12598), with three (nothing, the image, all) guidance by image and text apart (2211.09800). Without
+    scales it is the only pass. A scale is a number, or of a shape that broadcasts with (B, F, C, h, w).
+
+    One of `predictions` takes all passes together, given the batch once for each, of conditions one behind the other;
+    as many as there are passes take them in turn, in less memory. `rescale` is the share of a guided prediction that is
+    brought to the spread of the last pass (2305.08891, equations 15 and 16).
+    """
+    together = (len(scales) + 1) // len(predictions)
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        repeated = noisy.expand(together, *noisy.shape).flatten(0, 1), timestep.repeat(together)
+        passes = [part for each in predictions for part in each(*repeated).chunk(together)]
+        prediction = passes[0]
+        for scale, (less, more) in zip(scales, pairwise(passes), strict=True):
+            prediction = prediction + scale * (more - less)
+        return _respread(prediction, passes[-1], rescale) if rescale and scales else prediction
+
+    return predict
+
+
+def is_large(latents: Tensor, factor: int, asked: bool | None, passes: int = 2) -> bool:
+    """Whether to draw in little memory: as `asked`, else where the pixels of so many passes are too many together.
 
     The latents (B, F, C, h, w) have `factor` pixels a side each.
     """
-    return 2 * latents[:, :, 0].numel() * factor**2 > TOGETHER if asked is None else asked
+    return passes * latents[:, :, 0].numel() * factor**2 > TOGETHER if asked is None else asked
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Raise ConfigError naming the counts that are given and below 1."""
+    low = [f"{name} ({count})" for name, count in counts.items() if count is not None and count < 1]
+    if low:
+        raise ConfigError(f"{' and '.join(low)} must be at least 1")
 
 
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
@@ -57,17 +84,7 @@ def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
     return cast
 
 
-def _guided(
-    predict: Predict, scaled: Tensor, timestep: Tensor, guidance: Tensor | None, without: Predict | None
-) -> Tensor:
-    if guidance is None:
-        return predict(scaled, timestep.expand(len(scaled)))
-    if without is None:
-        null, given = predict(_twice(scaled), timestep.expand(2 * len(scaled))).chunk(2)
-    else:
-        null, given = (one(scaled, timestep.expand(len(scaled))) for one in (without, predict))
-    return null + guidance[:, None, None, None] * (given - null)
-
-
-def _twice(scaled: Tensor) -> Tensor:
-    return scaled.repeat(2, *(1,) * (scaled.ndim - 1))
+def _respread(prediction: Tensor, told: Tensor, share: float) -> Tensor:
+    inner = tuple(range(1, prediction.ndim))
+    spread = prediction.std(inner, keepdim=True).clamp(min=torch.finfo(prediction.dtype).eps)
+    return prediction * (share * told.std(inner, keepdim=True) / spread + 1.0 - share)

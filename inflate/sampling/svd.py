@@ -17,7 +17,7 @@ from inflate.layers.recompute import in_parts
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import PARTS, Progress, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, Progress, at_least_one, guided, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -50,8 +50,7 @@ class Sampling:
     is large, of more than 8 frames of 512x512"""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.frames is not None and self.frames < 1):
-            raise ConfigError(f"steps ({self.steps}) and frames ({self.frames}) must be at least 1")
+        at_least_one(steps=self.steps, frames=self.frames)
 
 
 def sample(
@@ -109,19 +108,15 @@ def sample_latents(
     scheduler = family.scheduler(settings.sigma_min, settings.sigma_max)
     scheduler.set_timesteps(settings.steps, device=noise.device)
     large = is_large(noise, family.factor, settings.little_memory)
-    guidance, without = None, None
+    conditions, scales = [condition], []
     if settings.guidance_max > 1.0:
-        guidance = torch.linspace(settings.guidance_min, settings.guidance_max, noise.shape[1]).to(noise)
-        if large:
-            without = _predict(family, condition.null())
-        else:
-            condition = Condition.cat([condition.null(), condition])
+        scale = torch.linspace(settings.guidance_min, settings.guidance_max, noise.shape[1]).to(noise)
+        conditions, scales = [condition.null(), condition], [scale[:, None, None, None]]
+    if not large:
+        conditions = [Condition.cat(conditions)]
+    predict = guided([in_precision(family.predict(each), family.unet.dtype) for each in conditions], scales)
     with visiting([family.unet], noise.device), evaluating(family.unet), in_parts(family.unet, PARTS if large else 0):
-        return euler(_predict(family, condition), noise, scheduler, guidance, progress, without)
-
-
-def _predict(family: SVD, condition: Condition) -> Predict:
-    return in_precision(family.predict(condition), family.unet.dtype)
+        return euler(predict, noise, scheduler, progress)
 
 
 @torch.no_grad()
@@ -136,16 +131,8 @@ def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None, idl
 
 
 def euler(
-    predict: Predict,
-    noise: Tensor,
-    scheduler: EulerDiscreteScheduler,
-    guidance: Tensor | None = None,
-    progress: Progress | None = None,
-    without: Predict | None = None,
+    predict: Predict, noise: Tensor, scheduler: EulerDiscreteScheduler, progress: Progress | None = None
 ) -> Tensor:
-    """Integrates from `noise` (B, F, C, h, w) along the scheduler's noise levels to clean latents of that shape.
-
-    `guidance` (F,) and `without` are as `integrate` takes them.
-    """
+    """Integrates from `noise` (B, F, C, h, w) along the scheduler's noise levels to clean latents of that shape."""
     scheduler.set_begin_index(0)
-    return integrate(predict, noise, scheduler, guidance, progress, without)
+    return integrate(predict, noise, scheduler, progress)

@@ -14,11 +14,9 @@ from torch import Tensor
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.layers.recompute import in_parts
-from inflate.models.text_encoders import TextCondition
 from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
-from inflate.objectives import Predict
-from inflate.sampling.steps import PARTS, TOGETHER, Progress, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, guided, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -47,10 +45,7 @@ class Sampling:
     they are large, more than 8 frames of 512x512 together"""
 
     def __post_init__(self) -> None:
-        given = {"steps": self.steps, "frames": self.frames, "batch": self.batch}
-        low = [f"{name} ({value})" for name, value in given.items() if value is not None and value < 1]
-        if low:
-            raise ConfigError(f"{' and '.join(low)} must be at least 1")
+        at_least_one(steps=self.steps, frames=self.frames, batch=self.batch)
 
 
 def sample(
@@ -101,18 +96,13 @@ def sample_latents(
     scheduler = family.scheduler(settings.sampler)
     scheduler.set_timesteps(settings.steps, device=noise.device)
     large = is_large(noise, family.factor, settings.little_memory)
-    guidance, without = None, None
     texts = [list(prompts)]
-    if settings.guidance > 1.0:
-        guidance = noise.new_full((noise.shape[1],), settings.guidance)
+    scales = [settings.guidance] if settings.guidance > 1.0 else []
+    if scales:
         negatives = [settings.negative] * len(prompts)
-        texts = [list(prompts), negatives] if large else [[*negatives, *prompts]]
+        texts = [negatives, list(prompts)] if large else [[*negatives, *prompts]]
     with visiting(family.text.networks, noise.device), evaluating(*family.text.networks):
-        predict, *others = [_predict(family, family.embed(each)) for each in texts]
-    without = others[0] if others else None
+        conditions = [family.embed(each) for each in texts]
+    predict = guided([in_precision(family.predict(each), family.unet.dtype) for each in conditions], scales)
     with visiting([family.unet], noise.device), evaluating(family.unet), in_parts(family.unet, PARTS if large else 0):
-        return integrate(predict, noise, scheduler, guidance, progress, without)
-
-
-def _predict(family: VideoLDM, condition: TextCondition) -> Predict:
-    return in_precision(family.predict(condition), family.unet.dtype)
+        return integrate(predict, noise, scheduler, progress)

@@ -44,6 +44,29 @@ def test_stored_truth_renders_the_stored_pixels(tmp_path):
     assert scene.caption == line["caption"]
 
 
+def test_of_told_scenes_the_first_frame_does_not_say_where_they_fly():
+    rng = np.random.default_rng(0)
+    scenes = [demo.draw_scene(rng, told=True) for _ in range(20)]
+    assert {scene.shape for scene in scenes} == {"disc", "box"}
+    for scene in scenes:
+        assert scene.motion == scene.heading
+        assert f"flying {scene.heading}" in scene.caption
+        turned = [replace(scene, heading=heading) for heading in demo.HEADINGS]
+        first = [demo.render(one, [0.0]) for one in turned]
+        assert all(np.array_equal(frame, first[0]) for frame in first)
+        later = [demo.render(one, [0.5]).tobytes() for one in turned]
+        assert len(set(later)) == len(later)
+
+
+def test_a_share_of_the_clips_is_told_and_the_others_are_written_as_before(tmp_path):
+    folder = demo_clips.build(tmp_path / "told", clips=12, held_out=0, size=16, frames=2, told=0.5)
+    rows = [json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
+    told = [demo.Scene.of(row).told for row in rows]
+    assert 0 < sum(told) < 12
+    assert [row.get("told", False) for row in rows] == told
+    assert all(row["shape"] != "dart" for row in rows if row.get("told"))
+
+
 def test_build_is_repeatable_and_splits_differ(tmp_path):
     small = {"clips": 1, "held_out": 1, "size": 32, "frames": 3}
     first = contents(demo_clips.build(tmp_path / "a", **small))
@@ -91,7 +114,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}, {"flying": 1.5}]
+    "wrong", [{"clips": 0}, {"held_out": -1}, {"frames": 1}, {"size": 8}, {"seed": -1}, {"told": 1.5}]
 )
 def test_impossible_settings_are_refused(tmp_path, wrong):
     with pytest.raises(DataError, match="cannot be built from"):
@@ -115,22 +138,6 @@ def test_the_script_builds_and_reports_errors_in_one_line(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
-
-
-def test_a_share_of_discs_and_boxes_flies_where_the_caption_says():
-    rest = [demo.draw_scene(np.random.default_rng(seed), flying=1.0) for seed in range(20)]
-    flying = [scene for scene in rest if scene.shape != "dart"]
-    assert len(flying) > 4
-    for scene in flying:
-        assert scene.motion == scene.heading
-        assert f"{scene.shape} flying {scene.heading}" in scene.caption
-        other = replace(scene, heading="up" if scene.heading == "left" else "left")
-        assert np.array_equal(demo.render(scene, [0.0]), demo.render(other, [0.0]))  # a still does not tell
-        moved = demo.render(scene, [0.0, 1.0]).astype(int)
-        assert np.abs(moved[1] - moved[0]).mean() > 1
-    plain = [demo.draw_scene(np.random.default_rng(seed)) for seed in range(20)]
-    assert not any(scene.flying for scene in plain)
-    assert [scene for scene in rest if scene.shape == "dart"] == [scene for scene in plain if scene.shape == "dart"]
 
 
 def test_the_opposite_look_keeps_to_the_same_colours():

@@ -13,7 +13,7 @@ from inflate.layers.recompute import feed_forwards
 from inflate.models.precision import cast
 from inflate.models.unet import TemporalSpec
 from inflate.objectives import EDM
-from inflate.sampling.steps import is_large
+from inflate.sampling.steps import guided, is_large
 from inflate.sampling.svd import Sampling, condition_of, euler, initial_noise, sample, sample_latents
 from inflate.surgery import inflate_unet, inflate_vae
 
@@ -89,7 +89,7 @@ def test_guidance_rises_over_the_frames() -> None:
         return torch.cat([torch.zeros_like(scaled[:1]), torch.ones_like(scaled[:1])])
 
     noise, guidance = torch.zeros(1, 3, 4, 2, 2), torch.tensor([1.0, 2.0, 3.0])
-    latents = euler(predict, noise, scheduler, guidance)
+    latents = euler(guided([predict], [guidance[:, None, None, None]]), noise, scheduler)
     torch.testing.assert_close(latents[0, :, 0, 0, 0], -guidance, rtol=1e-4, atol=0)
     assert calls[0].shape == (2,)
 

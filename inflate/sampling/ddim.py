@@ -1,0 +1,127 @@
+"""DDIM (2010.02502): steps over a few timesteps of a DDPM objective's schedule, with fresh noise by choice.
+
+Nothing here is a difference of nearly equal numbers, so that every count of steps is finite at every `eta`; the usual
+formula takes the root of a negative rounding error where the first step leaves pure noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inflate.errors import ConfigError
+from inflate.objectives import DDPM, TRAIN_TIMESTEPS, Predict, schedule_signal
+from inflate.sampling.steps import Progress
+
+Spacing = Literal["leading", "trailing"]
+
+
+class Table(NamedTuple):
+    """What each step does, every entry of shape (S,), in the order of the steps."""
+
+    timestep: Tensor
+    """descending"""
+    signal: Tensor
+    """share of signal in the variance before the step"""
+    signal_after: Tensor
+    """share of signal in the variance after it"""
+    direction: Tensor
+    """factor of the predicted noise"""
+    sigma: Tensor
+    """factor of fresh noise"""
+    rescale: Tensor
+    """factor of the predicted clean latents: `DDPM.rescale` after the step over that before it"""
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """How noise becomes clean latents, by a network of some objective. ConfigError where that cannot be."""
+
+    objective: DDPM
+    """what the network predicts, and on which schedule"""
+    steps: int = 50
+    """timesteps that the network is called at"""
+    eta: float = 1.0
+    """share of fresh noise: 0 = none, 1 = as much as the training's own chain"""
+    spacing: Spacing | None = None
+    """leading = from timestep 1 upwards, as of old; trailing = from the last timestep downwards; none: trailing where
+    the last is pure noise"""
+    start: int | None = None
+    """timestep that the steps come down from, over which they are spaced: the first of trailing ones; none: the last of
+    training"""
+
+    def __post_init__(self) -> None:
+        last = TRAIN_TIMESTEPS - 1
+        if self.start is not None and not 0 <= self.start <= last:
+            raise ConfigError(f"start is {self.start}: it must be a timestep, 0 to {last}")
+        if not 1 <= self.steps <= self._span:
+            raise ConfigError(f"steps is {self.steps}: there are 1 to {self._span}, the timesteps up to the start")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ConfigError(f"eta is {self.eta}: it must be 0 (no fresh noise) to 1")
+
+    @property
+    def _span(self) -> int:
+        return TRAIN_TIMESTEPS if self.start is None else self.start + 1
+
+    def timesteps(self) -> Tensor:
+        """The timesteps, descending, evenly spaced and as many as there are steps: (S,).
+
+        Those of the original implementations where these take as many steps as they are asked for, within the schedule:
+        of leading ones, where the count divides the schedule; of trailing ones, mostly (61 gives them 62).
+        """
+        count = torch.arange(self.steps, 0, -1)
+        trailing = self.objective.zero_terminal_snr if self.spacing is None else self.spacing == "trailing"
+        if trailing:
+            return (self._span * count.double() / self.steps).round().long() - 1
+        offset = 1 if self.steps < self._span else 0
+        return self._span * (count - 1) // self.steps + offset
+
+    def table(self) -> Table:
+        """What the steps do, in float64."""
+        return table(self.objective, self.timesteps(), self.eta)
+
+    def rows(self) -> list[Table]:
+        """The table step by step, every entry a scalar."""
+        return [Table(*row) for row in zip(*self.table(), strict=True)]
+
+    def draw(
+        self, predict: Predict, latents: Tensor, noise: Iterator[Tensor], progress: Progress | None = None
+    ) -> Tensor:
+        """Clean latents from `latents` (B, F, C, h, w) at the first timestep, standard normal ones as a rule.
+
+        `noise` gives each step's fresh noise, of that shape, and is not asked where `eta` is 0. `progress` wraps the
+        list of steps, as tqdm does.
+        """
+        for step in (progress or list)(self.rows()):
+            timestep = step.timestep.to(latents.device).expand(len(latents))
+            prediction = predict(latents, timestep)  # (B, F, C, h, w)
+            latents = self.step(step, latents, prediction, noise)
+        return latents
+
+    def step(self, step: Table, latents: Tensor, prediction: Tensor, noise: Iterator[Tensor]) -> Tensor:
+        """The latents after a step, a row of the table, from those before it and the network's prediction."""
+        timestep = step.timestep.to(latents.device).expand(len(latents))
+        clean, direction = self.objective.separate(latents, timestep, prediction)
+        root = float(step.signal_after.sqrt() * step.rescale)
+        after = root * clean + float(step.direction) * direction
+        return after + float(step.sigma) * next(noise) if self.eta else after
+
+
+def table(objective: DDPM, timesteps: Tensor, eta: float) -> Table:
+    """What steps over the timesteps (S,), descending, do, in float64; the last ends at timestep 0's share of signal."""
+    signal = schedule_signal(objective.zero_terminal_snr)
+    before, after = signal[timesteps], torch.cat([signal[timesteps[1:]], signal[:1]])
+    less = (1.0 - after) / (1.0 - before)
+    sigma = eta * (less * (1.0 - before / after)).sqrt()
+    direction = ((1.0 - after) * (1.0 - eta**2 + eta**2 * less * before / after)).sqrt()
+    scale = objective.rescale(timesteps.double())
+    return Table(timesteps, before, after, direction, sigma, torch.cat([scale[1:], scale[-1:]]) / scale)
+
+
+def standard_normal(seeds: Sequence[int], shape: Sequence[int], like: Tensor) -> Iterator[Tensor]:
+    """Draws of standard normal clips (B, *shape) for ever, each clip's of its own seed, whatever those beside it."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        yield torch.stack([torch.randn(*shape, generator=each) for each in generators]).to(like)
