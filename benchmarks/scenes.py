@@ -105,6 +105,21 @@ def look_share(clips: Tensor, scenes: list[demo.Scene], look: demo.Look) -> floa
     return sum(shares) / len(shares) if shares else math.nan
 
 
+def masks_of(
+    clips: Tensor, scenes: list[demo.Scene], look: demo.Look = "vivid", by_ground: bool = False
+) -> list[Tensor]:
+    """Where the shapes are (H, W) in the first frames of clips (N, F, 3, H, W) in [-1, 1], as `agreement` sees them."""
+    return [
+        standing_out(unit(clip[0])) if by_ground else object_of(unit(clip[0]), scene, look)
+        for clip, scene in zip(clips, scenes, strict=True)
+    ]
+
+
+def motions_of(clips: Tensor, masks: list[Tensor]) -> list[str]:
+    """The motions of the shapes at masks (H, W) of the first frames of clips (N, F, 3, H, W) in [-1, 1]."""
+    return [motion_of(unit(clip), mask) for clip, mask in zip(clips, masks, strict=True)]
+
+
 def agreement(
     clips: Tensor, scenes: list[demo.Scene], look: demo.Look = "vivid", by_ground: bool = False
 ) -> dict[str, Any]:
@@ -112,11 +127,8 @@ def agreement(
 
     The shape is what has the colour of its caption or, `by_ground`, what stands out from the frame's margin.
     """
-    masks = [
-        standing_out(unit(clip[0])) if by_ground else object_of(unit(clip[0]), scene, look)
-        for clip, scene in zip(clips, scenes, strict=True)
-    ]
-    found = [motion_of(unit(clip), mask) for clip, mask in zip(clips, masks, strict=True)]
+    masks = masks_of(clips, scenes, look, by_ground)
+    found = motions_of(clips, masks)
     agrees = [name == scene.motion for name, scene in zip(found, scenes, strict=True)]
     chance = sum(name == scene.motion for name in found for scene in scenes) / len(found) ** 2
     by_shape = {
@@ -134,13 +146,13 @@ def agreement(
     }  # fmt: skip
 
 
-def read(clips: Path, count: int, frames: int) -> tuple[Tensor, list[demo.Scene]]:
-    """The first held-out clips, and their scenes."""
+def read(clips: Path, count: int | None, frames: int) -> tuple[Tensor, list[demo.Scene]]:
+    """So many held-out clips, or all, and their scenes."""
     data = Data(str(clips), split="held_out", frames=frames, height=64, width=64, window="centre")
     dataset = ClipDataset(data, shuffle=False)
-    rows = [dataset.rows[number].clip.extra for number in range(min(count, len(dataset)))]
-    scenes = [demo.Scene.of(row) for row in rows]
-    return torch.stack([dataset[number]["pixels"] for number in range(len(rows))]), scenes
+    numbers = range(len(dataset))[:count]
+    scenes = [demo.Scene.of(dataset.rows[number].clip.extra) for number in numbers]
+    return torch.stack([dataset[number]["pixels"] for number in numbers]), scenes
 
 
 OUTLINES = [("dart", heading) for heading in demo.HEADINGS] + [("disc", ""), ("box", "")]
