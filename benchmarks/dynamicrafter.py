@@ -14,14 +14,15 @@ encoder; whether the clip moves as its caption says, and how much. The same of r
 of them (the ceiling), and of other clips (the floor).
 
 `interpolation`, of a model that was trained for it: clips drawn between first and last frames. PSNR of both ends; of
-the frames between, PSNR and perceptual distance to the real ones; motion; of a linear cross-fade of both ends' pixels,
-too.
+the frames between, PSNR and perceptual distance to the real ones, and how far the motion is from theirs, as a share of
+it (a still clip has 1, the same motion 0; which way a shape goes would say nothing, since in a linear cross-fade it
+fades there). The same of that cross-fade of both ends' pixels, as it is and as the autoencoder draws it.
 
-`steering`: the same first frame with captions that differ in the direction alone, one of each of --ways. How many
-samples move as asked, in all and by what the image tells: nothing (the shape flies as its caption alone tells), the
-same, or another motion. `chance` is how often the motions found agree with what is asked of any sample, `as the image's
-clip` how often a sample moves as the real clip does, whatever was asked. A clip that stands still, or without a shape
-of its caption's colour in frame 0, agrees with nothing.
+`steering`: the same first frame with captions that differ in the direction alone, one of each of --ways, of --count
+images that tell nothing of their motion (the shape flies as its caption alone tells) and as many that do. How many
+samples move as asked, of the latter by whether the image tells the same. `chance` is how often the motions found agree
+with what is asked of any sample, `as the image's clip` how often a sample moves as the real clip does, whatever was
+asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
 
 Writes OUT/NAME.json and contact sheets OUT/NAME-*.png; with --runs, the held-out losses of each stage's run in
 OUT/stages.json and OUT/STAGE.png.
@@ -31,19 +32,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from text_to_video import curve
 from torch import Tensor, nn
 
 from inflate.data import demo
-from inflate.data.motion import motion_score
+from inflate.data.motion import flow, motion_score, reduced
 from inflate.data.pixels import to_uint8, unit
 from inflate.families.dynamicrafter import Condition, DynamiCrafter
 from inflate.metrics.perceptual import EncoderFeatures
@@ -145,12 +149,23 @@ def reconstructed(family: DynamiCrafter, clips: Tensor) -> Tensor:
 def moving(clips: Tensor, scenes: Scenes) -> dict[str, float]:
     """The share of clips (N, F, 3, H, W) in [-1, 1] that move as their captions say, and how much all do."""
     judged = agreement(clips, scenes)
-    return {"moves as captioned": judged["share"], "by chance": judged["chance"], "sides per second": amount(clips)}
+    return {"moves as captioned": judged["share"], "by chance": judged["chance"], "motion per frame": amount(clips)}
 
 
 def amount(clips: Tensor) -> float:
-    """The mean motion of clips (N, F, 3, H, W) in [-1, 1], in sides per second."""
-    return fmean(motion_score(to_uint8(unit(clip)), demo.FPS) for clip in clips)
+    """The mean motion of clips (N, F, 3, H, W) in [-1, 1] from frame to frame, in sides; noise moves, too."""
+    return fmean(motion_score(to_uint8(unit(clip)), 1.0) for clip in clips)
+
+
+def motion_error(clips: Tensor, truth: Tensor) -> Tensor:
+    """The mean distance of the flow in clips (N, F, 3, H, W) in [-1, 1] to the real one, over its length: (N,)."""
+
+    def flows(clip: Tensor) -> npt.NDArray[np.float32]:
+        grey = reduced(to_uint8(unit(clip)))
+        return np.stack(flow(grey[:-1], grey[1:]))  # (2, F - 1, h, w)
+
+    pairs = [(flows(clip), flows(real)) for clip, real in zip(clips, truth, strict=True)]
+    return torch.tensor([np.hypot(*(own - real)).mean() / np.hypot(*real).mean() for own, real in pairs])
 
 
 def embedded(family: DynamiCrafter, frames: Tensor) -> Tensor:
@@ -206,36 +221,31 @@ def between(clips: Tensor, truth: Tensor, distance: nn.Module) -> dict[str, Tens
     far = distance(clips[:, middle].flatten(0, 1), truth[:, middle].flatten(0, 1)).unflatten(0, (len(clips), -1))
     places = {"first frame": slice(0, 1), "last frame": slice(-1, None), "frames between": middle}
     near = {f"psnr, {name}": psnr(unit(clips[:, place]), unit(truth[:, place])) for name, place in places.items()}
-    return {**near, "perceptual distance, frames between": far.mean(1)}
+    return {**near, "perceptual distance, frames between": far.mean(1), "motion error": motion_error(clips, truth)}
 
 
 def interpolation(bench: Bench) -> Result:
     """Samples between first and last frames, beside a cross-fade."""
-    truth = bench.clips
-    clips = {"real clips": truth, "samples": bench.draw(bench.captions, to_ends=True), "cross-fade": cross_fade(truth)}
-    bench.show("interpolation", clips)
+    truth, faded = bench.clips, cross_fade(bench.clips)
+    clips = {"samples": bench.draw(bench.captions, to_ends=True), "cross-fade": faded}
+    bench.show("interpolation", {"real clips": truth, **clips})
     clips["autoencoder"] = reconstructed(bench.family, truth)
+    clips["cross-fade, autoencoder"] = reconstructed(bench.family, faded)
     distance = EncoderFeatures(bench.family.vae)
-    found = {name: between(each, truth, distance) for name, each in clips.items() if name != "real clips"}
-    own, faded = found["samples"], found["cross-fade"]["psnr, frames between"]
-    better = (torch.minimum(own["psnr, first frame"], own["psnr, last frame"]) > faded).sum()
+    found = {name: between(each, truth, distance) for name, each in clips.items()}
+    ends = torch.minimum(found["samples"]["psnr, first frame"], found["samples"]["psnr, last frame"])
+    better = {
+        f"both ends closer than the {name} is between": int((ends > each["psnr, frames between"]).sum())
+        for name, each in found.items() if name.startswith("cross-fade")
+    }  # fmt: skip
+    amounts = {name: {"motion per frame": amount(each)} for name, each in {"real clips": truth, **clips}.items()}
     means = {name: {key: float(value.mean()) for key, value in each.items()} for name, each in found.items()}
-    return {
-        "both ends closer than the cross-fade is between": f"{int(better)} of {len(truth)}",
-        **{name: means.get(name, {}) | moving(each, bench.scenes) for name, each in clips.items()},
-    }
+    return {"clips": len(truth), **better, **{name: means.get(name, {}) | each for name, each in amounts.items()}}
 
 
 def asked(scene: demo.Scene, way: str) -> str:
     """The scene's caption, but that the shape flies this way."""
     return replace(scene, heading=way, told=scene.shape != "dart").caption
-
-
-def told(scene: demo.Scene, way: str) -> str:
-    """What a scene's first frame tells of its motion, where a caption asks for one."""
-    if scene.told:
-        return "image tells nothing"
-    return "image tells the same" if scene.motion == way else "image tells another motion"
 
 
 def counted(right: Sequence[bool]) -> Result:
@@ -248,7 +258,9 @@ def steered(found: dict[str, list[str]], scenes: Scenes) -> Result:
     samples = [(way, name, scene) for way, names in found.items() for name, scene in zip(names, scenes, strict=True)]
     kinds: dict[str, list[bool]] = {}
     for way, name, scene in samples:
-        kinds.setdefault(told(scene, way), []).append(name == way)
+        if not scene.told:
+            same = scene.motion == way
+            kinds.setdefault(f"image tells {'the same' if same else 'another motion'}", []).append(name == way)
     always = [all(names[place] == way for way, names in found.items()) for place in range(len(scenes))]
     return {
         **counted([name == way for way, name, _ in samples]),
@@ -267,27 +279,43 @@ def steering(bench: Bench) -> Result:
         clips[way] = bench.draw([asked(scene, way) for scene in bench.scenes])
     bench.show("steering", clips)
     found = {way: motions_of(clips[way], masks_of(clips[way], bench.scenes)) for way in bench.ways}
+    groups = {"image tells nothing": telling(bench.scenes, False), "image tells a motion": telling(bench.scenes, True)}
     return {
-        "asked": steered(found, bench.scenes),
+        **{
+            group: steered({way: [names[n] for n in chosen] for way, names in found.items()}, bench.of(chosen).scenes)
+            for group, chosen in groups.items()
+            if chosen
+        },
         "real clips": agreement(bench.clips, bench.scenes),
         "own caption": agreement(clips["own caption"], bench.scenes),
-        "sides per second": {name: amount(each) for name, each in clips.items()},
+        "motion per frame": {name: amount(each) for name, each in clips.items()},
     }
 
 
+def telling(scenes: Scenes, motion: bool) -> list[int]:
+    """The places of those scenes whose first frame tells their motion, or of the others."""
+    return [place for place, scene in enumerate(scenes) if scene.told is not motion]
+
+
 def places(scenes: Scenes, count: int, name: str) -> list[int]:
-    """The first clips; of steering, as many of which the image tells nothing, and as many others."""
-    if name != "steering":
-        return [*range(len(scenes))][:count]
-    return [
-        place for one in (True, False) for place in [n for n, scene in enumerate(scenes) if scene.told is one][:count]
-    ]
+    """The places of the clips that a measure is of."""
+    if name == "steering":
+        return telling(scenes, False)[:count] + telling(scenes, True)[:count]
+    return [*range(len(scenes))][:count]
+
+
+def sampling(family: DynamiCrafter, arguments: argparse.Namespace) -> Sampling:
+    """How clips are drawn that are like real ones of the stride."""
+    given = {name: getattr(arguments, name) for name in ("guidance", "image_guidance", "steps", "eta", "frames")}
+    stride = torch.tensor([float(arguments.stride)])
+    return Sampling(**given, number=float(family.clips.numbers(demo.FPS / stride, stride)))
 
 
 MEASURES = {"streams": streams, "interpolation": interpolation, "steering": steering}
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("clips", type=Path)
@@ -300,19 +328,26 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--eta", type=float, default=Sampling.eta)
     parser.add_argument("--frames", type=int, help="the model's own by default")
+    parser.add_argument("--stride", type=int, default=1, help="a clip's every so manyth frame, as the model is told")
     parser.add_argument("--runs", nargs="+", default=[], metavar="STAGE=RUN", help="whose held-out losses are told")
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def fitting(family: DynamiCrafter, asked: Sequence[str] | None) -> Sequence[str]:
+    """The measures asked for, or all that fit; the script ends where one does not fit the model."""
+    all_fitting = ["interpolation"] if family.clips.interpolation else ["streams", "steering"]
+    if not set(asked or []) <= set(all_fitting):
+        sys.exit(f"error: this model was trained for {' and '.join(all_fitting)}: leave out the rest of --only")
+    return asked or all_fitting
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parsed(words)
     family = DynamiCrafter.load(arguments.model)
-    fitting = ["interpolation"] if family.clips.interpolation else ["streams", "steering"]
-    names = arguments.only or fitting
-    if not set(names) <= set(fitting):
-        parser.error(f"{arguments.model} was trained for {' and '.join(fitting)}: leave out the rest of --only")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    settings = Sampling(
-        **{name: getattr(arguments, name) for name in ("guidance", "image_guidance", "steps", "eta", "frames")}
-    )
-    clips, scenes = read(arguments.clips, None, arguments.frames or family.clips.frames)
+    names, settings = fitting(family, arguments.only), sampling(family, arguments)
+    clips, scenes = read(arguments.clips, None, settings.frames or family.clips.frames, arguments.stride)
     bench = Bench(family, clips, scenes, settings, arguments.output, arguments.ways)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         found = MEASURES[name](bench.of(places(scenes, arguments.count, name)))
         print(name, json.dumps(found, indent=1))

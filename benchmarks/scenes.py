@@ -146,9 +146,9 @@ def agreement(
     }  # fmt: skip
 
 
-def read(clips: Path, count: int | None, frames: int) -> tuple[Tensor, list[demo.Scene]]:
+def read(clips: Path, count: int | None, frames: int, stride: int = 1) -> tuple[Tensor, list[demo.Scene]]:
     """So many held-out clips, or all, and their scenes."""
-    data = Data(str(clips), split="held_out", frames=frames, height=64, width=64, window="centre")
+    data = Data(str(clips), split="held_out", frames=frames, height=64, width=64, window="centre", stride=stride)
     dataset = ClipDataset(data, shuffle=False)
     numbers = range(len(dataset))[:count]
     scenes = [demo.Scene.of(dataset.rows[number].clip.extra) for number in numbers]
