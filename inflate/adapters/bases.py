@@ -12,7 +12,8 @@ import torch
 from inflate.adapters.file import Adapter
 from inflate.adapters.targets import inputs
 from inflate.errors import CheckpointError
-from inflate.families import svd, svd_model, video_ldm
+from inflate.families import dynamicrafter, dynamicrafter_model, svd, svd_model, video_ldm
+from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.models import folders
@@ -20,8 +21,8 @@ from inflate.models.unet import VideoUNet
 from inflate.models.weights import tensors_sha256
 from inflate.surgery import evaluating
 
-Family = SVD | VideoLDM
-TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77}
+Family = SVD | VideoLDM | DynamiCrafter
+TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77, dynamicrafter.FAMILY: 77}
 """Length of each family's contexts."""
 
 
@@ -67,6 +68,8 @@ def load(family: str, settings: Mapping[str, Any]) -> Family:
         return svd_model.Model(**settings).load(frames=1)
     if family == video_ldm.FAMILY:
         return video_ldm.Model(**settings).load()
+    if family == dynamicrafter.FAMILY:
+        return dynamicrafter_model.Model(**settings).load()
     raise CheckpointError(f"adapters of family {family} are not known, only of {' and '.join(TOKENS)}")
 
 

@@ -89,23 +89,30 @@ class Condition:
     tokens: Tensor | None = None
     """what the query transformer made of `image`, in its place: (B, F, T, D) or, shared by all frames, (B, T, D)"""
 
-    def drop(self, draw: Tensor, rate: float, no_text: Tensor, no_image: Tensor) -> Condition:
-        """Nothing in place of a clip's text, its image or both, by its uniform draw (B,); each happens at `rate`.
+    def drop(
+        self,
+        draw: Tensor,
+        no_text: Tensor,
+        no_image: Tensor,
+        text: float = 0.05,
+        both: float = 0.05,
+        image: float = 0.05,
+    ) -> Condition:
+        """Nothing in place of each clip's text alone, of its image alone or of both, by its uniform draw (B,).
 
-        The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing.
-        Source: the published training, with a rate of 0.05. ConfigError where three times the rate exceed 1.
+        The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing. The three
+        rates are probabilities, by default those of the published training; ConfigError where they exceed 1 together or
+        one is negative.
         """
-        if not 0 <= 3 * rate <= 1:
-            raise ConfigError(
-                f"a rate of {rate} leaves no sample whole: three times it are dropped; give less than 1/3"
-            )
-        without_text = (draw < 2 * rate)[:, None, None]
-        without_image = ((rate <= draw) & (draw < 3 * rate))[:, None, None]
-        text = torch.where(without_text, no_text.to(self.text), self.text)
-        image = self.image
-        if image is not None:
-            image = torch.where(without_image, no_image.to(image), image)
-        return replace(self, text=text, image=image)
+        if min(text, both, image) < 0 or text + both + image > 1:
+            raise ConfigError(f"drop rates {text}, {both} and {image} must be at least 0 and at most 1 in all")
+        without_text = (draw < text + both)[:, None, None]
+        without_image = ((draw >= text) & (draw < text + both + image))[:, None, None]
+        kept = torch.where(without_text, no_text.to(self.text), self.text)
+        shown = self.image
+        if shown is not None:
+            shown = torch.where(without_image, no_image.to(shown), shown)
+        return replace(self, text=kept, image=shown)
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
@@ -287,12 +294,12 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         """The network as objectives and samplers call it, for a condition.
 
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
-        temporal layer is bypassed.
+        temporal layer is bypassed, as it is for a clip of one frame.
         """
         network = self.unet if unet is None else unet
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
             sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
             ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
             image = _image(condition, noisy.dtype)

@@ -72,6 +72,18 @@ def outline(path: str | Path) -> Path:
     return Path(__file__).parents[1] / "outlines" / known
 
 
+def family_of(path: str | Path) -> str | None:
+    """The family that the settings of an export name; none: of a single file, and of a folder of diffusers' alone.
+
+    Of a model on the Hub its configurations are downloaded. CheckpointError where there is no such model.
+    """
+    if str(path).endswith(SAFETENSORS):
+        return None
+    file = resolve(path, CONFIGURATIONS) / SETTINGS_FILE
+    family = read_json(file).get("family") if file.is_file() else None
+    return None if family is None else str(family)
+
+
 def local_folder(path: str | Path) -> Path | None:
     """The folder that `path` or `pocket` names; None for owner/name on the Hub, CheckpointError for anything else."""
     folder = SHIPPED.get(str(path), Path(path).expanduser())

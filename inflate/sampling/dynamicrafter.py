@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import Condition, DynamiCrafter
 from inflate.layers.recompute import in_parts
-from inflate.models.vae import frame_by_frame
 from inflate.models.visits import away, visiting
 from inflate.sampling.ddim import DDIM, Spacing, standard_normal
-from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, guided, in_precision, is_large
+from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, decode, guided, in_precision, is_large
 from inflate.surgery import evaluating
 
 
@@ -174,7 +173,6 @@ def sample_latents(
         return sampler.draw(predict, latents, noise, progress)
 
 
-@torch.no_grad()
 def decoded(
     family: DynamiCrafter, latents: Tensor, little_memory: bool | None = None, idle: Sequence[nn.Module] = ()
 ) -> Tensor:
@@ -182,9 +180,7 @@ def decoded(
 
     Large ones frame by frame; `idle` networks leave their place on the device meanwhile.
     """
-    little = frame_by_frame(family.vae, is_large(latents[:1], family.factor, little_memory))
-    with away(idle), visiting([family.vae], latents.device), evaluating(family.vae), little:
-        return family.decode(latents).float()  # (B, F, 3, H, W)
+    return decode(family, latents, is_large(latents[:1], family.factor, little_memory), idle)
 
 
 def _check(

@@ -1,17 +1,20 @@
-"""What samplers share: guidance over several passes of a network, and the steps of a scheduler."""
+"""What samplers share: guidance over several passes of a network, the steps of a scheduler, and decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from torch import Tensor
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from torch import Tensor, nn
 
 from inflate.errors import ConfigError
+from inflate.models.vae import frame_by_frame
+from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
+from inflate.surgery import evaluating
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps the list of steps, as tqdm does."""
@@ -19,6 +22,15 @@ TOGETHER = 16 * 512 * 512
 """Pixels that the network is given together where no other number is asked for."""
 PARTS = 8
 """Parts in which the feed-forwards of large clips run."""
+
+
+class Decodes(Protocol):
+    """A model that makes clips of latents."""
+
+    vae: AutoencoderKL
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips (B, F, 3, H, W), about in [-1, 1], of scaled latents (B, F, C, h, w)."""
 
 
 def integrate(
@@ -66,6 +78,17 @@ def is_large(latents: Tensor, factor: int, asked: bool | None, passes: int = 2) 
     The latents (B, F, C, h, w) have `factor` pixels a side each.
     """
     return passes * latents[:, :, 0].numel() * factor**2 > TOGETHER if asked is None else asked
+
+
+@torch.no_grad()
+def decode(family: Decodes, latents: Tensor, large: bool, idle: Sequence[nn.Module] = ()) -> Tensor:
+    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents (B, F, C, h, w).
+
+    Large ones frame by frame; the VAE visits the latents' device, and `idle` networks leave it meanwhile.
+    """
+    little = frame_by_frame(family.vae, large)
+    with away(idle), visiting([family.vae], latents.device), evaluating(family.vae), little:
+        return family.decode(latents).float()  # (B, F, 3, H, W)
 
 
 def at_least_one(**counts: int | None) -> None:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition
 from inflate.layers.recompute import in_parts
-from inflate.models.vae import frame_by_frame
 from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
-from inflate.sampling.steps import PARTS, Progress, at_least_one, guided, in_precision, integrate, is_large
+from inflate.sampling.steps import PARTS, Progress, at_least_one, decode, guided, in_precision, integrate, is_large
 from inflate.surgery import evaluating
 
 
@@ -119,15 +118,12 @@ def sample_latents(
         return euler(predict, noise, scheduler, progress)
 
 
-@torch.no_grad()
 def decoded(family: SVD, latents: Tensor, little_memory: bool | None = None, idle: Sequence[nn.Module] = ()) -> Tensor:
-    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents.
+    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents, all together.
 
     Large ones frame by frame; `idle` networks leave their place on the device meanwhile.
     """
-    little = frame_by_frame(family.vae, is_large(latents, family.factor, little_memory))
-    with away(idle), visiting([family.vae], latents.device), evaluating(family.vae), little:
-        return family.decode(latents).float()  # (B, F, 3, H, W)
+    return decode(family, latents, is_large(latents, family.factor, little_memory), idle)
 
 
 def euler(

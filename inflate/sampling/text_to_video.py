@@ -14,9 +14,18 @@ from torch import Tensor
 from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.layers.recompute import in_parts
-from inflate.models.vae import frame_by_frame
 from inflate.models.visits import visiting
-from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, guided, in_precision, integrate, is_large
+from inflate.sampling.steps import (
+    PARTS,
+    TOGETHER,
+    Progress,
+    at_least_one,
+    decode,
+    guided,
+    in_precision,
+    integrate,
+    is_large,
+)
 from inflate.surgery import evaluating
 
 
@@ -67,9 +76,7 @@ def sample(
     texts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     parts = zip(texts, noise.split(batch), strict=True)
     latents = torch.cat([sample_latents(family, *part, settings, progress) for part in parts])
-    little = frame_by_frame(family.vae, is_large(noise[:1], family.factor, settings.little_memory))  # a clip at a time
-    with visiting([family.vae], noise.device), evaluating(family.vae), little:
-        return family.decode(latents).float()  # (B, F, 3, H, W)
+    return decode(family, latents, is_large(noise[:1], family.factor, settings.little_memory))  # a clip at a time
 
 
 def initial_noise(family: VideoLDM, seeds: Sequence[int], settings: Sampling) -> Tensor:

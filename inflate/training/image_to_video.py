@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from inflate.data import video
 from inflate.data.clips import Frames
-from inflate.data.pixels import to_uint8, unit
 from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition, assemble
-from inflate.metrics.video import flicker_error, psnr
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import away, visiting
 from inflate.sampling.svd import Sampling, decoded, sample
@@ -39,6 +35,7 @@ from inflate.training.held_out import (
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
+from inflate.training.previews import scores, write_pairs, write_scores
 
 
 @dataclass
@@ -253,31 +250,17 @@ class ImageToVideoTask:
 
         `scores.json` holds the mean over all of them.
         """
-        scores: dict[str, list[float]] = {}
+        found = []
         for places, truth, generated, measured in self.drawn():
-            self._show(folder, places, truth, generated)
-            for name, value in measured.items():
-                scores.setdefault(name, []).extend([value] * len(places))
-        means = {name: sum(values) / len(values) for name, values in scores.items()}
-        (folder / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
+            write_pairs(folder, self.shown, places, truth, generated)
+            found += [measured] * len(places)
+        write_scores(folder, found)
 
     def drawn(self) -> Iterator[tuple[list[int], Tensor, Tensor, dict[str, float]]]:
         """What a preview shows, by size: places of clips, the clips, their animations (`animate`) and `score`."""
         for places in same_size(self.shown, len(self.shown)):
             truth, generated = self.animate([self.shown[place] for place in places], places)
             yield places, truth, generated, self.score(truth, generated)
-
-    def _show(self, folder: Path, places: list[int], truth: Tensor, generated: Tensor) -> None:
-        """Write the videos and the contact sheet of clips of one size, named by their places."""
-        rows, labels = [], []
-        for place, real, made in zip(places, truth, generated, strict=True):
-            name = f"{place:02d}"
-            video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(self.shown[place]["fps"][0]))
-            rows += [to_uint8(unit(real)), to_uint8(unit(made))]
-            labels += [f"{name} truth", f"{name} sample"]
-        alone = len(places) == len(self.shown)
-        size = "x".join(map(str, size_of(self.shown[places[0]])))
-        video.contact_sheet(folder / ("sheet.png" if alone else f"sheet-{size}.png"), rows, labels)
 
     @torch.no_grad()
     def animate(self, batches: list[Batch], numbers: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -306,18 +289,7 @@ class ImageToVideoTask:
             given = torch.cat(
                 [decoded(family, one, self.sampling.little_memory, self._idle()).cpu() for one in latents]
             )
-        truth, generated, given = unit(truth), unit(generated), unit(given)
-        static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
-        first, near = slice(0, 1), slice(1, 4)
-        scores = {
-            "frame 0, sample": psnr(generated[:, first], truth[:, first]),
-            "frame 0, autoencoder": psnr(given[:, first], truth[:, first]),
-            "frames 1-3, sample": psnr(generated[:, near], truth[:, near]),
-            "frames 1-3, sample held still": psnr(held[:, near], truth[:, near]),
-            "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
-            "flicker error, sample": flicker_error(generated, truth),
-        }
-        return {name: float(value.mean()) for name, value in scores.items()}
+        return scores(truth, generated, given)
 
     def export(self, folder: Path) -> None:
         """Write the adapter or, without one, the whole model as diffusers' StableVideoDiffusionPipeline loads it."""
