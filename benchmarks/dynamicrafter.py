@@ -18,11 +18,11 @@ the frames between, PSNR and perceptual distance to the real ones, and how far t
 it (a still clip has 1, the same motion 0; which way a shape goes would say nothing, since in a linear cross-fade it
 fades there). The same of that cross-fade of both ends' pixels, as it is and as the autoencoder draws it.
 
-`steering`: the same first frame with captions that differ in the direction alone, one of each of --ways, of --count
-images that tell nothing of their motion (the shape flies as its caption alone tells) and as many that do. How many
-samples move as asked, of the latter by whether the image tells the same. `chance` is how often the motions found agree
-with what is asked of any sample, `as the image's clip` how often a sample moves as the real clip does, whatever was
-asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
+`steering`: the same first frame with captions that differ in the direction alone, one of each of --ways: of --count
+scenes whose motion is `told` by the caption alone (datasets/build_demo.py --told), and of as many where it is `shown` by
+the image. How many samples move as asked, of the latter by whether the image shows the same. `chance` is how
+often the motions found agree with what is asked of any sample, `as the real clip` how often a sample moves so, whatever
+was asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
 
 Writes OUT/NAME.json and contact sheets OUT/NAME-*.png; with --runs, the held-out losses of each stage's run in
 OUT/stages.json and OUT/STAGE.png.
@@ -111,15 +111,18 @@ class Bench:
     output: Path
     ways: Sequence[str]
     """directions that are asked for"""
+    count: int
+    """most clips that are drawn of"""
 
     @property
     def captions(self) -> list[str]:
         """Those of the clips."""
         return [scene.caption for scene in self.scenes]
 
-    def of(self, places: Sequence[int]) -> Bench:
-        """The same of some of the clips."""
-        return replace(self, clips=self.clips[list(places)], scenes=[self.scenes[place] for place in places])
+    def first(self, places: Sequence[int] | None = None) -> Bench:
+        """The same of the first of all clips, or of those at places."""
+        chosen = list(range(len(self.scenes)) if places is None else places)[: self.count]
+        return replace(self, clips=self.clips[chosen], scenes=[self.scenes[place] for place in chosen])
 
     def draw(self, prompts: Sequence[str], to_ends: bool = False, family: DynamiCrafter | None = None) -> Tensor:
         """A clip of each first frame and prompt (N, F, 3, H, W) in [-1, 1], by choice to the last frame."""
@@ -196,6 +199,7 @@ def keeping(bench: Bench, clips: Tensor) -> dict[str, float]:
 
 def streams(bench: Bench) -> Result:
     """What samples keep of their image with and without each stream, with and without the caption."""
+    bench = bench.first()
     clips = {"real clips": bench.clips, "autoencoder": reconstructed(bench.family, bench.clips)}
     for name, (tokens, latents) in STREAMS.items():
         if latents and not bench.family.takes_detail:
@@ -226,6 +230,7 @@ def between(clips: Tensor, truth: Tensor, distance: nn.Module) -> dict[str, Tens
 
 def interpolation(bench: Bench) -> Result:
     """Samples between first and last frames, beside a cross-fade."""
+    bench = bench.first()
     truth, faded = bench.clips, cross_fade(bench.clips)
     clips = {"samples": bench.draw(bench.captions, to_ends=True), "cross-fade": faded}
     bench.show("interpolation", {"real clips": truth, **clips})
@@ -259,49 +264,38 @@ def steered(found: dict[str, list[str]], scenes: Scenes) -> Result:
     kinds: dict[str, list[bool]] = {}
     for way, name, scene in samples:
         if not scene.told:
-            same = scene.motion == way
-            kinds.setdefault(f"image tells {'the same' if same else 'another motion'}", []).append(name == way)
+            kinds.setdefault(f"image shows {'the same' if scene.motion == way else 'another'}", []).append(name == way)
     always = [all(names[place] == way for way, names in found.items()) for place in range(len(scenes))]
     return {
         **counted([name == way for way, name, _ in samples]),
         "chance": fmean(name == way for way in found for _, name, _ in samples),
-        "as the image's clip": fmean(name == scene.motion for _, name, scene in samples),
+        "as the real clip": fmean(name == scene.motion for _, name, scene in samples),
         "images that follow every caption": f"{sum(always)} of {len(scenes)}",
         **{kind: counted(right) for kind, right in kinds.items()},
         "found": found,
     }
 
 
-def steering(bench: Bench) -> Result:
-    """Samples of the same first frames by captions that differ in the direction alone."""
+def steer(bench: Bench, name: str) -> Result:
+    """Samples of the same first frames by captions that differ in the direction alone, and by the clips' own."""
     clips = {"real clips": bench.clips, "own caption": bench.draw(bench.captions)}
     for way in bench.ways:
         clips[way] = bench.draw([asked(scene, way) for scene in bench.scenes])
-    bench.show("steering", clips)
+    bench.show(f"steering-{name}", clips)
     found = {way: motions_of(clips[way], masks_of(clips[way], bench.scenes)) for way in bench.ways}
-    groups = {"image tells nothing": telling(bench.scenes, False), "image tells a motion": telling(bench.scenes, True)}
     return {
-        **{
-            group: steered({way: [names[n] for n in chosen] for way, names in found.items()}, bench.of(chosen).scenes)
-            for group, chosen in groups.items()
-            if chosen
-        },
+        **steered(found, bench.scenes),
         "real clips": agreement(bench.clips, bench.scenes),
         "own caption": agreement(clips["own caption"], bench.scenes),
-        "motion per frame": {name: amount(each) for name, each in clips.items()},
+        "motion per frame": {kind: amount(each) for kind, each in clips.items()},
     }
 
 
-def telling(scenes: Scenes, motion: bool) -> list[int]:
-    """The places of those scenes whose first frame tells their motion, or of the others."""
-    return [place for place, scene in enumerate(scenes) if scene.told is not motion]
-
-
-def places(scenes: Scenes, count: int, name: str) -> list[int]:
-    """The places of the clips that a measure is of."""
-    if name == "steering":
-        return telling(scenes, False)[:count] + telling(scenes, True)[:count]
-    return [*range(len(scenes))][:count]
+def steering(bench: Bench) -> Result:
+    """What steers, of clips whose motion the caption alone tells and of those where the image shows it."""
+    groups = {"told": True, "shown": False}
+    chosen = {name: [n for n, scene in enumerate(bench.scenes) if scene.told is told] for name, told in groups.items()}
+    return {name: steer(bench.first(places), name) for name, places in chosen.items() if places}
 
 
 def sampling(family: DynamiCrafter, arguments: argparse.Namespace) -> Sampling:
@@ -346,10 +340,10 @@ def main(words: Sequence[str] | None = None) -> None:
     family = DynamiCrafter.load(arguments.model)
     names, settings = fitting(family, arguments.only), sampling(family, arguments)
     clips, scenes = read(arguments.clips, None, settings.frames or family.clips.frames, arguments.stride)
-    bench = Bench(family, clips, scenes, settings, arguments.output, arguments.ways)
+    bench = Bench(family, clips, scenes, settings, arguments.output, arguments.ways, arguments.count)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in names:
-        found = MEASURES[name](bench.of(places(scenes, arguments.count, name)))
+        found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
         tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found})
     if arguments.runs:

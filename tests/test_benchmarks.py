@@ -113,12 +113,12 @@ def test_who_steers_is_told_of_clips_that_follow_the_caption_the_image_or_nothin
     assert (by_caption["as asked"], by_caption["of"], by_caption["chance"]) == (6, 6, 0.5)
     assert by_caption["images that follow every caption"] == "3 of 3"
     by_image = steered(dict.fromkeys(following, following["left"]))
-    assert (by_image["share"], by_image["chance"], by_image["as the image's clip"]) == (0.5, 0.5, 1)
-    assert by_image["image tells the same"] == {"as asked": 1, "of": 1, "share": 1}
-    assert by_image["image tells another motion"] == {"as asked": 0, "of": 1, "share": 0}
+    assert (by_image["share"], by_image["chance"], by_image["as the real clip"]) == (0.5, 0.5, 1)
+    assert by_image["image shows the same"] == {"as asked": 1, "of": 1, "share": 1}
+    assert by_image["image shows another"] == {"as asked": 0, "of": 1, "share": 0}
     assert by_image["images that follow every caption"] == "0 of 3"
     still = steered({way: each[:, :1].expand_as(each) for way, each in following.items()})
-    assert (still["as asked"], still["chance"], still["as the image's clip"]) == (0, 0, 0)
+    assert (still["as asked"], still["chance"], still["as the real clip"]) == (0, 0, 0)
 
 
 def test_a_caption_is_asked_to_differ_in_the_direction_alone() -> None:
@@ -170,11 +170,24 @@ def test_a_model_is_measured_for_what_it_was_trained_for(tmp_path: Path, ends: b
         network.float()
     family.save_pretrained(tmp_path / "model")
     clips = demo_clips.build(tmp_path / "clips", clips=1, held_out=1, told=0.5)
-    words = [str(tmp_path / "model"), str(clips), str(output), "--count", "1", "--steps", "1", "--guidance", "1"]
+    words = [
+        str(tmp_path / "model"),
+        str(clips),
+        str(output),
+        "--count",
+        "1",
+        "--steps",
+        "1",
+        "--guidance",
+        "1",
+        "--ways",
+        "left",
+    ]
     script.main(words)
     fitting = ["interpolation"] if ends else ["steering", "streams"]
     assert sorted(file.stem for file in output.glob("*.json")) == fitting
-    assert sorted(file.stem for file in output.glob("*.png")) == [f"{name}-0" for name in fitting]
+    sheets = ["interpolation-0"] if ends else ["steering-shown-0", "streams-0"]
+    assert sorted(file.stem for file in output.glob("*.png")) == sheets
     measured = json.loads((output / f"{fitting[-1]}.json").read_text())[fitting[-1]]
     assert len(measured) > 3
     with pytest.raises(SystemExit, match=f"was trained for {'interpolation' if ends else 'streams and steering'}"):
