@@ -19,10 +19,10 @@ it (a still clip has 1, the same motion 0; which way a shape goes would say noth
 fades there). The same of that cross-fade of both ends' pixels, as it is and as the autoencoder draws it.
 
 `steering`: the same first frame with captions that differ in the direction alone, one of each of --ways: of --count
-scenes whose motion is `told` by the caption alone (datasets/build_demo.py --told), and of as many where it is `shown` by
-the image. How many samples move as asked, of the latter by whether the image shows the same. `chance` is how
-often the motions found agree with what is asked of any sample, `as the real clip` how often a sample moves so, whatever
-was asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
+scenes whose motion is `told` by the caption alone (datasets/build_demo.py --told), and of as many where the image has
+`shown` it. How many samples move as asked, of the latter by whether the image shows the same. `chance` is how often the
+motions found agree with what is asked of any sample, `as the real clip` how often a sample moves so, despite
+what is asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
 
 Writes OUT/NAME.json and contact sheets OUT/NAME-*.png; with --runs, the held-out losses of each stage's run in
 OUT/stages.json and OUT/STAGE.png.
