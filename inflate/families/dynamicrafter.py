@@ -93,12 +93,15 @@ class Condition:
         """Nothing in place of a clip's text, its image or both, by its uniform draw (B,); each happens at `rate`.
 
         The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing.
-        Source: the published training, with a rate of 0.05. ConfigError where three times the rate exceed 1.
+        Source: the published training, with a rate of 0.05. ConfigError where three times the rate exceed 1,
+        InflateError where the image is tokens already.
         """
         if not 0 <= 3 * rate <= 1:
             raise ConfigError(
                 f"a rate of {rate} leaves no sample whole: three times it are dropped; give less than 1/3"
             )
+        if self.tokens is not None:
+            raise InflateError("image tokens cannot be left out: drop before they are made, of the image's features")
         without_text = (draw < 2 * rate)[:, None, None]
         without_image = ((rate <= draw) & (draw < 3 * rate))[:, None, None]
         text = torch.where(without_text, no_text.to(self.text), self.text)
