@@ -14,7 +14,7 @@ Share = Literal["data_wait", "encode", "forward", "backward", "update", "other"]
 SHARES: tuple[Share, ...] = get_args(Share)
 
 BETTER = {
-    "parent/": "", "bypassed": "", "held still": "", "static copy": "", "autoencoder": "",  # to compare with
+    "parent/": "", "bypassed": "", "without ": "", "held still": "", "static copy": "", "autoencoder": "",  # to compare
     "real/": "",
     "loss": "lower", "flicker": "lower", "spectrum_distance": "lower", "lpips": "lower", "fvd": "lower", "kvd": "lower",
     "psnr": "higher", "ssim": "higher", "frame 0": "higher", "frames 1-3": "higher",

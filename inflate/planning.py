@@ -20,19 +20,22 @@ from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import collate
 from inflate.data.settings import Data
 from inflate.errors import ConfigError
-from inflate.families import svd_outline, video_ldm_outline
+from inflate.families import dynamicrafter_model, svd_outline, video_ldm_outline
+from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
 from inflate.families.svd_model import Model
 from inflate.families.video_ldm import VideoLDM
+from inflate.training import stages
 from inflate.training.cost import Cost, on_paper
-from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
+from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder, image_text_encoder
 from inflate.training.ladder import Step, steps
 from inflate.training.paper import Paper
 
 SHORT = {
     "sampling.steps": 1, "image_to_video.bands": 1, "text_to_video.bands": 1, "image_to_video.preview_clips": 1,
     "image_to_video.train_clips": 0, "text_to_video.train_clips": 0, "decoder.train_clips": 0,
-    "decoder.held_out_clips": 1, "text_to_video.domain_adapter": None,
+    "decoder.held_out_clips": 1, "text_to_video.domain_adapter": None, "image_text_to_video.bands": 1,
+    "image_text_to_video.train_clips": 0,
 }  # fmt: skip
 """What repeats the same in the same memory is done once; what a domain adapter changes is kept outside of the GPU."""
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")
@@ -75,8 +78,9 @@ class ClipsOnPaper:
 
     def __getitem__(self, number: int) -> Any:
         return {
-            **self._content, "fps": torch.tensor(7.0), "motion": torch.tensor(0.0), "caption": "a clip",
+            **self._content, "fps": torch.tensor(7.0), "stride": torch.tensor(1.0), "motion": torch.tensor(0.0),
             "origin": torch.zeros(4, dtype=torch.int64), "number": torch.tensor(int(number)), "name": f"clip {number}",
+            "caption": "a clip",
         }  # fmt: skip
 
     @cached_property
@@ -86,7 +90,8 @@ class ClipsOnPaper:
             return {"pixels": pixels}
         made = {**self.encoder.starts(pixels[:1], [""]), **self.encoder.captions(["a clip"])}
         read = {"all": {"pixels": pixels}, "first": {"first": pixels[0]}}.get(self.frames, {})
-        return {"latents": self.encoder.latents(pixels), **{name: value[0] for name, value in made.items()}, **read}
+        framed = {"latents": self.encoder.latents(pixels), **self.encoder.of_frames(pixels)}
+        return {**framed, **{name: value[0] for name, value in made.items()}, **read}
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,10 @@ def _forget_devices() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def outline(config: Any) -> SVD | VideoLDM:
+def outline(config: Any) -> SVD | VideoLDM | DynamiCrafter:
     """The model of a recipe's settings, without memory; temporal layers alone are of the shape of their image model."""
+    if isinstance(config.model, dynamicrafter_model.Model):
+        return stages.outline(config.stage, config.model, config.image_context, config.data.main.frames)
     path = config.model.image_model or config.model.path
     if isinstance(config.model, Model):
         frames = config.model.frames or config.data.main.frames
@@ -180,10 +187,12 @@ def outline(config: Any) -> SVD | VideoLDM:
     return video_ldm_outline.outline(path, config.model.tokenizer)
 
 
-def encoder_of(family: SVD | VideoLDM, config: Any) -> ClipEncoder | TextClipEncoder:
+def encoder_of(family: SVD | VideoLDM | DynamiCrafter, config: Any) -> ClipEncoder | TextClipEncoder:
     """What fills the cache of a run."""
     if isinstance(family, SVD):
         return clip_encoder(family, config.data, config.image_to_video)
+    if isinstance(family, DynamiCrafter):
+        return image_text_encoder(family, config.data, config.image_text_to_video)
     return TextClipEncoder(family, config.data.cache_dtype)
 
 

@@ -26,8 +26,6 @@ from inflate.sampling.steps import guided
 PREDICTION = 1e-5
 GRADIENT = 1e-3  # of the norm of a tensor's gradient; float32 leaves 3e-7 where others cancel out
 SMALL = 1e-3  # norms below this are taken for it
-DROP = 0.05
-"""How often training leaves out each of text, image and both."""
 BETWEEN = "c_concat_interp"
 """The detail latents of two ends."""
 GIVEN = ("z", "noise", "t", "text", "img_feat", "fs")
@@ -65,7 +63,7 @@ def described_cases(folder: Path, stem: str) -> Iterator[Case]:
 def _dropout_cases(stem: str, recorded: dict[str, list[float]]) -> Iterator[Case]:
     draws, nothing = torch.tensor(recorded["random_num"]), torch.zeros(1, 1, 1)
     ones = torch.ones(len(draws), 1, 1)
-    left = Condition(ones, ones, None, draws).drop(draws, DROP, nothing, nothing)
+    left = Condition(ones, ones, None, draws).drop(draws, nothing, nothing)
     assert left.image is not None
     for key, ours in (("text_dropped", 1 - left.text), ("image_kept", left.image)):
         yield Case(f"{stem}.{key}", difference(ours.flatten(), torch.tensor(recorded[key]).float()), EXACT)
@@ -98,7 +96,7 @@ def _step(
     clean, noise, timestep = (recorded[key] for key in ("z", "noise", "t"))
     assert condition.image is not None
     assert condition.detail is not None
-    predict, predictions = _kept(predictor(unet, condition, unet.spec.added_ids > 0))
+    predict, predictions = _kept(predictor(unet, condition))
     losses = objective.loss(predict, clean, timestep, noise).mean(dim=1)
     losses.mean().backward()
     return {
@@ -184,7 +182,7 @@ def _guided(unet: VideoUNet, case: str, asked: dict[str, Any], recorded: dict[st
         conditions, scales = [nothing, image, full], [asked.get("cfg_img") or asked["cfg"], asked["cfg"]]
     if asked["cfg"] == 1.0:
         conditions, scales = [full], []
-    predict = predictor(unet, Condition.cat(conditions), unet.spec.added_ids > 0)
+    predict = predictor(unet, Condition.cat(conditions))
     return guided([predict], scales, asked["guidance_rescale"])
 
 

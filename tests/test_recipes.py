@@ -187,7 +187,7 @@ def test_a_saved_config_runs_the_run_again(clips: Path, tmp_path: Path) -> None:
         (["stage=decoder", "data.path=nowhere", "model.path=no.safetensors"], "no.safetensors does not exist"),
         (
             ["stage=decoder", "data.cache=c", "data.cache_draws=2"],
-            "data.cache_draws: stage=decoder has no condition frame",
+            "data.cache_draws: stage=decoder has no noised condition frame",
         ),
         (["stage=decoder", "data.buckets=[4x32x64,1x32x64]"], "bucket 1x32x64 has one frame; stage=decoder needs two"),
         (["stage=decoder", "training.precision=pure_bf16"], "leave the encoder as it is; use bf16"),

@@ -12,7 +12,8 @@ import torch
 from inflate.adapters.file import Adapter
 from inflate.adapters.targets import inputs
 from inflate.errors import CheckpointError
-from inflate.families import svd, svd_model, video_ldm
+from inflate.families import dynamicrafter, dynamicrafter_model, svd, svd_model, video_ldm
+from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.models import folders
@@ -20,8 +21,8 @@ from inflate.models.unet import VideoUNet
 from inflate.models.weights import tensors_sha256
 from inflate.surgery import evaluating
 
-Family = SVD | VideoLDM
-TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77}
+Family = SVD | VideoLDM | DynamiCrafter
+TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77, dynamicrafter.FAMILY: 77}
 """Length of each family's contexts."""
 
 
@@ -38,13 +39,16 @@ def sha256(unet: VideoUNet) -> str:
 
 @torch.no_grad()
 def is_newborn(unet: VideoUNet) -> bool:
-    """Whether what inflation created changes nothing: a clip's output is, to the bit, that of its frames as images."""
+    """Whether what inflation created changes nothing.
+
+    A clip's output is then, to the bit, that of its frames as images, told nothing of an image to attend to.
+    """
     ids = unet.class_embedding.linear_2 if unet.spec.added_ids else None
     if ids is not None and any(bool(parameter.any()) for parameter in ids.parameters()):
         return False
     with on_cpu(unet), evaluating(unet):  # where equal sums are equal to the bit
-        clip, images = (unet(**inputs(unet, 2, image_only)).sample for image_only in (False, True))
-    return torch.equal(clip, images)
+        alone = {name: value for name, value in inputs(unet, 2, True).items() if name != "image_features"}
+        return torch.equal(unet(**inputs(unet, 2)).sample, unet(**alone).sample)
 
 
 @contextmanager
@@ -67,6 +71,8 @@ def load(family: str, settings: Mapping[str, Any]) -> Family:
         return svd_model.Model(**settings).load(frames=1)
     if family == video_ldm.FAMILY:
         return video_ldm.Model(**settings).load()
+    if family == dynamicrafter.FAMILY:
+        return dynamicrafter_model.Model(**settings).load()
     raise CheckpointError(f"adapters of family {family} are not known, only of {' and '.join(TOKENS)}")
 
 
@@ -75,11 +81,10 @@ def family_of(path: str | Path, adapter: Adapter) -> str:
     told = adapter.about.get("family")
     if isinstance(told, str):
         return told
-    file = folders.resolve(path) / folders.SETTINGS_FILE
-    family = folders.read_json(file).get("family") if file.is_file() else None
-    if family not in TOKENS:
+    family = folders.family_of(path)
+    if family is None or family not in TOKENS:
         raise CheckpointError(f"neither the adapter nor {path} tells of which family they are ({' or '.join(TOKENS)})")
-    return str(family)
+    return family
 
 
 def settings_of(adapter: Adapter, origin: object, base: str | None) -> dict[str, str | None]:

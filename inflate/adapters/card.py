@@ -13,9 +13,14 @@ from inflate.tables import aligned
 COMMANDS = {
     "svd": "inflate sample {base} photo.png --adapter {name} -o out.mp4",
     "video_ldm": 'inflate generate {base} "a prompt" --adapter {name} -o out.mp4',
+    "dynamicrafter": 'inflate sample {base} photo.png --prompt "a prompt" --adapter {name} -o out.mp4',
 }
-CLASSES = {"svd": ("inflate.families.svd", "SVD"), "video_ldm": ("inflate.families.video_ldm", "VideoLDM")}
-TAGS = {"svd": "image-to-video", "video_ldm": "text-to-video"}
+CLASSES = {
+    "svd": ("inflate.families.svd", "SVD"),
+    "video_ldm": ("inflate.families.video_ldm", "VideoLDM"),
+    "dynamicrafter": ("inflate.families.dynamicrafter", "DynamiCrafter"),
+}
+TAGS = {"svd": "image-to-video", "video_ldm": "text-to-video", "dynamicrafter": "image-to-video"}
 
 
 NAME = "README.md"

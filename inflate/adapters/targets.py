@@ -148,6 +148,8 @@ def inputs(unet: VideoUNet, tokens: int, image_only: bool = False, seed: int = 0
         "encoder_hidden_states": normal((1, tokens, context_width(unet)), seed + 1).to(like),
         "added_cond_kwargs": added_conditions(unet, 2, lambda *shape: normal(shape, seed + 3).to(like)),
     }
+    if unet.image_context is not None:
+        given["image_features"] = normal((1, tokens, unet.image_context.embedding), seed + 4).to(like)
     if unet.spec.added_ids:
         given["added_time_ids"] = normal((1, unet.spec.added_ids), seed + 2).abs().to(like)
     if image_only:

@@ -5,7 +5,7 @@ from: the file's bytes, the frames of every window and their rates, the size, th
 networks' weights and settings, the precision, and VERSION. What changes makes another key, so a cache is never stale:
 only entries of files and settings that are used now are found. Rows of its tensors are
 
-    frames      every frame that some window shows, once, however many windows show it
+    frames      every frame that some window shows, once, however many windows show it: `latents`, `frame_...`
     starts      every frame that some window begins with, with what is particular to the window: `motion`
     caption     one row
 
@@ -44,6 +44,8 @@ TOGETHER = 16
 """Frames that are read and encoded together."""
 CAPTION = "caption"
 """Begins the names of tensors of the caption, of one row."""
+FRAME = "frame_"
+"""Begins the names of tensors that, as `latents`, have a row for every frame."""
 FILL = "run `inflate data cache` with the same files, and the same settings of data, model and image_to_video"
 _SHOWN = 5
 
@@ -65,6 +67,9 @@ class Encoder(Protocol):
     def latents(self, pixels: Tensor, /) -> Tensor:
         """Of frames (N, 3, H, W) in [-1, 1]: (N, ...)."""
 
+    def of_frames(self, pixels: Tensor, /) -> dict[str, Tensor]:
+        """What else is made of every frame, of the same; the names begin with FRAME."""
+
     def starts(self, pixels: Tensor, seeds: Sequence[str], /) -> dict[str, Tensor]:
         """Of first frames of windows (N, 3, H, W); what is random is a function of each one's seed."""
 
@@ -85,7 +90,7 @@ def sights(row: Checked, settings: Data) -> list[Sight]:
     assert row.probe is not None
     return [
         Sight(frames_of(window, start, row.probe, settings), window.fps)
-        for window in row.windows
+        for window in _every(row)
         for start in window.starts
     ]
 
@@ -197,15 +202,18 @@ class EncodedClips:
             raise DataError(_missing(cache, missing, len(rows)))
 
     def read(self, row: Checked, window: Window, start: int, frames: Sequence[int]) -> dict[str, Tensor]:
-        """All of one sample by name: `latents` (F, ...) of its frames, what belongs to its start, and its caption's.
+        """All of one sample by name: what belongs to its frames (F, ...), to its start, and to its caption.
 
         DataError for what is damaged.
         """
         key, at = self.keys[row.clip.name], _row_of(row, window, start)
         places = [int(place) for place in np.searchsorted(self._shown[row.clip.name], frames)]
-        names = self.store.entries[key].checks.keys() - {"latents"}
-        others = {name: self.store.rows(key, name, [0 if name.startswith(CAPTION) else at])[0] for name in names}
-        return {"latents": self.store.rows(key, "latents", places), **others}
+        names = self.store.entries[key].checks.keys()
+        framed = {name for name in names if name == "latents" or name.startswith(FRAME)}
+        others = {
+            name: self.store.rows(key, name, [0 if name.startswith(CAPTION) else at])[0] for name in names - framed
+        }
+        return {**{name: self.store.rows(key, name, places) for name in framed}, **others}
 
     def motion(self, row: Checked, window: Window, start: int) -> float:
         """The motion score of a window."""
@@ -214,8 +222,13 @@ class EncodedClips:
 
 def _row_of(row: Checked, window: Window, start: int) -> int:
     """The row that holds what belongs to a window's start."""
-    before = row.windows[: row.windows.index(window)]
-    return sum(len(one.starts) for one in before) + start - window.starts[0]
+    every = _every(row)
+    return sum(len(one.starts) for one in every[: every.index(window)]) + start - window.starts[0]
+
+
+def _every(row: Checked) -> list[Window]:
+    """The windows of a clip, of all strides."""
+    return [one for window in row.windows for one in window.variants]
 
 
 @dataclass
@@ -263,13 +276,15 @@ def encoded(row: Checked, seen: Sequence[Sight], encoder: Encoder, key: str) -> 
     from inflate.data.pixels import to_float
 
     frames = shown(seen)
-    latents, small = [], []
+    small = []
+    framed: dict[str, list[Tensor]] = {}
     firsts: dict[tuple[str, int], Tensor] = {}
     wanted = {sight.frames[0] for sight in seen}
     for numbers, pixels in _read(row, frames):
         small.append(reduced(pixels))
         floats = torch.from_numpy(to_float(pixels))  # (N, 3, H, W)
-        latents.append(encoder.latents(floats).cpu())
+        for name, tensor in {"latents": encoder.latents(floats), **encoder.of_frames(floats)}.items():
+            framed.setdefault(name, []).append(tensor.cpu())
         chosen = [place for place, number in enumerate(numbers) if number in wanted]
         if chosen:
             of_starts = encoder.starts(floats[chosen], [f"{key}/{numbers[place]}" for place in chosen])
@@ -279,7 +294,8 @@ def encoded(row: Checked, seen: Sequence[Sight], encoder: Encoder, key: str) -> 
     scores = [motion_of(grey[np.searchsorted(frames, sight.frames)], sight.fps) for sight in seen]
     named = {name: torch.stack([firsts[name, sight.frames[0]] for sight in seen]) for name in {n for n, _ in firsts}}
     texts = encoder.captions([row.clip.caption]) if encoder.reads_captions else {}
-    return {"latents": torch.cat(latents), "motion": torch.tensor(scores, dtype=torch.float64), **named, **texts}
+    every = {name: torch.cat(parts) for name, parts in framed.items()}
+    return {**every, "motion": torch.tensor(scores, dtype=torch.float64), **named, **texts}
 
 
 def _read(row: Checked, frames: Sequence[int]) -> Iterator[tuple[Sequence[int], npt.NDArray[np.uint8]]]:

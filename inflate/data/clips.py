@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a clip check needs none 
 __all__ = ["Batch", "Checked", "ClipDataset", "Data", "Item", "Preflight", "collate", "preflight"]
 
 Pixels = npt.NDArray[np.uint8]
-_ORDER, _START = 0, 1
+_ORDER, _START, _STRIDE = 0, 1, 3
 """Purposes that keep the random streams of one seed apart; `buckets.py` has another."""
 _ORDERS_KEPT = 8
 """Orders of epochs that are remembered: the buckets of a run need not be in the same one."""
@@ -47,6 +47,8 @@ class Item(TypedDict):
     """scaled latents (F, C, h, w); of a sample from a cache"""
     fps: Tensor
     """float32 (), of the window: the clip's rate, or data.fps, over the stride"""
+    stride: Tensor
+    """float32 (), frames of the clip, or of what data.fps makes of it, from one frame of the window to the next"""
     motion: Tensor
     """float32 (), see `motion_score`"""
     origin: NotRequired[Tensor]
@@ -67,8 +69,8 @@ class ClipDataset:
     The windows of all usable clips are listed in the order of the clips: place p of the list is in some bucket. Sample
     `n = e * len(dataset) + p` shows, in epoch e (from 0), a window of the bucket of place p: the one that an order of
     the bucket's windows, drawn from (seed, e), puts there. So each run of `len(dataset)` numbers visits every window
-    once, and `dataset[n]` depends on the settings, the seed and n alone; the start of a random window is drawn from
-    (seed, n). Without `shuffle` each place shows its own window.
+    once, and `dataset[n]` depends on the settings, the seed and n alone; the start of a random window, and its stride
+    up to `data.stride_to`, are drawn from (seed, n). Without `shuffle` each place shows its own window.
 
     `numbers(step, ...)` says which samples form an optimiser step: all of one bucket, as `buckets.Schedule` has it.
     With one bucket they are the numbers in turn. A run that resumes at a step, on any number of reading processes, sees
@@ -118,11 +120,13 @@ class ClipDataset:
         import torch
 
         row, window = self.windows[self._place(int(number))]
+        window = self._strided(int(number), window)
         start = self._start(int(number), window)
         content = self._shown(row, window, start) if self._encoded is None else self._from_cache(row, window, start)
         item = {
             **content,
             "fps": torch.tensor(window.fps, dtype=torch.float32),
+            "stride": torch.tensor(window.stride, dtype=torch.float32),
             "motion": content["motion"].float(),
             "origin": torch.tensor(_origin(row, window), dtype=torch.int64),
             "caption": row.clip.caption,
@@ -179,6 +183,12 @@ class ClipDataset:
                 del self._orders[old]
             self._orders[epoch] = order
         return self._orders[epoch]
+
+    def _strided(self, number: int, window: Window) -> Window:
+        """The window with the stride that a sample draws."""
+        if not window.wider:
+            return window
+        return window.variants[int(np.random.default_rng([self.seed, _STRIDE, number]).integers(len(window.variants)))]
 
     def _start(self, number: int, window: Window) -> int:
         if len(window.starts) == 1:

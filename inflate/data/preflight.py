@@ -210,7 +210,8 @@ def _place(window: Window, probe: video.Probe, settings: Data) -> str:
     place = f"frames {first}"
     if len(window.starts) > 1:
         place += f" to {last}, one of {len(window.starts)}"
-    return f"{place} at {window.fps:.4g} fps"
+    slowest = f" to {window.wider[-1].fps:.4g}" if window.wider else ""
+    return f"{place} at {window.fps:.4g}{slowest} fps"
 
 
 def _ends(shown: Sequence[int]) -> str:

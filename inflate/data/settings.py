@@ -46,6 +46,9 @@ class Data:
     """Frames per second that clips are resampled to, by time stamps; null keeps each clip's own rate."""
     stride: int = 1
     """Take every n-th frame (of the resampled clip): the model is told fps / stride."""
+    stride_to: int | None = None
+    """Each sample's stride is drawn anew, from data.stride to this, as far as its clip is long enough: the model learns
+    rates of its own clips; for data.window=random. Null: all have data.stride."""
     window: Literal["head", "centre", "chunk", "slide", "uniform", "full", "random"] = "random"
     """Windows of a clip. head: the first; centre: the middle one; random: one drawn anew in each epoch; chunk: all, end
     to end; slide: all, overlapping by data.hop; uniform: one whose frames are spread over the clip, so that the model
@@ -73,7 +76,7 @@ class Data:
     and encodes that frame anew in each step, as without a cache."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "stride", "hop", "tokens"):
+        for name in ("frames", "height", "width", "stride", "stride_to", "hop", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: must be 1 or more, not {value}")
@@ -97,6 +100,11 @@ class Data:
         """Raise ConfigError for a setting that the way of sampling would ignore."""
         if self.hop is not None and self.window != "slide":
             raise ConfigError(f"data.hop: is for data.window=slide, not {self.window}; set it to null")
+        if self.stride_to is not None and (self.window != "random" or self.stride_to < self.stride):
+            raise ConfigError(
+                f"data.stride_to: strides are drawn from data.stride ({self.stride}) up to it, for data.window=random, "
+                f"not {self.window}; set it to null"
+            )
         if self.window == "uniform" and (self.fps is not None or self.stride != 1):
             raise ConfigError(
                 "data.window=uniform spreads the frames over each clip: data.fps must be null and data.stride 1"
@@ -131,5 +139,6 @@ class Data:
             raise ConfigError("data.held_out: names no clips to evaluate on; give a sub-folder or split")
         window = "centre" if self.window in WINDOWED else self.window
         return replace(
-            self, split=self.held_out, window=window, hop=None, cache=None, cache_draws=0, cache_dtype="float32"
-        )
+            self, split=self.held_out, window=window, hop=None, stride_to=None, cache=None, cache_draws=0,
+            cache_dtype="float32",
+        )  # fmt: skip

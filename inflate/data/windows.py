@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,15 @@ class Window:
     """frames per second that the model is told"""
     offset: float = 0.0
     """seconds that it begins after its first frame appears, where it goes by time"""
+    stride: int = 1
+    """frames of the (resampled) clip from one to the next"""
+    wider: tuple[Window, ...] = ()
+    """the same with greater strides, where each sample draws its own"""
+
+    @property
+    def variants(self) -> tuple[Window, ...]:
+        """The windows of all strides that a sample may draw."""
+        return (self, *self.wider)
 
     @property
     def middle(self) -> int:
@@ -40,17 +49,24 @@ def windows(found: Probe, settings: Data) -> list[Window]:
         return [Window(_bucket_of_image(found, settings), range(1), IMAGE_FPS)]
     _refuse_slow(found, settings)
     bucket = _bucket_of_video(found, settings)
-    fps = _rate(found, settings) / settings.stride
-    if settings.window == "uniform":
-        fps = _spread_rate(found, bucket.frames)
-    return [Window(bucket, starts, fps, offset) for starts, offset in _starts(found, settings, bucket.frames)]
+    strides = range(settings.stride + 1, (settings.stride_to or settings.stride) + 1)
+    others = [replace(settings, stride=stride, stride_to=None) for stride in strides]
+    wider = tuple(window for one in others for window in _cut(found, one, bucket) if window.starts)
+    return [replace(window, wider=wider) for window in _cut(found, settings, bucket)]
+
+
+def _cut(found: Probe, settings: Data, bucket: Bucket) -> list[Window]:
+    """The windows of one stride."""
+    stride = settings.stride
+    fps = _spread_rate(found, bucket.frames) if settings.window == "uniform" else _rate(found, settings) / stride
+    return [Window(bucket, starts, fps, offset, stride) for starts, offset in _starts(found, settings, bucket.frames)]
 
 
 def frames_of(window: Window, start: int, found: Probe, settings: Data) -> list[int]:
     """The window's frame numbers; a steady clip at its own rate is counted, all others go by time stamps."""
     if settings.window == "uniform":
         return _spread(found, window.bucket.frames)
-    steps = np.arange(window.bucket.frames) * settings.stride
+    steps = np.arange(window.bucket.frames) * window.stride
     if _is_counted(found, settings):
         return [int(i) for i in np.minimum(start + steps, found.frames - 1)]
     return found.shown_at(found.times[start] + window.offset + steps / _rate(found, settings))

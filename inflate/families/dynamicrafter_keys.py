@@ -29,6 +29,8 @@ IDLE = tuple(
 PARTS = (UNET, IMAGE_PROJ, FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, *IDLE)
 GATE = ".attn2.alpha"
 """The gate of a block's image tokens, of the model of 256 pixels alone."""
+RELATIVE = ".relative_position_k."
+"""A table of VideoCrafter's first version."""
 QUERIES = 16
 """Tokens of a frame, in every published model."""
 DEEPSPEED, STRIDE, FPS = "_forward_module.", ".framestride_embed.", ".fps_embedding."

@@ -21,7 +21,7 @@ from inflate.errors import CheckpointError
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families.dynamicrafter import Clips, DynamiCrafter
 from inflate.layers.image_context import OtherLengths
-from inflate.models import exchange, open_clip, original_names, schedule_buffers, single_file, single_file_text
+from inflate.models import exchange, folders, open_clip, original_names, schedule_buffers, single_file, single_file_text
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, encoder_folder, image_statistics, load_image_encoder
 from inflate.models.original_names import size_of
 from inflate.models.original_video_names import FPS, LVDM, layout_of, refuse_what_originals_lack, with_fps
@@ -71,6 +71,11 @@ class Original:
         if surplus:
             listed = exchange.listing(surplus)
             raise CheckpointError(f"{file} holds tensors of no known part: {listed}; nothing was loaded")
+        if any(keys.RELATIVE in key for key in tensors):
+            raise CheckpointError(
+                f"{file} is VideoCrafter 1, whose temporal layers know relative positions and lack convolutions: they "
+                "are not known; VideoCrafter 2 has those of DynamiCrafter"
+            )
         stride = any(keys.STRIDE in key or key.endswith(keys.GATE) for key in saved)
         used = {key: tensor for key, tensor in tensors.items() if not key.startswith(keys.IDLE)}
         idle = {key: tensor for key, tensor in tensors.items() if key not in used}
@@ -90,10 +95,19 @@ class Original:
         return single_file.load_vae(self.origin, lambda _: dict(self.tensors))
 
     def load_text(self, tokenizer: str | Path | None) -> TextEncoders:
-        """The text encoder with the tokenizer in a folder; CheckpointError where one is missing or not whole."""
-        if not any(key.startswith(keys.TEXT_ENCODER) for key in self.tensors):
-            raise CheckpointError(f"{self.origin} holds no text encoder ({keys.TEXT_ENCODER}*): use a whole checkpoint")
-        return single_file_text.load_text_encoders(self.origin, tokenizer, lambda _: dict(self.tensors))
+        """The text encoder with the tokenizer in a folder; CheckpointError where one is missing or not whole.
+
+        A file without one, as shared for ComfyUI, takes that of the same folder, a Stable Diffusion's.
+        """
+        if any(key.startswith(keys.TEXT_ENCODER) for key in self.tensors):
+            return single_file_text.load_text_encoders(self.origin, tokenizer, lambda _: dict(self.tensors))
+        folder = None if tokenizer is None else folders.resolve(tokenizer, single_file_text.ENCODER_FILES)
+        if folder is None or not (folder / "text_encoder").is_dir():
+            raise CheckpointError(
+                f"{self.origin} holds no text encoder ({keys.TEXT_ENCODER}*): name a folder that has one beside its "
+                "tokenizer, Stable Diffusion 2.1's (stabilityai/stable-diffusion-2-1), as tokenizer"
+            )
+        return TextEncoders.load(folder)
 
     def load_image_encoder(self) -> CLIPVisionModelWithProjection:
         """The image encoder; CheckpointError where there is none, or not a whole one of a known width."""

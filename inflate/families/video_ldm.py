@@ -159,7 +159,7 @@ class VideoLDM(TextToVideo):
         network = self.unet if unet is None else unet
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = noisy.new_ones(noisy.shape[:2], dtype=torch.bool) if image_only else None  # (B, F)
+            marks = self.unet.all_images(noisy) if image_only else None
             context, added = condition.context.to(noisy.dtype), self.added(condition, noisy)
             told = self.told(condition, noisy)
             output: Tensor = network(noisy, timestep, context, told, image_only=marks, **added).sample

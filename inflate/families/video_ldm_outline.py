@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import UNet2DConditionModel
 
 from inflate.families.video_ldm import FAMILY, Clips, VideoLDM
-from inflate.models import exchange, folders, single_file, temporal_layers
+from inflate.models import exchange, folders, outlines, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders
 from inflate.models.stable_diffusion import load_noise, noise_of
-from inflate.models.text_encoders import SUFFIXES, TextEncoders
-from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet
-from inflate.models.vae import VideoVAE
+from inflate.models.unet import VIDEO_LDM, VideoUNet
 
 
 def outline(path: str | Path, tokenizer: str | Path | None = None) -> VideoLDM:
@@ -32,17 +24,9 @@ def outline(path: str | Path, tokenizer: str | Path | None = None) -> VideoLDM:
     if temporal_layers.are_in(folder):
         return outline(temporal_layers.image_model_of(folder / folders.SETTINGS_FILE, FAMILY), tokenizer)
     noise = load_noise(folder / "scheduler")
-    return VideoLDM(_unet(folder / "unet"), _vae(folder / "vae"), _text(folder), noise, Clips())
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenizer that knows how long prompts become, and nothing else."""
-
-    model_max_length: int
-
-    def __call__(self, prompts: Sequence[str], **_: Any) -> Any:
-        return SimpleNamespace(input_ids=torch.zeros(len(prompts), self.model_max_length, dtype=torch.long))
+    return VideoLDM(
+        _unet(folder / "unet"), outlines.outline_vae(folder / "vae"), outlines.outline_text(folder), noise, Clips()
+    )
 
 
 def _of_file(file: Path, tokenizer: str | Path | None) -> VideoLDM:
@@ -57,20 +41,4 @@ def _of_file(file: Path, tokenizer: str | Path | None) -> VideoLDM:
 def _unet(folder: Path) -> VideoUNet:
     if folders.unet_kind(folder, UNet2DConditionModel, VideoUNet) is UNet2DConditionModel:
         return exchange.build_unet(exchange.with_defaults(UNet2DConditionModel, folder), VIDEO_LDM)
-    config = folders.plain(folders.read_json(folder / "config.json"))
-    return exchange.build_unet(config, TemporalSpec.from_dict(config.get("temporal") or {}))
-
-
-def _vae(folder: Path) -> AutoencoderKL:
-    kind: Any = folders.unet_kind(folder, AutoencoderKL, VideoVAE)
-    with torch.device("meta"):
-        return kind.from_config(kind.load_config(folder))
-
-
-def _text(folder: Path) -> TextEncoders:
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)[: 1 + (folder / "text_encoder_2").is_dir()]
-    found = [CLIPTextConfig.from_pretrained(folder / f"text_encoder{one}") for one in SUFFIXES[: len(kinds)]]
-    with torch.device("meta"):
-        networks = tuple(kind(config) for kind, config in zip(kinds, found, strict=True))
-    tokenizers: Any = tuple(Tokens(config.max_position_embeddings) for config in found)
-    return TextEncoders(networks, tokenizers, len(kinds) > 1)
+    return outlines.outline_unet(folder)

@@ -72,13 +72,28 @@ def outline(path: str | Path) -> Path:
     return Path(__file__).parents[1] / "outlines" / known
 
 
+def family_of(path: str | Path) -> str | None:
+    """The family that the settings of an export name; none: of a single file, and of a folder of diffusers' alone.
+
+    Of a model on the Hub its configurations are downloaded. CheckpointError where there is no such model.
+    """
+    if str(path).endswith(SAFETENSORS):
+        return None
+    file = resolve(path, CONFIGURATIONS) / SETTINGS_FILE
+    family = read_json(file).get("family") if file.is_file() else None
+    return None if family is None else str(family)
+
+
 def local_folder(path: str | Path) -> Path | None:
     """The folder that `path` or `pocket` names; None for owner/name on the Hub, CheckpointError for anything else."""
     folder = SHIPPED.get(str(path), Path(path).expanduser())
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
+        raise CheckpointError(
+            f"{path} is a file; give the folder of a model in diffusers' layout, which `inflate convert` makes of a "
+            "published file"
+        )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         known = f"owner/name of a model on the Hugging Face Hub, or one that is shipped: {', '.join(SHIPPED)}"
         raise CheckpointError(f"{path} does not exist; give a folder, {known}")

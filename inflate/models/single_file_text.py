@@ -64,6 +64,7 @@ UNUSED = ("embeddings.position_ids", "logit_scale")
 HEAD = 64
 """Channels of an attention head, in every published text encoder."""
 TOKENIZER_FILES = ("*.json", "*.txt", "tokenizer/*")
+ENCODER_FILES = (*TOKENIZER_FILES, "text_encoder/*")
 
 
 def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = read_saved) -> TextEncoders:

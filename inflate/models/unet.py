@@ -285,7 +285,7 @@ class VideoUNet(UNet2DConditionModel):
         timestep: Tensor | float | int,
         encoder_hidden_states: Tensor,
         added_time_ids: Tensor | None = None,
-        image_only: Tensor | None = None,
+        image_only: Tensor | bool | None = None,
         return_dict: bool = True,
         image_features: Tensor | None = None,
         image_tokens: Tensor | None = None,
@@ -294,8 +294,9 @@ class VideoUNet(UNet2DConditionModel):
         """Predict for clips (B,F,C,h,w) at `timestep` (scalar, (B,) or (B,F)).
 
         Context is (B,L,D) or, per frame, (B,F,L,D); `added_time_ids` (B, added ids); `image_only` bool (B,F) marks
-        frames that no temporal layer may change. A model with an image context takes the image's features (B,P,E) or,
-        made of them by `image_tokens_of`, its tokens (B,T,D) or (B,F,T,D); without either it attends to the text alone.
+        frames that no temporal layer may change, True leaves those layers out (`all_images`). A model with an image
+        context takes the image's features (B,P,E) or, made of them by `image_tokens_of`, its tokens (B,T,D) or
+        (B,F,T,D); without either it attends to the text alone.
         Other arguments of the 2D UNet pass as they are, their batch being `B*F`. Raises `InflateError` where shapes
         disagree. Source: Stable Video Diffusion (2023), appendix D; DynamiCrafter (2023), section 3.2.
         """
@@ -304,7 +305,7 @@ class VideoUNet(UNet2DConditionModel):
         clips = sample.shape[:2]
         context, added = self._context(encoder_hidden_states, image_features, image_tokens, clips)
         output = self._folded(
-            ClipState(clips[1], _frame_mask(image_only, clips), image_tokens=added),
+            ClipState(clips[1], _frame_mask(image_only, clips), image_only is True, added),
             sample.flatten(0, 1),  # (B*F, C, h, w)
             _per_frame(timestep, clips, sample.device),  # (B*F,)
             context,  # (B*F, L + T, D)
@@ -313,6 +314,14 @@ class VideoUNet(UNet2DConditionModel):
         )
         output = output.unflatten(0, clips)  # (B, F, C', h, w)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def all_images(self, sample: Tensor) -> Tensor | bool:
+        """What tells `forward` that all frames of clips (B,F,C,h,w) are images: True, which leaves temporal layers out.
+
+        Where those learn it is marks (B,F), by which they have a gradient, of zeros: several processes wait for it.
+        """
+        learns = torch.is_grad_enabled() and any(one.requires_grad for one in self.temporal_parameters().values())
+        return sample.new_ones(sample.shape[:2], dtype=torch.bool) if learns else True
 
     def _context(
         self, text: Tensor, features: Tensor | None, tokens: Tensor | None, clips: torch.Size
@@ -625,8 +634,10 @@ def _frame_context(context: Tensor, clips: torch.Size, name: str) -> Tensor:
     )
 
 
-def _frame_mask(image_only: Tensor | None, clips: torch.Size) -> Tensor | None:
+def _frame_mask(image_only: Tensor | bool | None, clips: torch.Size) -> Tensor | None:
     """The image mask as bool (B,F)."""
-    if image_only is not None and image_only.shape != clips:
+    if not isinstance(image_only, Tensor):
+        return None
+    if image_only.shape != clips:
         raise InflateError(f"image_only must be {tuple(clips)}, got {tuple(image_only.shape)}")
-    return None if image_only is None else image_only.bool()
+    return image_only.bool()

@@ -20,13 +20,15 @@ from inflate.data.preflight import Preflight, Progress, preflight, refuse_droppe
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
-from inflate.families import svd_encoders, svd_model, video_ldm
+from inflate.families import dynamicrafter_model, svd_encoders, svd_model, video_ldm
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
 from inflate.models import stable_diffusion
 from inflate.models.vae import encode_at_most
 from inflate.tables import aligned
-from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder
+from inflate.training import stages
+from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder, image_text_encoder
+from inflate.training.image_text_to_video import ImageTextToVideo
 from inflate.training.image_to_video import ImageToVideo
 from inflate.training.memory_settings import Memory
 from inflate.training.processes import join_processes, together
@@ -42,6 +44,8 @@ class Model(svd_model.Model):
 
     tokenizer: str | None = None
     """for a single file of text-to-video, as the recipe has it"""
+    image_stream: str | None = None
+    """of DynamiCrafter's stage=adapt; nothing of it is cached"""
 
 
 @dataclass
@@ -51,27 +55,33 @@ class Caching:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     image_to_video: ImageToVideo = field(default_factory=ImageToVideo)
+    image_text_to_video: ImageTextToVideo = field(default_factory=ImageTextToVideo)
     memory: Memory = field(default_factory=Memory)
     stage: str = "image_to_video"
-    """what a recipe trains: its stages of text-to-video read captions, all others first frames"""
+    """what a recipe trains: stages of text-to-video read captions, those of DynamiCrafter captions and frames, all
+    others first frames"""
 
     def encoder(self, device: torch.device) -> ClipEncoder | TextClipEncoder:
         """The model's encoders, on the device."""
-        if self.stage in get_args(Stage):
-            return self._text_encoder(device)
-        encoders = self.model.encoders()
-        encoders.decode_chunk = self.data.main.frames
-        encode_at_most(encoders.vae, self.memory.encode_frames)
-        for network in (encoders.vae, encoders.image_encoder):
+        made = self._encoder()
+        vae, text = made.family.vae, getattr(made.family, "text", None)
+        encode_at_most(vae, self.memory.encode_frames)
+        others = [getattr(made.family, "image_encoder", None), *(() if text is None else text.networks)]
+        for network in (vae, *filter(None, others)):
             network.requires_grad_(False).eval().to(device)
-        return clip_encoder(encoders, self.data, self.image_to_video)
+        return made
 
-    def _text_encoder(self, device: torch.device) -> TextClipEncoder:
-        encoders = video_ldm.Encoders.load(self.model.path, self.model.tokenizer, self.model.image_model)
-        encode_at_most(encoders.vae, self.memory.encode_frames)
-        for network in (encoders.vae, *encoders.text.networks):
-            network.requires_grad_(False).eval().to(device)
-        return TextClipEncoder(encoders, self.data.cache_dtype)
+    def _encoder(self) -> ClipEncoder | TextClipEncoder:
+        model, kind = self.model, stages.named(self.stage, self.model.path)
+        if kind is not None:
+            start = dynamicrafter_model.Model(model.path, None, model.image_encoder, model.image_model, model.tokenizer)
+            return image_text_encoder(stages.encoders(kind, start), self.data, self.image_text_to_video)
+        if self.stage in get_args(Stage):
+            encoders = video_ldm.Encoders.load(model.path, model.tokenizer, model.image_model)
+            return TextClipEncoder(encoders, self.data.cache_dtype)
+        svd = model.encoders()
+        svd.decode_chunk = self.data.main.frames
+        return clip_encoder(svd, self.data, self.image_to_video)
 
 
 def cache_clips(settings: Caching, verify: bool, prune: bool, progress: Callable[[str], Progress], say: Say) -> None:

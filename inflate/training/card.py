@@ -50,6 +50,15 @@ TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
 """How to draw a prompt with a text-to-video export."""
 
 
+ANIMATION_USE = '```bash\ninflate sample export image.png --prompt "a prompt" -o out.mp4\n```'
+"""How to animate an image by a prompt with an export of DynamiCrafter's family."""
+
+STREAM_USE = (
+    "```bash\npython recipes/dynamicrafter_finetune.py recipes/dynamicrafter_adapt.yaml model.image_stream=export\n```"
+)
+"""How to go on with an image stream alone."""
+
+
 def hardware() -> str:
     """The device that a run of this process uses."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from inflate.data.settings import Data
+from inflate.families.dynamicrafter import ImageEncoding
 from inflate.families.svd_encoders import Encoding
 from inflate.models import stable_diffusion
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
+from inflate.training.image_text_to_video import ALL_FEATURES, FEATURES, ImageTextToVideo
 from inflate.training.image_to_video import ImageToVideo
 from inflate.training.noise import seed_of
 
@@ -33,6 +35,11 @@ def clip_encoder(family: Encoding, data: Data, conditioning: ImageToVideo) -> Cl
     """The encoder that the settings of a run ask for."""
     aug = conditioning.noise_aug_mean, conditioning.noise_aug_std
     return ClipEncoder(family, data.cache_dtype, data.cache_draws, *aug)
+
+
+def image_text_encoder(family: ImageEncoding, data: Data, settings: ImageTextToVideo) -> ImageTextClipEncoder:
+    """The encoder that the settings of a run ask for: of the frames that may be the image."""
+    return ImageTextClipEncoder(family, data.cache_dtype, settings.condition_frame == "random")
 
 
 class ClipEncoder:
@@ -54,15 +61,17 @@ class ClipEncoder:
         family, (mean, std) = self.family, self.aug
         return {
             "vae": encoder_sha256(family.vae), "latent scale": str(family.vae.config.scaling_factor),
-            "vae settings": _settings(family.vae, VAE_SETTINGS), "image_encoder": weights_sha256(family.image_encoder),
-            "image settings": _settings(family.image_encoder, IMAGE_SETTINGS),
-            "image statistics": f"{family.image_mean} {family.image_std}", "precision": self.precision,
+            "vae settings": _settings(family.vae, VAE_SETTINGS), **image_identity(family), "precision": self.precision,
             "condition frames": f"{self.draws} at log-normal {mean} {std}" if self.draws else "none",
         }  # fmt: skip
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
         return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
+
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Nothing else."""
+        return {}
 
     def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
         """`context` (N, 1, D), and with draws `image_latents` (N, K, C, h, w) of noise levels `augs` (N, K)."""
@@ -109,6 +118,10 @@ class TextClipEncoder:
         """Scaled latents (N, C, h, w) of frames (N, 3, H, W)."""
         return self.family.encode(pixels.to(self.family.vae.device)[None])[0].to(self.dtype)
 
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Nothing else."""
+        return {}
+
     def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
         """Nothing: no frame is a condition."""
         return {}
@@ -118,6 +131,45 @@ class TextClipEncoder:
         found = self.family.embed(texts)
         states = {"caption_states": found.context.to(self.dtype)}
         return states if found.pooled is None else {**states, "caption_pooled": found.pooled.to(self.dtype)}
+
+
+class ImageTextClipEncoder(TextClipEncoder):
+    """The frozen networks of a model that animates an image by a text, as `inflate.data.cache.Encoder`.
+
+    The image encoder's features are those of every frame, or of first frames alone.
+    """
+
+    family: ImageEncoding
+
+    def __init__(self, family: ImageEncoding, precision: Precision, every_frame: bool) -> None:
+        super().__init__(family, precision)
+        self.every_frame = every_frame
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """That of a text-to-video model, the image encoder's, and of which frames the features are."""
+        features = "every frame" if self.every_frame else "first frames"
+        return {**super().identity, **image_identity(self.family), "image features": features}
+
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        """`frame_features` (N, P, E), where they are of every frame."""
+        return {ALL_FEATURES: self._features(pixels)} if self.every_frame else {}
+
+    def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
+        """`features` (N, P, E), where they are of first frames."""
+        return {} if self.every_frame else {FEATURES: self._features(pixels)}
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.family.embed_image(pixels.to(self.family.vae.device)).to(self.dtype)
+
+
+def image_identity(family: Encoding | ImageEncoding) -> dict[str, str]:
+    """All that an image encoder's results depend on."""
+    return {
+        "image_encoder": weights_sha256(family.image_encoder),
+        "image settings": _settings(family.image_encoder, IMAGE_SETTINGS),
+        "image statistics": f"{family.image_mean} {family.image_std}",
+    }
 
 
 def text_identity(text: TextEncoders) -> dict[str, str]:

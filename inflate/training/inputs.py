@@ -32,6 +32,6 @@ def check_inputs(training: Training, data: Data, *models: str | None, adapter: s
 
 
 def refuse_draws(data: Data, stage: str) -> None:
-    """Raise ConfigError where condition frames are to be cached for a stage that has none."""
+    """Raise ConfigError where noised condition frames are to be cached for a stage that has none."""
     if data.cache_draws:
-        raise ConfigError(f"data.cache_draws: stage={stage} has no condition frame; set it to 0")
+        raise ConfigError(f"data.cache_draws: stage={stage} has no noised condition frame; set it to 0")

@@ -74,7 +74,7 @@ def _steps_by_itself(run: Settings) -> bool:
 
 def _has_frozen(run: Settings) -> bool:
     """Whether layers of the trained network stay as they are, and may be rounded."""
-    temporal = "temporal" in (run.get("image_to_video.trainable"), run.get("stage"))
+    temporal = "temporal" in (run.get("image_to_video.trainable"), run.get("stage")) or run.get("stage") == "context"
     merged = run.get("text_to_video.domain_adapter") is not None  # into weights that are then not to be rounded
     return _denoises(run) and not merged and (temporal or not _learns_whole(run))
 
@@ -106,7 +106,9 @@ MEASURES = (
     Measure("frames encoded one by one", "smaller calls of the encoder", _set(memory__encode_frames=1)),
     Measure("previews by strips", "a tenth more arithmetic in previews", _where(_denoises, memory__decode_rows=16)),
     Measure("half precision", "rounding to bf16", _halved),
-    Measure("one preview at a time", "fewer previews", _set(text_to_video__preview_clips=1)),
+    Measure("one preview at a time", "fewer previews", _set(
+        text_to_video__preview_clips=1, image_text_to_video__preview_clips=1
+    )),
     Measure("single clips", "more passes per step", _single_clips),
     Measure("weights in bf16", "those that learn whole are rounded at random", _where(
         _denoises, training__precision="pure_bf16"

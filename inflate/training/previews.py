@@ -1,19 +1,77 @@
-"""Videos that show two previews of a run against each other."""
+"""What previews write: samples below their truth, how close they come to it, and two previews against each other."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from inflate.data import video
+from inflate.data.pixels import to_uint8, unit
+from inflate.metrics.video import flicker_error, psnr
+from inflate.training.held_out import size_of
+from inflate.training.player import Batch
 
 Pixels = npt.NDArray[np.uint8]
 SHOWN = 4
 """Videos side by side."""
 LEAST_HEIGHT = 192
 """Smaller videos are enlarged by a whole factor, so that a person sees their pixels."""
+
+
+def write_pairs(folder: Path, shown: Sequence[Batch], places: list[int], truth: Tensor, generated: Tensor) -> None:
+    """Write samples (N, F, 3, H, W) of those of the shown clips that have one size as mp4 files, and a contact sheet.
+
+    Each is named by its place; in the sheet its truth is above it. Of images there is the sheet alone.
+    """
+    rows, labels = [], []
+    for place, real, made in zip(places, truth, generated, strict=True):
+        name = f"{place:02d}"
+        if len(made) > 1:
+            video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(shown[place]["fps"][0]))
+        rows += [to_uint8(unit(real)), to_uint8(unit(made))]
+        labels += [f"{name} truth", f"{name} sample"]
+    video.contact_sheet(folder / sheet_name(shown, places), rows, labels)
+
+
+def sheet_name(shown: Sequence[Batch], places: list[int]) -> str:
+    """The file of the contact sheet of those of the shown clips that have one size."""
+    size = "x".join(map(str, size_of(shown[places[0]])))
+    return "sheet.png" if len(places) == len(shown) else f"sheet-{size}.png"
+
+
+def scores(truth: Tensor, generated: Tensor, given: Tensor) -> dict[str, float]:
+    """How close samples come to their clips, all (N, F, 3, H, W) in [-1, 1]: PSNR in dB, flicker error in [0, 1] units.
+
+    `given` are the clips as the autoencoder has them. Means over clips.
+    """
+    truth, generated, given = unit(truth), unit(generated), unit(given)
+    static, held = truth[:, :1].expand_as(truth), generated[:, :1].expand_as(generated)
+    first, near = slice(0, 1), slice(1, 4)
+    found = {
+        "frame 0, sample": psnr(generated[:, first], truth[:, first]),
+        "frame 0, autoencoder": psnr(given[:, first], truth[:, first]),
+    }
+    if truth.shape[1] > 1:
+        found |= {
+            "frames 1-3, sample": psnr(generated[:, near], truth[:, near]),
+            "frames 1-3, sample held still": psnr(held[:, near], truth[:, near]),
+            "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
+            "flicker error, sample": flicker_error(generated, truth),
+        }
+    return {name: float(value.mean()) for name, value in found.items()}
+
+
+def write_scores(folder: Path, each: Sequence[dict[str, float]]) -> None:
+    """Write scores.json, the mean of what was measured of each clip."""
+    names = dict.fromkeys(name for one in each for name in one)
+    known = {name: [one[name] for one in each if name in one] for name in names}
+    means = {name: sum(values) / len(values) for name, values in known.items()}
+    (folder / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
 
 
 def compare_previews(before: Path, after: Path, target: Path) -> None:

@@ -28,8 +28,8 @@ class NoiseClips:
         generator = torch.Generator().manual_seed(seed_of("rehearsal", number))
         pixels = torch.rand(FRAMES, 3, SIDE, SIDE, generator=generator) * 2 - 1
         return {
-            "pixels": pixels, "fps": torch.tensor(8.0), "motion": torch.tensor(0.2), "caption": "",
-            "number": torch.tensor(number), "name": f"noise {number}",
+            "pixels": pixels, "fps": torch.tensor(8.0), "stride": torch.tensor(1.0), "motion": torch.tensor(0.2),
+            "caption": "", "number": torch.tensor(number), "name": f"noise {number}",
         }  # fmt: skip
 
 

@@ -20,15 +20,17 @@ from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.models.text_encoders import TextCondition
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import visiting
-from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.text_to_video import Sampling, sample
 from inflate.training.adapting import Adapting
+from inflate.training.captions import encoded_text, text_of
 from inflate.training.domain import Domain
 from inflate.training.economy import as_loaded
 from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, same_size, size_of
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
+from inflate.training.previews import sheet_name
+from inflate.training.timesteps import by_band, middles
 
 Stage = Literal["spatial", "temporal", "joint"]
 
@@ -139,9 +141,7 @@ class TextToVideoTask:
         timestep = objective.timestep(share)  # (B,) or (B, F)
         predict = family.predict(condition, self.players[0].network, self._single(batch))
         loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
-        band = (timestep * self.settings.bands // TRAIN_TIMESTEPS).reshape(len(clean), -1).expand_as(loss)
-        told = {name: Selected(loss.flatten(), (band == n).flatten()) for n, name in enumerate(self._bands())}
-        return loss.mean(dim=1), told
+        return loss.mean(dim=1), by_band(loss, timestep, self.settings.bands)
 
     def clean(self, batch: Batch, device: torch.device) -> Tensor:
         """The clips' scaled latents (B, F, C, h, w)."""
@@ -152,14 +152,8 @@ class TextToVideoTask:
 
     def condition(self, batch: Batch, device: torch.device) -> TextCondition:
         """What the UNet is told of the clips: their captions, frame rates, and where their pixels come from."""
-        cached = "caption_states" in batch
-        text = self._cached_text(batch, device) if cached else self.family.embed(batch["caption"])
         beside = {name: batch[name].to(device) for name in ("origin", "fps") if name in batch}
-        return replace(text, **beside)
-
-    def _cached_text(self, batch: Batch, device: torch.device) -> TextCondition:
-        place, pooled = (device, self.family.vae.dtype), batch.get("caption_pooled")
-        return TextCondition(batch["caption_states"].to(*place), None if pooled is None else pooled.to(*place))
+        return replace(text_of(self.family, batch, device), **beside)
 
     def drop(self, condition: TextCondition, draw: Tensor) -> TextCondition:
         """The condition, of the empty prompt in place of those captions whose uniform draw (B,) says so."""
@@ -177,7 +171,7 @@ class TextToVideoTask:
         losses = self.fixed_losses(held_out)  # (N, levels)
         bypassed = self.fixed_losses(held_out, image_only=True)  # (N, levels)
         known = self.fixed_losses(training)
-        named = [f"timestep {timestep}" for timestep in self.levels()]
+        named = [f"timestep {timestep}" for timestep in middles(self.settings.bands)]
         return named_losses(losses, bypassed, known, named, [size_of(clip) for clip in self.held_out])
 
     @cached_property
@@ -195,18 +189,8 @@ class TextToVideoTask:
             ]  # fmt: skip
         with visiting(self.family.text.networks, device):
             for clip in encoded:
-                clip |= {} if "caption_states" in clip else self._captions(clip["caption"])
+                clip |= encoded_text(self.family, clip)
         return encoded[: len(self.held_out)], encoded[len(self.held_out) :]
-
-    def _captions(self, captions: list[str]) -> Batch:
-        """What is encoded of captions, by the names that a cache has for it, on the CPU."""
-        text = self.family.embed(captions)
-        pooled = {} if text.pooled is None else {"caption_pooled": text.pooled.cpu()}
-        return {"caption_states": text.context.cpu(), **pooled}
-
-    def levels(self) -> list[int]:
-        """The timesteps of the held-out loss: the middles of the bands."""
-        return [int((band + 0.5) * TRAIN_TIMESTEPS / self.settings.bands) for band in range(self.settings.bands)]
 
     def fixed_losses(self, clips: list[Batch], image_only: bool = False) -> Tensor:
         """The loss of each clip at each timestep (N, levels), float64, on noise fixed by the seed and its number."""
@@ -215,7 +199,8 @@ class TextToVideoTask:
             clean, condition = self.clean(batch, noise.device), self.condition(batch, noise.device)
             predict = self.family.predict(condition, self.players[0].network, image_only or self._single(batch))
             fixed, objective = noise.normal("held-out", *clean.shape[1:]), self.family.objective
-            steps = torch.tensor(self.levels(), device=noise.device)[:, None].expand(-1, len(clean))  # (levels, B)
+            steps = torch.tensor(middles(self.settings.bands), device=noise.device)[:, None]  # (levels, 1)
+            steps = steps.expand(-1, len(clean))  # (levels, B)
             return torch.stack([objective.loss(predict, clean, one, fixed).mean(1) for one in steps], dim=1)
 
         return fixed_losses(clips, self.settings.bands, self.seed, self._device(), measure, self.together)
@@ -228,10 +213,8 @@ class TextToVideoTask:
             clips = [to_uint8(unit(clip)) for clip in drawn]
             for place, clip in zip(places, clips, strict=True):
                 video.write(folder / f"{place:02d}.mp4", clip, float(self.shown[place]["fps"][0]))
-            alone = len(places) == len(self.shown)
-            size = "x".join(map(str, size_of(self.shown[places[0]])))
             labels = [f"{place:02d}" for place in places]
-            video.contact_sheet(folder / ("sheet.png" if alone else f"sheet-{size}.png"), clips, labels)
+            video.contact_sheet(folder / sheet_name(self.shown, places), clips, labels)
 
     def drawn(self) -> Iterator[tuple[list[int], Tensor]]:
         """What a preview shows, by size: places of clips, and the samples of their captions (`draw`)."""
@@ -260,11 +243,6 @@ class TextToVideoTask:
 
     def _as_exported(self) -> AbstractContextManager[None]:
         return nullcontext() if self.domain is None else self.domain.left_out()
-
-    def _bands(self) -> list[str]:
-        edges = [band * TRAIN_TIMESTEPS // self.settings.bands for band in range(self.settings.bands + 1)]
-        names = [f"loss at timestep {low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
-        return names if len(names) > 1 else []
 
     def _single(self, batch: Batch) -> bool:
         """Whether frames stand alone: those of images, and all while only the image model's layers are trained."""

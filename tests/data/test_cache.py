@@ -37,6 +37,9 @@ class Means:
         self.frames += len(pixels)
         return pixels.mean(dim=(2, 3))  # (N, 3)
 
+    def of_frames(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"frame_brightest": pixels.amax(dim=(2, 3))}
+
     def starts(self, pixels: Tensor, seeds: Sequence[str]) -> dict[str, Tensor]:
         self.first += len(pixels)
         draws = [int(hashlib.md5(seed.encode()).hexdigest()[:6], 16) for seed in seeds]

@@ -135,12 +135,12 @@ def test_conditions_become_one_and_several(model: DynamiCrafter) -> None:
 # --- what is left out -------------------------------------------------------------------------------------------------
 
 
-def dropped(draws: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def dropped(draws: Tensor, *rates: float) -> tuple[Tensor, Tensor]:
     """Which clips lose their text, and which their image."""
     ones = torch.ones(len(draws), 2, 3)
     detail = torch.ones(len(draws), 1, 4, 1, 1)
     condition = Condition(ones, ones, detail, draws)
-    left = condition.drop(draws, rate, torch.full((1, 2, 3), 5.0), torch.full((1, 2, 3), 7.0))
+    left = condition.drop(draws, torch.full((1, 2, 3), 5.0), torch.full((1, 2, 3), 7.0), *rates)
     assert left.detail is detail
     assert left.number is draws
     assert left.image is not None
@@ -149,28 +149,29 @@ def dropped(draws: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     return (left.text == 5).all((1, 2)), (left.image == 7).all((1, 2))
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.2])
-def test_text_image_and_both_are_left_out_equally_often(rate: float) -> None:
+@pytest.mark.parametrize("rates", [(), (0.2, 0.1, 0.3)])
+def test_text_both_and_the_image_are_left_out_as_often_as_asked(rates: tuple[float, ...]) -> None:
     draws = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    text, image = dropped(draws, rate)
-    for which in (text & ~image, text & image, ~text & image):
+    text, image = dropped(draws, *rates)
+    for which, rate in zip((text & ~image, text & image, ~text & image), rates or (0.05,) * 3, strict=True):
         assert float(which.float().mean()) == pytest.approx(rate, abs=4 * (rate / 100_000) ** 0.5)
 
 
 def test_nothing_or_all_may_be_left_out() -> None:
     draws = torch.tensor([0.0, 0.3, 0.5, 0.999])
-    assert not any(which.any() for which in dropped(draws, 0.0))
-    text, image = dropped(draws, 1 / 3)
-    assert text.tolist() == [True, True, True, False]
-    assert image.tolist() == [False, False, True, True]
-    with pytest.raises(ConfigError, match=r"a rate of 0\.4 leaves no sample whole"):
-        dropped(draws, 0.4)
+    assert not any(which.any() for which in dropped(draws, 0.0, 0.0, 0.0))
+    text, image = dropped(draws, 0.25, 0.25, 0.5)
+    assert text.tolist() == [True, True, False, False]
+    assert image.tolist() == [False, True, True, True]
+    for rates in ((0.4, 0.4, 0.3), (0.1, -0.1, 0.1)):
+        with pytest.raises(ConfigError, match=r"drop rates .* must be at least 0 and at most 1 in all"):
+            dropped(draws, *rates)
 
 
 def test_an_image_that_is_tokens_already_is_not_left_out_silently() -> None:
     condition = Condition(torch.ones(1, 2, 3), None, None, torch.ones(1), tokens=torch.ones(1, 2, 3))
     with pytest.raises(InflateError, match="image tokens cannot be left out: drop before they are made"):
-        condition.drop(torch.zeros(1), 0.1, torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+        condition.drop(torch.zeros(1), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
 
 
 # --- birth, files -----------------------------------------------------------------------------------------------------

@@ -164,10 +164,29 @@ def test_an_image_encoder_of_its_own_can_be_named(changed: Changed, tmp_path: Pa
     assert equal(found.image_encoder.state_dict(), encoder.state_dict())
 
 
+def test_a_text_encoder_of_its_own_can_be_named(changed: Changed, family: DynamiCrafter, tmp_path: Path) -> None:
+    tensors, file, tokenizer = changed
+    torch.save({key: tensor for key, tensor in tensors.items() if not key.startswith("cond_stage_model.")}, file)
+    with pytest.raises(
+        CheckpointError, match="holds no text encoder .*name a folder that has one beside its tokenizer"
+    ):
+        Original.read(file).load(tokenizer)
+    family.text.save_pretrained(tmp_path)
+    assert same(Original.read(file).load(tmp_path), family)
+
+
 def test_tensors_of_no_known_part_are_listed(changed: Changed) -> None:
     tensors, file, _ = changed
     torch.save({**tensors, "model_ema.odd": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"tensors of no known part: model_ema\.odd; nothing was loaded"):
+        Original.read(file)
+
+
+def test_videocrafters_first_version_is_refused_by_name(changed: Changed) -> None:
+    tensors, file, _ = changed
+    block = "model.diffusion_model.init_attn.0.transformer_blocks.0.attn1"
+    torch.save({**tensors, f"{block}.relative_position_k.embeddings_table": torch.zeros(33, 64)}, file)
+    with pytest.raises(CheckpointError, match=r"is VideoCrafter 1, whose temporal layers .*; VideoCrafter 2 has those"):
         Original.read(file)
 
 

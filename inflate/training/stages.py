@@ -1,0 +1,125 @@
+"""DynamiCrafter's stages of training: what each begins with, and which settings go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+from transformers import CLIPVisionModelWithProjection
+
+from inflate.data.buckets import Bucket
+from inflate.errors import ConfigError
+from inflate.families import dynamicrafter_outline, video_ldm_outline
+from inflate.families.dynamicrafter import FAMILY, Clips, DynamiCrafter, Encoders
+from inflate.families.dynamicrafter_model import Model
+from inflate.families.video_ldm import Encoders as TextEncoders
+from inflate.families.video_ldm import VideoLDM
+from inflate.layers.image_context import ImageContext, OtherLengths
+from inflate.models import folders, image_stream
+from inflate.models.image_encoders import encoder_folder, outline_image_encoder
+
+Stage = Literal["context", "adapt", "joint", "finetune"]
+FROM_TEXT: tuple[Stage, ...] = ("context", "adapt")
+"""Stages that begin with a model that sees no image."""
+
+
+@dataclass
+class Queries:
+    """The query transformer that stage=context creates; the defaults are DynamiCrafter's."""
+
+    width: int = ImageContext.width
+    """channels of its layers"""
+    depth: int = ImageContext.depth
+    """layers"""
+    heads: int = ImageContext.heads
+    """attention heads of each layer"""
+    head_width: int = ImageContext.head_width
+    """channels of a head"""
+    queries: int = ImageContext.queries
+    """tokens that it makes of an image for each frame"""
+    other_lengths: OtherLengths = ImageContext.other_lengths
+    """clips of another length than those of stage=adapt: interpolate = the queries of frames are interpolated over the
+    clip; share = every frame attends to the tokens of all"""
+
+
+def begin(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
+    """The model that a stage trains, for clips of so many frames; CheckpointError."""
+    if stage not in FROM_TEXT:
+        family = model.load()
+        if stage == "joint":
+            family.take_detail()
+        return family
+    text = VideoLDM.load(model.path, model.image_model, model.tokenizer, model.prediction)
+    encoders = model.encoders(text)
+    context = None
+    if stage == "context":
+        context = new_context(queries, encoders.image_encoder)
+    else:
+        image_stream.load(text.unet, encoders.image_encoder, folders.resolve(str(model.image_stream)), frames)
+    statistics = {"image_mean": encoders.image_mean, "image_std": encoders.image_std}
+    clips = Clips(frames, text.clips.fps, text.clips.height, text.clips.width)
+    return DynamiCrafter.from_text_to_video(text, encoders.image_encoder, clips, context, statistics)
+
+
+def outline(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
+    """The shape of that model, of which no weights are read; CheckpointError where a configuration is missing."""
+    if stage not in FROM_TEXT:
+        family = dynamicrafter_outline.outline(model.path)
+        if stage == "joint":
+            family.take_detail()
+        return family
+    text = video_ldm_outline.outline(model.image_model or model.path, model.tokenizer)
+    vision = outline_image_encoder(encoder_folder(model.image_encoder or model.path))
+    context = new_context(queries, vision)
+    if stage == "adapt":
+        context = replace(image_stream.context_of(folders.resolve(str(model.image_stream))), frames=frames)
+    return DynamiCrafter.from_text_to_video(text, vision, Clips(frames), context)
+
+
+def new_context(queries: Queries, encoder: CLIPVisionModelWithProjection) -> ImageContext:
+    """The image context that stage=context creates: one group of queries, for what the encoder tells."""
+    return ImageContext(encoder.config.hidden_size, frames=1, **asdict(queries))
+
+
+def named(stage: str, path: str) -> Stage | None:
+    """The stage of this name, of a run from this model; None where it is another recipe's.
+
+    Text-to-video has a stage `joint`, too, which begins with another family's model.
+    """
+    stages: dict[str, Stage] = {one: one for one in get_args(Stage)}
+    if stage == "joint" and folders.family_of(path) != FAMILY:
+        return None
+    return stages.get(stage)
+
+
+def encoders(stage: Stage, model: Model) -> Encoders:
+    """The frozen networks of that model; CheckpointError."""
+    if stage not in FROM_TEXT:
+        return Encoders.load(model.path)
+    return model.encoders(TextEncoders.load(model.path, model.tokenizer, model.image_model))
+
+
+def check_stage(stage: Stage, model: Model, interpolation: bool, sizes: Sequence[Bucket]) -> None:
+    """Raise ConfigError for settings of the model, of its clips or of the way of training that a stage has not."""
+    if (stage == "adapt") != (model.image_stream is not None):
+        raise ConfigError(
+            "model.image_stream: stage=adapt begins with the export of a run of stage=context, which it names; "
+            f"stage={stage} {'lacks it' if stage == 'adapt' else 'takes none'}"
+        )
+    given = [name for name in ("image_encoder", "image_model", "tokenizer", "prediction") if getattr(model, name)]
+    if given and stage not in FROM_TEXT:
+        raise ConfigError(f"model.{given[0]}: stage={stage} begins with a whole DynamiCrafter folder: set it to null")
+    if interpolation and stage in FROM_TEXT:
+        raise ConfigError(
+            f"image_text_to_video.interpolation=true: stage={stage} shows the model no latents of images; set it in "
+            "stage=joint or finetune"
+        )
+    videos = [bucket for bucket in sizes if bucket.frames > 1]
+    if stage == "context" and videos:
+        raise ConfigError(
+            f"data: bucket {videos[0]} has several frames, and stage=context trains on single images: set "
+            "data.frames=1, which takes any frame of a clip"
+        )
+    if stage != "context" and len(videos) < len(sizes):
+        raise ConfigError(f"data: stage={stage} trains on clips: leave out the buckets of one frame")

@@ -1,0 +1,154 @@
+"""Let a text-to-video model animate an image, in DynamiCrafter's stages, or fine-tune one that does.
+
+accelerate launch recipes/dynamicrafter_finetune.py recipes/dynamicrafter_context.yaml data.path=clips
+    an image stream, on single images: a query transformer, and keys and values of its tokens beside those of the text
+accelerate launch recipes/dynamicrafter_finetune.py recipes/dynamicrafter_adapt.yaml data.path=clips
+    that stream in a text-to-video model, whose temporal layers stay as they are
+accelerate launch recipes/dynamicrafter_finetune.py recipes/dynamicrafter_joint.yaml data.path=clips
+    the image's latent beside the noisy ones as well, of a frame that is drawn for each sample
+accelerate launch recipes/dynamicrafter_finetune.py recipes/dynamicrafter_finetune.yaml data.path=clips
+    the published weights, or an export of stage=joint, on your clips
+accelerate launch recipes/dynamicrafter_finetune.py recipes/dynamicrafter_interpolation.yaml data.path=clips
+    the same, from a first to a last frame
+python recipes/dynamicrafter_finetune.py recipes/dynamicrafter_pocket_context.yaml
+    the pocket model on the demo clips, on a CPU; dynamicrafter_pocket_adapt.yaml and so on follow
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from inflate import config as configuration
+from inflate.adapters.settings import AdapterSettings
+from inflate.data.buckets import check_multiples
+from inflate.data.clips import ClipDataset, collate
+from inflate.data.settings import Data
+from inflate.errors import report_errors
+from inflate.families.dynamicrafter import FAMILY, DynamiCrafter
+from inflate.families.dynamicrafter_model import Model
+from inflate.fitting import fitted
+from inflate.models.vae import encode_at_most
+from inflate.training import adapting
+from inflate.training.adapting import Adapting
+from inflate.training.card import ANIMATION_USE, STREAM_USE, write_card
+from inflate.training.checkpoint import writing
+from inflate.training.economy import save_decoding, save_memory
+from inflate.training.encoding import image_text_encoder
+from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
+from inflate.training.inputs import check_inputs, refuse_draws
+from inflate.training.loop import Result, fit
+from inflate.training.memory_settings import Memory
+from inflate.training.noise import seed_of
+from inflate.training.outcome import say
+from inflate.training.previews import compare_previews
+from inflate.training.processes import join_processes
+from inflate.training.settings import Training
+from inflate.training.stages import Queries, Stage, begin, check_stage
+
+
+@dataclass
+class Config:
+    """Settings of the recipe."""
+
+    stage: Stage = "finetune"
+    """context: the image stream alone, on images; adapt: that and the image model's layers, on clips; joint: the same,
+    and the image's latent is shown, too; finetune: every layer, or an adapter"""
+    model: Model = field(default_factory=Model)
+    image_context: Queries = field(default_factory=Queries)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    image_text_to_video: ImageTextToVideo = field(default_factory=ImageTextToVideo)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    memory: Memory = field(default_factory=Memory)
+    sampling: Preview = field(default_factory=Preview)
+
+    def __post_init__(self) -> None:
+        """A stage has its own start and its own clips; layers beside an adapter stay as they are."""
+        refuse_draws(self.data, self.stage)
+        check_stage(self.stage, self.model, self.image_text_to_video.interpolation, self.data.sizes)
+        if self.stage != "finetune":
+            adapting.refuse_beside(self.adapter, "stage", self.stage)
+
+
+def main(config: Config, arguments: list[str]) -> None:
+    if not join_processes().is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    config, foreseen = fitted(config, Path(__file__), arguments)
+    say(train(config, foreseen), config.stage, config.training.output, foreseen)
+
+
+def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
+    """Load, extend where the stage asks for it, fit, write the card; `foreseen` are peaks of memory to compare with."""
+    check_inputs(config.training, config.data, *config.model.places)
+    logging.info("checking the clips of %s", config.data.path)
+    dataset = ClipDataset(config.data, seed=config.training.seed)
+    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    torch.manual_seed(seed_of(config.training.seed, "model"))  # new layers' weights are drawn
+    family = begin(config.stage, config.model, config.image_context, config.data.main.frames)
+    check_multiples(config.data.sizes, family.factor)
+    if dataset.cache:
+        dataset.read_encoded(image_text_encoder(family, config.data, config.image_text_to_video), "none")
+    task = make_task(config, family, dataset, held_out)
+    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
+    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
+    if result.export and join_processes().is_main_process:
+        with writing(config.training.output, config.training.output):
+            finish(config, result)
+    return result
+
+
+def make_task(
+    config: Config, family: DynamiCrafter, dataset: ClipDataset, held_out: ClipDataset
+) -> ImageTextToVideoTask:
+    """The task; it says what the export has to remember of the clips: those of the main bucket."""
+    settings, training = config.image_text_to_video, config.training
+    encode_at_most(family.vae, config.memory.encode_frames)
+    save_decoding(family.vae, config.memory)
+    batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
+    known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
+    family.clips = settings.clips(family.clips, config.data.main, batches[0])
+    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
+    task = ImageTextToVideoTask(
+        family, config.stage, settings, batches, config.sampling, training.lr, training.seed, known,
+        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(training.batch),
+    )  # fmt: skip
+    save_memory(family.unet, config.memory)
+    return task
+
+
+def finish(config: Config, result: Result) -> None:
+    """The before/after video and the card."""
+    output = config.training.output
+    last = output / "samples" / f"step-{result.step:06}"
+    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
+    scores = last / "scores.json"
+    exported: dict[str, str] = {}
+    how = STREAM_USE if config.stage == "context" else ANIMATION_USE
+    if config.adapter.kind != "none":
+        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
+    facts = {
+        "stage": config.stage,
+        "starts from": config.model.path,
+        "clips": config.data.path,
+        "steps": f"{result.step} ({result.stopped})",
+        **exported,
+    }
+    if config.model.image_stream:
+        facts["image stream"] = config.model.image_stream
+    write_card(
+        output, f"DynamiCrafter, {config.stage}", facts, result.held_out,
+        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config), how,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with report_errors():
+        main(configuration.from_command_line(Config), sys.argv[1:])
