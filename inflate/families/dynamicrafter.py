@@ -103,10 +103,12 @@ class Condition:
 
         The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing. The three
         rates are probabilities, by default those of the published training; ConfigError where they exceed 1 together or
-        one is negative.
+        one is negative, InflateError where the image is tokens already.
         """
         if min(text, both, image) < 0 or text + both + image > 1:
             raise ConfigError(f"drop rates {text}, {both} and {image} must be at least 0 and at most 1 in all")
+        if self.tokens is not None:
+            raise InflateError("image tokens cannot be left out: drop before they are made, of the image's features")
         without_text = (draw < text + both)[:, None, None]
         without_image = ((draw >= text) & (draw < text + both + image))[:, None, None]
         kept = torch.where(without_text, no_text.to(self.text), self.text)
