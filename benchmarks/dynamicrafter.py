@@ -345,16 +345,19 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in names:
         found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
-        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found})
+        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found}, arguments.runs)
     if arguments.runs:
         runs = dict(text.split("=", 1) for text in arguments.runs)
         stages = {stage: curve(Path(run), arguments.output / f"{stage}.png") for stage, run in runs.items()}
-        tell(arguments.output / "stages.json", {"held-out losses": stages})
+        tell(arguments.output / "stages.json", {"held-out losses": stages}, arguments.runs)
 
 
-def tell(path: Path, result: Result) -> None:
-    """Write a result below the command that found it."""
-    write(path, record(command("MODEL", "CLIPS", "OUT"), result))
+def tell(path: Path, result: Result, runs: Sequence[str]) -> None:
+    """Write a result below the command that found it, in which the places of runs stand by name."""
+    told = command("MODEL", "CLIPS", "OUT")
+    for text in runs:
+        told = told.replace(text, text.partition("=")[0] + "=RUN")
+    write(path, record(told, result))
 
 
 if __name__ == "__main__":
