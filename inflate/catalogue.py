@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as ENCODER_INDEX_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 
 from inflate.errors import CheckpointError
-from inflate.families import animatediff, modelscope, svd_files
+from inflate.families import animatediff, dynamicrafter, modelscope, svd_files
+from inflate.families import dynamicrafter_keys as keys
+from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
-from inflate.models import exchange, folders, single_file, temporal_layers
+from inflate.models import exchange, folders, schedule_buffers, single_file, temporal_layers
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.tables import aligned
 
@@ -37,6 +39,8 @@ CLASSES = {
 
 MARKS = {
     ".pos_encoder.pe": "motion-module",
+    keys.IMAGE_PROJ: "dynamicrafter-file",
+    ".init_attn.": "videocrafter-file",
     ".temopral_conv.": "vgen",
     ".time_stack.": "svd-file",
     single_file.UNET: "stable-diffusion-file",
@@ -52,6 +56,8 @@ _PLACES = (
     (re.compile(r"\.temporal\."), ("block", "transformer", "motion")),
 )
 """The slots of a temporal specification that may stand in a place of our names."""
+_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
+"""What makes and reads an image's tokens."""
 
 Tensors = Mapping[str, Tensor]
 Found = tuple[dict[str, str], dict[str, list[Tensor]]]
@@ -134,7 +140,9 @@ def _folder_format(folder: Path) -> str:
     name = folders.read_json(file).get("_class_name")
     if name not in CLASSES:
         raise CheckpointError(f"{file} is of class {name}, which is not known; known are {', '.join(CLASSES)}")
-    return CLASSES[name]
+    own = folder / folders.SETTINGS_FILE
+    is_dynamicrafter = own.is_file() and folders.read_json(own).get("family") == dynamicrafter.FAMILY
+    return dynamicrafter.FAMILY if is_dynamicrafter and name == "VideoUNet" else CLASSES[name]
 
 
 def _stable_diffusion_file(file: Path) -> Found:
@@ -173,6 +181,25 @@ def _svd(folder: Path) -> Found:
     facts, groups = _video_unet(unet)
     origin = f"an export of ours ({own.name})" if settings else "diffusers' own"
     return {"written as": origin, **_prediction(folder), **facts}, {**groups, **_parts(folder)}
+
+
+def _dynamicrafter_file(file: Path) -> Found:
+    told, original = DynamiCrafterFile.read(file), DynamiCrafterFile.read(file, exchange.read_headers)
+    facts, groups = _video_unet(original.load_unet())
+    original.load_vae()
+    parts = {"VAE": keys.FIRST_STAGE, "text encoder": keys.TEXT_ENCODER, "image encoder": keys.IMAGE_ENCODER}
+    named = {name: keys.part(original.tensors, prefix) for name, prefix in parts.items()}
+    schedule = {name: tensor for name, tensor in original.tensors.items() if name in schedule_buffers.NAMES}
+    every = {**named, "schedule": schedule, "idle": original.idle}
+    about = {"clips": _listed(asdict(told.clips))} if original.has_image else {}
+    groups |= {name: list(tensors.values()) for name, tensors in every.items()}
+    return {"objective": _listed(asdict(told.objective)), **about, **facts}, groups
+
+
+def _dynamicrafter(folder: Path) -> Found:
+    settings = folders.read_json(folder / folders.SETTINGS_FILE)
+    facts, groups = _our_unet(folder)
+    return {**{name: _listed(settings[name]) for name in ("objective", "clips") if name in settings}, **facts}, groups
 
 
 def _our_unet(folder: Path) -> Found:
@@ -232,6 +259,9 @@ _READERS: dict[str, Callable[[Path], Found]] = {
     "stable-diffusion": _stable_diffusion,
     "svd-file": _svd_file,
     "svd": _svd,
+    "dynamicrafter-file": _dynamicrafter_file,
+    "dynamicrafter": _dynamicrafter,
+    "videocrafter-file": _dynamicrafter_file,
     "video-unet": _our_unet,
     "temporal-layers": _temporal_layers,
     "unet3d": _unet3d,
@@ -259,6 +289,8 @@ def _kind(key: str, spec: TemporalSpec) -> str:
     for pattern, slots in _PLACES:
         if pattern.search(key):
             return f"temporal: {next((slot for slot in slots if getattr(spec, slot)), 'unknown')}"
+    if _IMAGE.search(key):
+        return "image"
     return "conditioning" if spec.added_ids and key.startswith("class_embedding.") else "2D"
 
 
@@ -301,12 +333,18 @@ def _prediction(folder: Path) -> dict[str, str]:
 
 
 def _context(config: Mapping[str, Any]) -> dict[str, str]:
-    return {"context width": str(config["cross_attention_dim"])}
+    image = config.get("image_context")
+    return {"context width": str(config["cross_attention_dim"]), **({"image": _listed(image)} if image else {})}
 
 
 def _temporal(spec: TemporalSpec) -> dict[str, str]:
     told = {name: value for name, value in spec.to_dict().items() if exchange.matters(name, spec)}
-    return {"temporal layers": ", ".join(f"{name}={value}" for name, value in told.items() if value is not False)}
+    return {"temporal layers": _listed(told)}
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    """Settings in a line, without those that are not so."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not False and value is not None)
 
 
 def _line(name: str, tensors: Iterable[Tensor]) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import animatediff, modelscope, svd
+from inflate.families import animatediff, dynamicrafter_original, modelscope, svd, video_ldm
+from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
@@ -27,6 +29,7 @@ from inflate.models import folders
 from inflate.models.exchange import listing, read_headers
 from inflate.models.single_file import Prediction, load_image_model
 from inflate.models.single_file_writing import save_image_model
+from inflate.models.stable_diffusion import load_noise
 from inflate.models.unet import VideoUNet
 
 USUAL = {
@@ -34,6 +37,9 @@ USUAL = {
     "stable-diffusion": "stable-diffusion-file",
     "svd-file": "svd",
     "svd": "svd-file",
+    "dynamicrafter-file": "dynamicrafter",
+    "dynamicrafter": "dynamicrafter-file",
+    "videocrafter-file": "video-unet",
     "unet3d": "vgen",
     "vgen": "unet3d",
     "unet-motion": "motion-adapter",
@@ -41,6 +47,7 @@ USUAL = {
 }
 """What a format becomes where no other is asked for."""
 READ_ONLY = {
+    "videocrafter-file": "a text-to-video of ours has other layers, or is written as video-unet",
     "checkpoint": "only a run writes its checkpoints",
 }
 """Formats that are known and not written, and why."""
@@ -53,10 +60,11 @@ class Extra:
     image_model: str | None = None
     """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over"""
     image_encoder: str | None = None
-    """folder of the CLIP image encoder, where the original's file of Stable Video Diffusion, or the image model of
-    temporal layers alone, holds none"""
+    """folder of the CLIP image encoder, where the original's file of Stable Video Diffusion or DynamiCrafter, or the
+    image model of temporal layers alone, holds none"""
     tokenizer: str | None = None
-    """folder of the tokenizer, where the image model of temporal layers alone is a single file"""
+    """folder of the tokenizer, which no single file holds: of DynamiCrafter, VideoCrafter, or the image model of
+    temporal layers alone"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     frames: int | None = None
@@ -82,8 +90,8 @@ EXPORTS: dict[str, Callable[[Path, Extra], SVD | VideoLDM]] = {
 _ALONE = {name: f"{TEMPORAL} of {name}" for name in EXPORTS}
 _OF_USE = {
     "image_model": ("motion-adapter", "motion-module", *_ALONE.values(), *EXPORTS),
-    "image_encoder": ("svd-file", _ALONE["svd"], "svd"),
-    "tokenizer": (_ALONE["video-unet"], "video-unet"),
+    "image_encoder": ("svd-file", "dynamicrafter-file", _ALONE["svd"], "svd"),
+    "tokenizer": ("dynamicrafter-file", "videocrafter-file", _ALONE["video-unet"], "video-unet"),
     "prediction": ("stable-diffusion-file", *_ALONE.values(), *EXPORTS),
     "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
@@ -110,6 +118,8 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
             return _saved(EXPORTS[wanted](place, given), target)
         if source in PIPELINES:
             return PIPELINES[source](place, target, given)
+        if source == "unet3d" and wanted == "video-unet" and (place / "text_encoder").is_dir():
+            return _saved(_modelscope(place), target)
         WRITERS[wanted](READERS[source](place, given), target)
     alone = ", the UNet alone: its other networks are the image model's" if source == TEMPORAL else ""
     return f"{target} is {wanted}{alone}"
@@ -209,11 +219,41 @@ def _svd_file(folder: Path, target: Path, _: Extra) -> str:
     return f"{told}; it does not tell: {', '.join(untold)}" if untold else told
 
 
+def _dynamicrafter(file: Path, target: Path, extra: Extra) -> str:
+    original = DynamiCrafterFile.read(file)
+    original.load(extra.tokenizer, extra.image_encoder).save_pretrained(target)
+    told = f"{target} is dynamicrafter, trained with {original.objective}"
+    return f"{told}; left out, as nothing uses them: {listing(list(original.idle))}" if original.idle else told
+
+
+def _dynamicrafter_file(folder: Path, target: Path, _: Extra) -> str:
+    dynamicrafter_original.write(DynamiCrafter.load(folder), target)
+    return f"{target} is dynamicrafter-file; zeros are where the original's code asks for what it does not use"
+
+
+def _videocrafter(file: Path, target: Path, extra: Extra) -> str:
+    original = DynamiCrafterFile.read(file)
+    text, about = original.load_text(extra.tokenizer), original.clips
+    clips = video_ldm.Clips(about.frames, about.fps, about.height, about.width)
+    own = original.load_unet(), original.load_vae(), text, original.noise, clips
+    return _saved(VideoLDM(*own, base_scale=original.objective.base_scale), target)
+
+
+def _modelscope(folder: Path) -> VideoLDM:
+    """The text-to-video model of a whole pipeline."""
+    encoders, noise = video_ldm.Encoders.load(folder), load_noise(folder / "scheduler")
+    unet = modelscope.load_diffusers(folder / "unet")
+    return VideoLDM(unet, encoders.vae, encoders.text, noise, video_ldm.Clips())
+
+
 PIPELINES: dict[str, Callable[[Path, Path, Extra], str]] = {
     "stable-diffusion-file": _image_model,
     "stable-diffusion": _image_file,
     "svd-file": _svd,
     "svd": _svd_file,
+    "dynamicrafter-file": _dynamicrafter,
+    "dynamicrafter": _dynamicrafter_file,
+    "videocrafter-file": _videocrafter,
 }
 """How a model of several networks goes into its usual other format; returns what to know of it."""
 

@@ -5,6 +5,9 @@ FORMATS = {
     "stable-diffusion": "Stable Diffusion, diffusers' folder",
     "svd-file": "Stable Video Diffusion, the original's single file",
     "svd": "Stable Video Diffusion, diffusers' folder; an export of image-to-video is one",
+    "dynamicrafter-file": "DynamiCrafter, the original's single file",
+    "dynamicrafter": "DynamiCrafter, our folder",
+    "videocrafter-file": "VideoCrafter's text-to-video, the original's single file",
     "video-unet": "a UNet of ours with its temporal layers; an export of text-to-video has one",
     "temporal-layers": "temporal layers alone, of an export of text-to-video or image-to-video",
     "unet3d": "ModelScope or ZeroScope, diffusers' UNet3DConditionModel",
@@ -18,9 +21,18 @@ FORMATS = {
 
 UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
 """The formats in which the UNet of a video model is written."""
-WRITTEN = ("stable-diffusion", "stable-diffusion-file", "svd", "svd-file", "temporal-layers", *UNETS)
+WRITTEN = (
+    "stable-diffusion",
+    "stable-diffusion-file",
+    "svd",
+    "svd-file",
+    "dynamicrafter",
+    "dynamicrafter-file",
+    "temporal-layers",
+    *UNETS,
+)
 """The formats that are written."""
-FILES = ("stable-diffusion-file", "svd-file", "vgen", "motion-module")
+FILES = ("stable-diffusion-file", "svd-file", "dynamicrafter-file", "vgen", "motion-module")
 """Those of them that are one file."""
 
 ADAPTERS = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -19,13 +21,23 @@ from transformers import (
 
 from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
 from inflate.families import svd_keys
+from inflate.families.dynamicrafter import Clips, DynamiCrafter, Told
+from inflate.families.dynamicrafter_original import unet_tensors
 from inflate.families.svd import SVD
+from inflate.layers.image_context import ImageContext
+from inflate.models import schedule_buffers
+from inflate.models.folders import SHIPPED
 from inflate.models.original_names import UNetLayout
-from inflate.models.single_file_writing import image_tensors
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.original_video_names import with_fps
+from inflate.models.single_file_writing import image_tensors, vae_tensors
+from inflate.models.text_encoders import TextEncoders, load_tokenizer
+from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
+from inflate.objectives import DDPM
 from inflate.surgery import inflate_unet, inflate_vae
 
+DYNAMICRAFTER = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "dynamicrafter"
+"""Recordings of the original implementation, which are not part of the repository."""
 LEVELS: dict[str, Any] = {
     "block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 2, "norm_num_groups": 32,
@@ -38,6 +50,7 @@ XL: dict[str, Any] = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": (2, 2),
     "projection_class_embeddings_input_dim": 6 * 256 + 16, "cross_attention_dim": 128,
 }  # fmt: skip
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LINEAR: dict[str, Any] = {"linear": True, "attention_head_dim": (1, 2)}
 
 
@@ -156,6 +169,56 @@ def published_like(**vae: Any) -> SVD:
     for network in (unet, video_vae):
         randomise(network)
     return SVD(unet, video_vae, wide_encoder())
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write the pocket's vocabulary, which pads as OpenCLIP does."""
+    tokenizer = load_tokenizer(SHIPPED["pocket"] / "tokenizer")
+    tokenizer.model_max_length = 20
+    tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(0)})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def published_dynamicrafter() -> dict[str, list[int]]:
+    """The names and shapes in the published checkpoint of 512 pixels; skips the test where they are not here."""
+    file = DYNAMICRAFTER / "state_keys_full_ckpt_512.json"
+    if not file.is_file():
+        pytest.skip(f"{file} is not here: the names of the published checkpoint are not part of the repository")
+    names: dict[str, list[int]] = json.loads(file.read_text())
+    return names
+
+
+def parts(folder: Path, spec: TemporalSpec, **settings: Any) -> dict[str, Any]:
+    """A tiny VideoCrafter or ModelScope, whose tokenizer is written to a folder; `settings` are the UNet's."""
+    tiny = {**LINEAR, **LEVELS, "cross_attention_dim": 64, **settings}
+    unet, _ = inflate_unet(tiny_unet(**tiny), spec)
+    randomise(unet)
+    text = TextEncoders((text_encoder(act="gelu"),), (load_tokenizer(write_tokenizer(folder) / "tokenizer"),))
+    noise = DDIMScheduler(**BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+    return {"unet": unet, "vae": tiny_vae(**VAE), "text": text, "noise": noise}
+
+
+def write_videocrafter(folder: Path, told: bool = True) -> tuple[Path, VideoUNet]:
+    """Write a tiny VideoCrafter, whose clean latents were rescaled, and its tokenizer; returns its UNet, too."""
+    found = parts(folder, with_fps(64) if told else MODELSCOPE)
+    text = open_clip_tensors(found["text"].networks[0], OPEN)
+    schedule = schedule_buffers.buffers(DDPM("epsilon", base_scale=0.7))
+    tensors = {**unet_tensors(found["unet"]), **vae_tensors(found["vae"]), **text, **schedule}
+    torch.save({"state_dict": tensors}, folder / "videocrafter.ckpt")
+    return folder / "videocrafter.ckpt", found["unet"]
+
+
+def dynamicrafter(folder: Path, told: Told = "fps", base_scale: float = 1.0, **context: Any) -> DynamiCrafter:
+    """A tiny DynamiCrafter that the original's file can hold; `context` is how it attends to an image."""
+    found = parts(folder, with_fps(64), in_channels=8)
+    if told == "fps":
+        zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        found["noise"] = DDIMScheduler.from_config(found["noise"].config, **zero)
+    found["unet"].add_image_context(ImageContext(**{"width": 32, "depth": 2, "heads": 2, "frames": 3, **context}))
+    randomise(found["unet"], seed=1)
+    clips = Clips(frames=3, height=16, width=16, told=told, number=5.0)
+    return DynamiCrafter(**found, clips=clips, image_encoder=wide_encoder(), base_scale=base_scale)
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from original_files import IDLE, published_like, write_single_file, write_svd_file
+from original_files import (
+    IDLE,
+    dynamicrafter,
+    published_like,
+    write_single_file,
+    write_svd_file,
+    write_videocrafter,
+)
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import write_text_model
@@ -18,7 +25,7 @@ from tiny_video_ldm import write_text_model
 from helpers import tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl
 from inflate import catalogue, formats
 from inflate.errors import CheckpointError
-from inflate.families import animatediff, modelscope
+from inflate.families import animatediff, dynamicrafter_original, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
@@ -58,6 +65,23 @@ def temporal_layers(folder: Path) -> Path:
     image = write_text_model(folder / "image")
     VideoLDM.load(image).save_temporal(folder / "export", str(image))
     return folder / "export"
+
+
+def dynamicrafter_file(folder: Path) -> Path:
+    file = folder / "model.safetensors"
+    dynamicrafter_original.write(dynamicrafter(folder, base_scale=0.7), file)
+    return file
+
+
+def dynamicrafter_folder(folder: Path) -> Path:
+    dynamicrafter(folder, "stride", gate=True).save_pretrained(folder / "export")
+    return folder / "export"
+
+
+def videocrafter_file(folder: Path) -> Path:
+    file, _ = write_videocrafter(folder)
+    save_file(torch.load(file)["state_dict"], folder / "videocrafter.safetensors")
+    return folder / "videocrafter.safetensors"
 
 
 def sdxl(folder: Path) -> Path:
@@ -120,6 +144,30 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
         text_to_video,
         {"context width": "64", "temporal layers": f"resnet=True, block=True, each_up_to=2, added_ids=0, {EPSILON}"},
         BLOCKS | {"vae", "text_encoder"},
+    ),
+    "dynamicrafter-file": (
+        dynamicrafter_file,
+        {
+            "objective": "prediction=v_prediction, zero_terminal_snr=True, base_scale=0.7",
+            "clips": "frames=3, fps=8.0, height=16, width=16, told=fps, number=5.0",
+            "image": "embedding=1280, width=32, depth=2, heads=2, head_width=64, queries=16, frames=3, "
+            "other_lengths=interpolate",
+        },
+        SLOTS | {"conditioning", "image", "VAE", "text encoder", "image encoder", "schedule", "idle"},
+    ),
+    "dynamicrafter": (
+        dynamicrafter_folder,
+        {
+            "objective": "prediction=epsilon, base_scale=1.0",
+            "clips": "frames=3, fps=8.0, height=16, width=16, told=stride, number=5.0",
+            "prediction": "epsilon",
+        },
+        SLOTS | {"conditioning", "image", "vae", "text_encoder", "image_encoder"},
+    ),
+    "videocrafter-file": (
+        videocrafter_file,
+        {"objective": "prediction=epsilon, base_scale=0.7", "context width": "64"},
+        SLOTS | {"conditioning", "VAE", "text encoder", "schedule"},
     ),
     "temporal-layers": (temporal_layers, {}, BLOCKS - {"2D"}),
     "unet3d": (unet3d, {"context width": "32"}, SLOTS),

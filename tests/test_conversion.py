@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNet2DConditionModel
-from original_files import IDLE, equal, original_names, published_like, write_single_file, write_svd_file
+from original_files import (
+    IDLE,
+    dynamicrafter,
+    equal,
+    original_names,
+    parts,
+    published_like,
+    write_single_file,
+    write_svd_file,
+    write_videocrafter,
+)
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
 from tiny_video_ldm import parents, write_text_model
@@ -18,7 +28,9 @@ from tiny_video_ldm import parents, write_text_model
 from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2, write_image_model
 from inflate.catalogue import unet_folder
 from inflate.conversion import READ_ONLY, READERS, TEMPORAL, WRITERS
-from inflate.families import animatediff, modelscope
+from inflate.errors import ConfigError
+from inflate.families import animatediff, dynamicrafter_original, modelscope
+from inflate.families.dynamicrafter import DynamiCrafter, Told
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
@@ -26,7 +38,8 @@ from inflate.formats import FILES, FORMATS, UNETS, WRITTEN
 from inflate.layers.conditioning import ImageTokens
 from inflate.models.folders import read_json
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VideoUNet
-from inflate.objectives import EDM
+from inflate.objectives import DDPM, EDM
+from inflate.sampling.text_to_video import Sampling, sample
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIP = replace(ANIMATEDIFF_V2, motion_norm="clip")
@@ -230,6 +243,59 @@ def test_the_originals_svd_goes_to_a_folder_and_back(tmp_path: Path) -> None:
     assert equal(load_file(again), held)
 
 
+@pytest.mark.parametrize("told", ["fps", "stride"])
+def test_the_originals_dynamicrafter_goes_to_a_folder_and_back(told: Told, tmp_path: Path) -> None:
+    family = dynamicrafter(tmp_path, told, 0.3 if told == "fps" else 1.0, gate=told == "stride")
+    file, again = tmp_path / "model.ckpt", tmp_path / "again.safetensors"
+    tensors = dynamicrafter_original.tensors_of(family)
+    torch.save({"state_dict": tensors}, file)
+    assert "holds no tokenizer" in refused("convert", file, tmp_path / "folder")
+    said = converted(file, tmp_path / "folder", "--tokenizer", tmp_path)
+    assert f"is dynamicrafter, trained with {family.objective}; left out, as nothing uses them: embedder.model." in said
+    assert equal(DynamiCrafter.load(tmp_path / "folder").unet.state_dict(), family.unet.state_dict())
+    assert "zeros are where" in converted(tmp_path / "folder", again)
+    assert equal(load_file(again), tensors)
+    assert "of which no unet3d is made" in refused("convert", tmp_path / "folder", tmp_path / "x", "--to", "unet3d")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "again.safetensors", "folder", "model.ckpt", "tokenizer",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_videocrafter_becomes_text_to_video(told: bool, tmp_path: Path) -> None:
+    file, unet = write_videocrafter(tmp_path, told)
+    said = converted(file, tmp_path / "folder", "--tokenizer", tmp_path)
+    assert "is a whole export of text-to-video" in said
+    found = VideoLDM.load(tmp_path / "folder")
+    assert equal(found.unet.state_dict(), unet.state_dict())
+    assert found.unet.spec == unet.spec
+    assert found.objective == DDPM("epsilon", base_scale=0.7)
+    assert (found.size, found.clips.frames) == ((320, 512), 16)
+    settings = Sampling(steps=2, frames=2, height=16, width=16)
+    slow = sample(found, ["a red disc"], [0], settings)
+    found.clips = replace(found.clips, fps=24.0)
+    assert torch.equal(sample(found, ["a red disc"], [0], settings), slow) != told
+    assert slow.isfinite().all()
+    with pytest.raises(ConfigError, match="ddim alone knows this model's rescaled latents"):
+        sample(found, ["a red disc"], [0], replace(settings, sampler="euler"))
+    assert "is read, not written" in refused("convert", tmp_path / "folder", file, "--to", "videocrafter-file")
+
+
+def test_a_whole_modelscope_becomes_text_to_video(tmp_path: Path) -> None:
+    found = parts(tmp_path / "ms", MODELSCOPE, sample_size=4)
+    for name, part in (("vae", found["vae"]), ("scheduler", found["noise"])):
+        part.save_pretrained(tmp_path / "ms" / name)
+    modelscope.to_diffusers(found["unet"]).save_pretrained(tmp_path / "ms" / "unet")
+    found["text"].save_pretrained(tmp_path / "ms")
+    said = converted(tmp_path / "ms", tmp_path / "folder", "--to", "video-unet")
+    assert "is a whole export of text-to-video" in said
+    family = VideoLDM.load(tmp_path / "folder")
+    assert equal(family.unet.state_dict(), found["unet"].state_dict())
+    assert (family.unet.spec, family.size, family.objective) == (found["unet"].spec, (8, 8), DDPM("epsilon"))
+    converted(tmp_path / "ms", tmp_path / "unet.safetensors")
+    assert "input_blocks.0.1.proj_in.weight" in load_file(tmp_path / "unet.safetensors")
+
+
 def test_an_inflated_svd_cannot_become_the_originals_file(tmp_path: Path) -> None:
     family = published_like(use_post_quant_conv=True)
     family.save_pretrained(tmp_path / "svd")
@@ -272,11 +338,12 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
         (
             ("--to", "video-unet", "--image-encoder", "x"),
-            "--image-encoder is for svd-file and temporal-layers of svd and svd to temporal-layers, not for unet3d",
+            "--image-encoder is for svd-file and dynamicrafter-file and temporal-layers of svd and svd to "
+            "temporal-layers, not for unet3d",
         ),
         (
             ("--to", "video-unet", "--tokenizer", "x"),
-            "--tokenizer is for temporal-layers of video-unet and video-unet to",
+            "--tokenizer is for dynamicrafter-file and videocrafter-file and temporal-layers of video-unet and ",
         ),
     ):
         assert message in refused("convert", unet3d, target, *arguments)

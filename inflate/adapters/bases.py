@@ -39,13 +39,16 @@ def sha256(unet: VideoUNet) -> str:
 
 @torch.no_grad()
 def is_newborn(unet: VideoUNet) -> bool:
-    """Whether what inflation created changes nothing: a clip's output is, to the bit, that of its frames as images."""
+    """Whether what inflation created changes nothing.
+
+    A clip's output is then, to the bit, that of its frames as images, told nothing of an image to attend to.
+    """
     ids = unet.class_embedding.linear_2 if unet.spec.added_ids else None
     if ids is not None and any(bool(parameter.any()) for parameter in ids.parameters()):
         return False
     with on_cpu(unet), evaluating(unet):  # where equal sums are equal to the bit
-        clip, images = (unet(**inputs(unet, 2, image_only)).sample for image_only in (False, True))
-    return torch.equal(clip, images)
+        alone = {name: value for name, value in inputs(unet, 2, True).items() if name != "image_features"}
+        return torch.equal(unet(**inputs(unet, 2)).sample, unet(**alone).sample)
 
 
 @contextmanager
@@ -78,11 +81,10 @@ def family_of(path: str | Path, adapter: Adapter) -> str:
     told = adapter.about.get("family")
     if isinstance(told, str):
         return told
-    file = folders.resolve(path) / folders.SETTINGS_FILE
-    family = folders.read_json(file).get("family") if file.is_file() else None
-    if family not in TOKENS:
+    family = folders.family_of(path)
+    if family is None or family not in TOKENS:
         raise CheckpointError(f"neither the adapter nor {path} tells of which family they are ({' or '.join(TOKENS)})")
-    return str(family)
+    return family
 
 
 def settings_of(adapter: Adapter, origin: object, base: str | None) -> dict[str, str | None]:

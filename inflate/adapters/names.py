@@ -6,6 +6,7 @@ has no place for an adapter of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ CLASSES: dict[str, tuple[Callable[[Iterable[str]], Names], tuple[str, ...]]] = {
 }
 """Classes of diffusers: their names for ours, and the temporal slots that they have."""
 WEIGHT = ".weight"
+_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
+"""The layers of an image in cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,12 @@ def _own(network: Network) -> Names:
 
 def _class(format: str) -> Callable[[Network], Names]:
     rename, slots = CLASSES[format]
-    return lambda network: _layers(network.shapes, rename) if network.has(*slots) else {}
+    return lambda network: _layers(_without_image(network), rename) if network.has(*slots) else {}
+
+
+def _without_image(network: Network) -> list[str]:
+    """The layers but those of an image in cross-attention, which no class of diffusers has."""
+    return [layer for layer in network.shapes if not _IMAGE.search(layer)]
 
 
 def _layers(layers: Iterable[str], rename: Callable[[Iterable[str]], Names]) -> Names:
@@ -152,7 +160,8 @@ def _motion_original(network: Network) -> Names:
 
 def _is_created(layer: str) -> bool:
     """Whether inflation made a layer."""
-    return ".temporal." in layer or layer.startswith("class_embedding.") or layer.endswith(".temporal")
+    temporal = ".temporal." in layer or layer.endswith(".temporal")
+    return temporal or layer.startswith("class_embedding.") or _IMAGE.search(layer) is not None
 
 
 _NAMES: dict[str, Callable[[Network], Names]] = {

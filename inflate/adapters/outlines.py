@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from inflate import catalogue
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, modelscope, svd, svd_files, video_ldm
+from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.svd_original import Original
 from inflate.models import exchange, folders
 from inflate.models.exchange import Read
@@ -84,6 +85,9 @@ _READERS: dict[str, Callable[[Path, Read], UNet2DConditionModel]] = {
     "stable-diffusion": _image_model,
     "svd-file": lambda file, read: Original.read(file, read).load_unet(),
     "svd": _svd,
+    "dynamicrafter-file": lambda file, read: DynamiCrafterFile.read(file, read).load_unet(),
+    "dynamicrafter": _our_unet,
+    "videocrafter-file": lambda file, read: DynamiCrafterFile.read(file, read).load_unet(),
     "temporal-layers": _temporal_layers,
     "video-unet": _our_unet,
     "unet3d": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),

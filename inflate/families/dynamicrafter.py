@@ -29,10 +29,11 @@ from inflate.models.image_encoders import (
     load_image_encoder,
     shown,
 )
+from inflate.models.moments import LatentMoments
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet, load_strictly
-from inflate.objectives import DDPM, Predict
+from inflate.objectives import Predict
 
 FAMILY = "dynamicrafter"
 Told = Literal["fps", "stride"]
@@ -102,10 +103,12 @@ class Condition:
 
         The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing. The three
         rates are probabilities, by default those of the published training; ConfigError where they exceed 1 together or
-        one is negative.
+        one is negative, InflateError where the image is tokens already.
         """
         if min(text, both, image) < 0 or text + both + image > 1:
             raise ConfigError(f"drop rates {text}, {both} and {image} must be at least 0 and at most 1 in all")
+        if self.tokens is not None:
+            raise InflateError("image tokens cannot be left out: drop before they are made, of the image's features")
         without_text = (draw < text + both)[:, None, None]
         without_image = ((draw >= text) & (draw < text + both + image))[:, None, None]
         kept = torch.where(without_text, no_text.to(self.text), self.text)
@@ -179,8 +182,8 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
     image_std: tuple[float, ...] = CLIP_STD
     """per channel, of the image encoder's inputs in [0, 1]"""
-    base_scale: float = 1.0
-    """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
+    moments: LatentMoments | None = None
+    """of the scaled latents of training; none: not measured"""
     further: dict[str, Any] = field(default_factory=dict)
     """further entries of inflate.json, which stay with the model"""
 
@@ -220,7 +223,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
             unet, encoders.vae, encoders.text, noise, clips, image_encoder, **statistics, base_scale=base_scale,
-            further=beside,
+            moments=LatentMoments.told(settings), further=beside,
         )  # fmt: skip
 
     @classmethod
@@ -239,12 +242,10 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         """
         if context is not None:
             model.unet.add_image_context(context)
-        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
-
-    @property
-    def objective(self) -> DDPM:
-        """What the model is trained with."""
-        return replace(super().objective, base_scale=self.base_scale)
+        return cls(
+            model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
+            base_scale=model.base_scale,
+        )  # fmt: skip
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -296,18 +297,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed, as it is for a clip of one frame.
         """
-        network = self.unet if unet is None else unet
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
-            sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
-            ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
-            image = _image(condition, noisy.dtype)
-            text = condition.text.to(noisy.dtype)
-            output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
-            return output  # (B, F, C, h, w)
-
-        return predict
+        return predictor(self.unet, condition, unet, image_only)
 
     def with_tokens(self, condition: Condition, frames: int) -> Condition:
         """A condition whose image is already what the query transformer makes of it: the same in every step."""
@@ -334,13 +324,14 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
             "family": FAMILY,
             "clips": asdict(self.clips),
             "objective": asdict(self.objective),
+            "latent_moments": asdict(self.moments) if self.moments else None,
             ZEROS: self.text.zeros_for_empty,
             **self.further,
         }
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
+_OWN_SETTINGS = ("family", "clips", "objective", "latent_moments", ZEROS)
 
 
 def repeated(latent: Tensor, frames: int) -> Tensor:
@@ -358,6 +349,27 @@ def ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
     latents = first.new_zeros(len(first), frames, *first.shape[1:])
     latents[:, 0], latents[:, -1] = first, last
     return latents
+
+
+def predictor(
+    unet: VideoUNet, condition: Condition, network: nn.Module | None = None, image_only: bool = False
+) -> Predict:
+    """A UNet's prediction of noisy clips, by its wrapped form (`network`) where there is one.
+
+    The latents beside the noisy ones join their channels. The temporal layers pass clips of one frame, and those that
+    are `image_only`.
+    """
+    called = unet if network is None else network
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        marks = unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
+        sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
+        ids = condition.number.to(noisy)[:, None] if unet.spec.added_ids else None  # (B, 1)
+        image, text = _image(condition, noisy.dtype), condition.text.to(noisy.dtype)
+        output: Tensor = called(sample, timestep, text, ids, image_only=marks, **image).sample
+        return output  # (B, F, C, h, w)
+
+    return predict
 
 
 def read_clips(file: Path) -> Clips:

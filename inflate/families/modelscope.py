@@ -19,7 +19,16 @@ from inflate.errors import CheckpointError
 from inflate.families import modelscope_keys
 from inflate.files import new_file
 from inflate.layers.conditioning import ImageTokens
-from inflate.models import exchange, folders, original_names
+from inflate.models import exchange, folders
+from inflate.models.original_video_names import (
+    FPS,
+    VGEN,
+    head_widths,
+    layout_of,
+    refuse_other_layers,
+    refuse_what_originals_lack,
+    with_fps,
+)
 from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 
 _SHARED_SETTINGS = (
@@ -36,11 +45,6 @@ _SHARED_SETTINGS = (
     "cross_attention_dim",
     "time_cond_proj_dim",
 )
-_BUILT_IN: dict[str, Any] = {
-    **exchange.BUILT_IN,
-    "use_linear_projection": True,
-    "upcast_attention": False,
-}
 
 
 class ImageToVideo(NamedTuple):
@@ -67,7 +71,7 @@ def to_diffusers(unet: VideoUNet) -> UNet3DConditionModel:
     for side in ("down_block_types", "up_block_types"):
         config[side] = tuple(name.replace("2D", "3D") for name in unet.config[side])
     with torch.device("meta"):
-        target = UNet3DConditionModel(**config, attention_head_dim=_head_widths(unet).pop())
+        target = UNet3DConditionModel(**config, attention_head_dim=head_widths(unet).pop())
     tensors = exchange.detached(unet)
     names = modelscope_keys.unet_to_diffusers(tensors)
     exchange.adopt(target, exchange.convert(tensors, names, exchange.shapes(target), "this UNet"))
@@ -77,27 +81,14 @@ def to_diffusers(unet: VideoUNet) -> UNet3DConditionModel:
 def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where UNet3DConditionModel cannot represent a model."""
     slots = replace(MODELSCOPE, cross_attention_resnet_eps=unet.config.norm_eps)
-    _refuse(unet, slots, "diffusers' UNet3DConditionModel", {"class_embed_type": None})
+    refuse_other_layers(unet, slots, "diffusers' UNet3DConditionModel", {"class_embed_type": None})
 
 
 def refuse_what_vgen_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where VGen's UNets cannot represent a model."""
-    told_fps = unet.spec.added_ids > 0
-    slots = _with_fps(unet.config.block_out_channels[0]) if told_fps else MODELSCOPE
-    fixed = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu"}
-    _refuse(unet, slots, "VGen", {**fixed, "class_embed_type": "projection" if told_fps else None})
-
-
-def _refuse(unet: VideoUNet, slots: TemporalSpec, target: str, built_in: Mapping[str, Any]) -> None:
-    wrong = exchange.differing(unet, {**_BUILT_IN, **built_in})
-    wrong += exchange.differing_spec(unet.spec, replace(slots, dropout=unet.spec.dropout))
-    widths = _head_widths(unet)
-    if len(widths) != 1:
-        wrong.append(f"heads of different widths ({', '.join(map(str, sorted(widths)))})")
-    if {len(transformer.transformer_blocks) for transformer in exchange.transformers(unet)} != {1}:
-        wrong.append("more than one block per transformer")
-    if wrong:
-        raise CheckpointError(f"{target} has no place for: {'; '.join(wrong)}")
+    refuse_what_originals_lack(unet, VGEN.code)
+    if unet.image_context is not None:
+        raise CheckpointError("VGen has no place for: an image context")
 
 
 def load_vgen(file: Path, read: exchange.Read = exchange.read_tensors) -> ImageToVideo:
@@ -119,11 +110,11 @@ def from_vgen(tensors: Mapping[str, Tensor], origin: str) -> ImageToVideo:
     """
     beside = {key: tensor for key, tensor in tensors.items() if key.startswith(modelscope_keys.TOKENS_PREFIX)}
     own = {key: tensor for key, tensor in tensors.items() if key not in beside}
-    config = vgen_config(own)
-    told_fps = "fps_embedding.0.weight" in own
-    unet = exchange.build_unet(config, _with_fps(config["block_out_channels"][0]) if told_fps else MODELSCOPE)
+    config = VGEN.config(own)
+    told_fps = FPS in own
+    unet = exchange.build_unet(config, with_fps(config["block_out_channels"][0]) if told_fps else MODELSCOPE)
     wanted = exchange.shapes(unet)
-    names = exchange.inverse(modelscope_keys.unet_to_vgen(wanted, modelscope_keys.layout_of(config)))
+    names = exchange.inverse(VGEN.names(wanted, layout_of(config)))
     exchange.adopt(unet, exchange.convert(own, names, wanted, origin))
     return ImageToVideo(unet, _tokens(beside, config["cross_attention_dim"], origin) if beside else None)
 
@@ -133,24 +124,11 @@ def to_vgen(model: ImageToVideo) -> dict[str, Tensor]:
     unet = model.unet
     refuse_what_vgen_lacks(unet)
     tensors = exchange.detached(unet)
-    names = modelscope_keys.unet_to_vgen(tensors, modelscope_keys.layout_of(unet.config))
-    shapes = modelscope_keys.vgen_shapes(exchange.shapes(unet), names)
+    names = VGEN.names(tensors, layout_of(unet.config))
+    shapes = VGEN.shapes(exchange.shapes(unet), names)
     beside = {} if model.tokens is None else exchange.detached(model.tokens)
     named = {f"{modelscope_keys.TOKENS_PREFIX}{key}": tensor for key, tensor in beside.items()}
     return {**exchange.convert(tensors, names, shapes, "this UNet"), **named}
-
-
-def vgen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The 2D UNet configuration that fits VGen's tensors; CheckpointError where they are another model's."""
-    width = modelscope_keys.head_width(tensors)
-    # VGen's downsampling has no number of its own in its block.
-    numbered = {key.replace(".op.", ".0.op."): tensor for key, tensor in tensors.items()}
-    return original_names.unet_config(numbered, width)
-
-
-def _with_fps(width: int) -> TemporalSpec:
-    """The layers of a model that is told the frame rate by an embedding of that width."""
-    return replace(MODELSCOPE, added_ids=1, added_id_dim=width)
 
 
 def _tokens(tensors: Mapping[str, Tensor], width: int, origin: str) -> ImageTokens:
@@ -177,8 +155,3 @@ def _image_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], TemporalSp
     heads = tuple(channels // width for channels in config["block_out_channels"])
     settings = {**flat, "attention_head_dim": heads, "use_linear_projection": True}
     return settings, replace(MODELSCOPE, cross_attention_resnet_eps=config["norm_eps"])
-
-
-def _head_widths(unet: VideoUNet) -> set[int]:
-    """Widths of the heads of a UNet's 2D transformers."""
-    return {layer.inner_dim // layer.config.num_attention_heads for layer in exchange.transformers(unet)}

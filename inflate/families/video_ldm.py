@@ -97,6 +97,8 @@ class VideoLDM(TextToVideo):
         channels = self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
+        if self.unet.spec.added_ids > 1:
+            raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
 
     @classmethod
     def load(
@@ -128,11 +130,13 @@ class VideoLDM(TextToVideo):
         encoders = Encoders.load(folder)
         noise = load_noise(folder / "scheduler")
         if kind is VideoUNet:
-            clips = read_clips(folder / folders.SETTINGS_FILE)
+            file = folder / folders.SETTINGS_FILE
+            clips, base_scale = read_clips(file), folders.read_json(file).get("base_scale", 1.0)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
-            clips, unet = Clips(), inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
-        return cls(unet, encoders.vae, encoders.text, noise, clips)
+            clips, base_scale = Clips(), 1.0
+            unet = inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
+        return cls(unet, encoders.vae, encoders.text, noise, clips, base_scale=base_scale)
 
     @classmethod
     def _from_single_file(
@@ -157,10 +161,18 @@ class VideoLDM(TextToVideo):
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             marks = self.unet.all_images(noisy) if image_only else None
             context, added = condition.context.to(noisy.dtype), self.added(condition, noisy)
-            output: Tensor = network(noisy, timestep, context, image_only=marks, **added).sample
+            told = self.told(condition, noisy)
+            output: Tensor = network(noisy, timestep, context, told, image_only=marks, **added).sample
             return output  # (B, F, C, h, w)
 
         return predict
+
+    def told(self, condition: TextCondition, noisy: Tensor) -> Tensor | None:
+        """The frame rate (B, 1) of latents (B, F, C, h, w), in whole frames per second, where the UNet is told it."""
+        if self.unet.spec.added_ids == 0:
+            return None
+        fps = noisy.new_full((len(noisy),), self.clips.fps) if condition.fps is None else condition.fps
+        return fps.to(noisy).floor()[:, None]  # (B, 1)
 
     def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the UNet adds to the time embedding of every frame of latents (B, F, C, h, w); nothing of SD 1 and 2."""
@@ -204,7 +216,7 @@ class VideoLDM(TextToVideo):
         with torch.no_grad():
             for name, parameter in theirs.items():
                 parameter.copy_(own[name])
-        other.clips = self.clips
+        other.clips, other.base_scale = self.clips, self.base_scale
         return other
 
     def save_temporal(
@@ -263,7 +275,7 @@ class VideoLDM(TextToVideo):
         for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
             part.save_pretrained(folder / name)
         self.text.save_pretrained(folder)
-        settings = {**self._settings(), ZEROS: self.text.zeros_for_empty}
+        settings = {**self._settings(), "base_scale": self.base_scale, ZEROS: self.text.zeros_for_empty}
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def _settings(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,10 @@ from inflate.models.unet import TemporalSpec, VideoUNet
 
 HEADER = "inflate"
 """What a file of ours has in its header: an object in JSON, of what no tensor tells."""
+_STATES = ("state_dict", "module")
+"""Where trainers keep the weights in what they pickle: Lightning and DeepSpeed."""
+_NO_TENSORS = (pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError, AttributeError)
+"""What reading a pickle raises that is no pickle of tensors."""
 Names = dict[str, str]
 Read = Callable[[Path], dict[str, Tensor]]
 """How the tensors of a file are read: `read_tensors`, `read_saved`, or `read_headers` where values do not matter."""
@@ -45,7 +51,7 @@ def inverse(names: Names) -> Names:
 def convert(
     tensors: Mapping[str, Tensor], names: Names, shapes: Mapping[str, torch.Size], origin: str
 ) -> dict[str, Tensor]:
-    """Renames every tensor by `names` and fits pointwise convolutions to linear layers and back, without copying.
+    """Renames every tensor by `names` and fits those of another shape as `fit` does, without copying.
 
     `shapes` are those of the target model and `origin` names the source in messages. Raises CheckpointError, listing
     the keys, where a tensor is missing, left over or of another shape.
@@ -78,12 +84,13 @@ def _difference(missing: list[str], surplus: list[str]) -> str:
 
 
 def fit(tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """A tensor in a shape that differs at most as a pointwise convolution from a linear layer; None for others."""
+    """A tensor in a shape that differs at most as a pointwise convolution from a linear layer, or as one number in a
+    row from the number alone; None for others."""
     if tensor.shape == shape:
         return tensor
     longer, shorter = (tensor.shape, shape) if tensor.ndim > len(shape) else (shape, tensor.shape)
-    pointwise = len(shorter) == 2 and tuple(longer) in ((*shorter, 1), (*shorter, 1, 1))
-    return tensor.reshape(shape) if pointwise else None
+    endings = {0: ((1,),), 2: ((1,), (1, 1))}.get(len(shorter), ())
+    return tensor.reshape(shape) if longer[len(shorter) :] in endings and longer[: len(shorter)] == shorter else None
 
 
 def weight_files(folder: Path, index_name: str, *names: str) -> list[Path]:
@@ -105,7 +112,12 @@ def read_saved(file: Path) -> dict[str, Tensor]:
     # A .safetensors file is mapped into memory: nothing of it is read before a value is asked for.
     try:
         return load_file(file) if file.suffix == SAFETENSORS else _unpickled(file)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _NO_TENSORS as error:
+        raise CheckpointError(
+            f"{file} cannot be read: it is damaged, or pickles more than tensors, which is never run; download it "
+            f"again, or as a {SAFETENSORS} file"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; download or copy it again") from error
 
 
@@ -162,9 +174,13 @@ def read_weights(folder: Path, read: Read = read_tensors) -> dict[str, Tensor]:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    read = torch.load(file, map_location="cpu", weights_only=True)
-    tensors: dict[str, Tensor] = read.get("state_dict", read)
-    return tensors
+    # Mapped where its format allows, like a .safetensors file.
+    read = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    held = next((read[name] for name in _STATES if name in read), read) if isinstance(read, dict) else read
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        names = f": {listing([str(name) for name in held])}" if isinstance(held, dict) else ""
+        raise CheckpointError(f"{file} holds no state dict, which would be tensors by their names{names}")
+    return held
 
 
 def build_unet(config: Mapping[str, Any], spec: TemporalSpec) -> VideoUNet:

@@ -115,13 +115,18 @@ def _name(key: str) -> str:
     return _WHOLE.get(key) or rename_head(key, _TOP)
 
 
-def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' tensors with queries, keys and values in one, (3 W, W) and (3 W), and the projection (W, D)."""
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' tensors with queries, keys and values in one: `in_proj_*`, (3 W, W) and (3 W)."""
     joined = {key: tensor for key, tensor in tensors.items() if not re.search(r"\.[qkv]_proj\.", key)}
     for name in sorted({re.sub(r"\.[qkv]_proj\.", ".in_proj_", key) for key in tensors.keys() - joined.keys()}):
         parts = [tensor_of(tensors, name.replace(".in_proj_", f".{part}_proj.")) for part in "qkv"]
         joined[name] = torch.cat(parts)
-    return {**joined, _PROJECTION: tensors[_PROJECTION].T.contiguous()}
+    return joined
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' tensors with queries, keys and values in one, and the projection turned (W, D)."""
+    return {**fused(tensors), _PROJECTION: tensors[_PROJECTION].T.contiguous()}
 
 
 def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ Prediction = Literal["epsilon", "v_prediction"]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OTHERS = ("cond_stage_model.", "conditioner.", "model_ema.")
 """Parts that are not read here: text encoders (see `single_file_text`), and averages beside the weights."""
+OF_VIDEO = (".time_stack.", ".init_attn.")
+"""What is in the names of a video model's tensors alone."""
 BUFFERS = frozenset({
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar",
@@ -72,7 +74,7 @@ def is_single_image_model(file: Path) -> bool:
     """Whether a .safetensors file holds a 2D UNet in the original names, and no video model; CheckpointError."""
     with opened(file) as found:
         keys = list(found.keys())
-    return any(key.startswith(UNET) for key in keys) and not any(".time_stack." in key for key in keys)
+    return any(key.startswith(UNET) for key in keys) and not any(mark in key for key in keys for mark in OF_VIDEO)
 
 
 def load_image_model(file: Path, prediction: Prediction | None = None, read: Read = read_saved) -> ImageModel:

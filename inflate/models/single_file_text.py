@@ -19,7 +19,8 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from inflate.errors import CheckpointError
 from inflate.models import folders
-from inflate.models.exchange import Read, adopt, convert, in_float32, listing, read_saved, shapes
+from inflate.models.exchange import Read, adopt, convert, detached, in_float32, listing, read_saved, shapes
+from inflate.models.open_clip import fused
 from inflate.models.original_names import count_of, size_of, substituted
 from inflate.models.single_file import Generation, generation_of
 from inflate.models.text_encoders import TextEncoders, load_tokenizer
@@ -45,23 +46,25 @@ PLACES: dict[Generation, tuple[Place, ...]] = {
     ),
 }
 TEXT = ("cond_stage_model.", "conditioner.")
-OPEN_CLIP = (
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^token_embedding\.", "embeddings.token_embedding."),
-    (r"^ln_final\.", "final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^transformer\.resblocks\.", "encoder.layers."),
-    (r"\.ln_(\d)\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-)
-"""OpenCLIP's names and transformers', one pattern after the other."""
+OPEN_CLIP = {
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding": "embeddings.token_embedding",
+    "ln_final": "final_layer_norm",
+    "text_projection": "text_projection.weight",
+    "transformer.resblocks": "encoder.layers",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+}
+"""Whole words of OpenCLIP's names, and transformers'."""
 UNUSED = ("embeddings.position_ids", "logit_scale")
 """A counter, and the scale of the loss by which the encoder was trained."""
 HEAD = 64
 """Channels of an attention head, in every published text encoder."""
 TOKENIZER_FILES = ("*.json", "*.txt", "tokenizer/*")
+ENCODER_FILES = (*TOKENIZER_FILES, "text_encoder/*")
 
 
 def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = read_saved) -> TextEncoders:
@@ -75,7 +78,7 @@ def load_text_encoders(file: Path, tokenizer: str | Path | None, read: Read = re
     surplus = [key for key in tensors if key.startswith(TEXT) and not key.startswith(inside)]
     if surplus:
         raise CheckpointError(f"{file} holds tensors of no known text encoder: {listing(surplus)}; nothing was loaded")
-    networks = tuple(_encoder(tensors, place, file) for place in places)
+    networks = tuple(encoder_of(tensors, place, file) for place in places)
     pairs = zip(places, networks, strict=True)
     tokenizers = tuple(_tokenizer(vocabulary, place, network.config) for place, network in pairs)
     return TextEncoders(networks, tokenizers, zeros_for_empty=len(places) > 1)
@@ -109,7 +112,7 @@ def _tokenizer(folder: Path, place: Place, config: Any) -> CLIPTokenizer:
     return tokenizer
 
 
-def _encoder(tensors: Mapping[str, Tensor], place: Place, file: Path) -> Any:
+def encoder_of(tensors: Mapping[str, Tensor], place: Place, file: Path) -> Any:
     named = {key.removeprefix(place.prefix): one for key, one in tensors.items() if key.startswith(place.prefix)}
     ours = _from_open_clip(named) if place.open_clip else {key.removeprefix("text_model."): named[key] for key in named}
     kept = {key: tensor for key, tensor in ours.items() if key not in UNUSED}
@@ -129,7 +132,7 @@ def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's tensors under transformers' names, with queries, keys and values apart."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        key = substituted(name, OPEN_CLIP)
+        key = _respelt(name, OPEN_CLIP)
         fused = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", key)
         if fused:
             parts = zip("qkv", tensor.tensor_split(3), strict=True)
@@ -137,6 +140,25 @@ def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[key] = tensor.T.contiguous() if name == "text_projection" else tensor
     return found
+
+
+def open_clip_tensors(encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """A text encoder's tensors under OpenCLIP's names, with queries, keys and values in one."""
+    own = {key.removeprefix("text_model."): tensor for key, tensor in detached(encoder).items()}
+    back = {ours: theirs for theirs, ours in OPEN_CLIP.items()}
+    return {_respelt(key, back): tensor for key, tensor in fused(own).items()}
+
+
+def differing(encoder: CLIPTextModel) -> list[str]:
+    """The settings of a text encoder that its tensors under OpenCLIP's names would not tell, with their values."""
+    tensors = {key.removeprefix("text_model."): tensor for key, tensor in detached(encoder).items()}
+    own, read = encoder.config, _config(tensors, PLACES["Stable Diffusion 2"][0])
+    names = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+    return [f"text encoder {name} {getattr(own, name)}" for name in names if getattr(own, name) != getattr(read, name)]
+
+
+def _respelt(name: str, words: Mapping[str, str]) -> str:
+    return substituted(name, ((rf"(?<![^.]){re.escape(word)}(?![^.])", other) for word, other in words.items()))
 
 
 def _without_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

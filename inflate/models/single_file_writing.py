@@ -51,17 +51,19 @@ def untold(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Mapping[st
         "vae": (vae.config, read.vae.config),
         "scheduler": (scheduler, {**SCHEDULER, **read.scheduler}),
     }
-    return [setting for part, (own, theirs) in pairs.items() for setting in _differing(part, own, theirs)]
+    return [setting for part, (own, theirs) in pairs.items() for setting in differing(part, own, theirs)]
 
 
 def image_tensors(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
     """The tensors of both networks as latent diffusion's own files have them; they share the models' memory."""
     names = unet_names(detached(unet), UNetLayout.of(unet.config))
-    tensors = {f"{UNET}{names[key]}": tensor for key, tensor in detached(unet).items()}
+    return {**{f"{UNET}{names[key]}": tensor for key, tensor in detached(unet).items()}, **vae_tensors(vae)}
+
+
+def vae_tensors(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The tensors of an autoencoder, likewise."""
     names = vae_names(detached(vae), len(vae.config.block_out_channels))
-    for key, tensor in detached(vae).items():
-        tensors[f"{VAE}{names[key]}"] = as_convolution(names[key], tensor)
-    return tensors
+    return {f"{VAE}{names[key]}": as_convolution(names[key], tensor) for key, tensor in detached(vae).items()}
 
 
 def _marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -73,7 +75,8 @@ def _marks(scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.zeros(0) for name, is_so in said.items() if is_so}
 
 
-def _differing(part: str, own: Mapping[str, Any], read: Mapping[str, Any]) -> Iterator[str]:
+def differing(part: str, own: Mapping[str, Any], read: Mapping[str, Any]) -> Iterator[str]:
+    """The settings of a network that are others in what was read, with their values, but for those of no matter."""
     for name, value in folders.plain(read).items():
         if name not in _NO_MATTER and _uniform(own.get(name)) != _uniform(value):
             yield f"{part} {name} {own.get(name)}"

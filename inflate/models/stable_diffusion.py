@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,12 +60,14 @@ class TextToVideo(Encoding):
     """the image model's noise schedule, as a DDIM sampler's settings"""
     clips: Any
     """what the clips of training were: at least their height and width, if known"""
+    base_scale: float = field(default=1.0, kw_only=True)
+    """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
 
     @property
     def objective(self) -> DDPM:
         """What the image model was trained with."""
         config = self.noise.config
-        return DDPM(config.prediction_type, config.rescale_betas_zero_snr)
+        return DDPM(config.prediction_type, config.rescale_betas_zero_snr, self.base_scale)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

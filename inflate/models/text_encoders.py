@@ -46,6 +46,8 @@ class TextCondition:
     origin: Tensor | None = None
     """where the pixels come from (B, 4), for the same models: height and width of the source, and, once scaled to cover
     the clip's size, the top and left of what is cut out of it; none: the clip is its source"""
+    fps: Tensor | None = None
+    """frames per second (B,), of models that are told them; none: those of the model's own clips"""
 
 
 @dataclass(frozen=True)

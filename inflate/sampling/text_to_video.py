@@ -15,6 +15,8 @@ from inflate.errors import ConfigError
 from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.layers.recompute import in_parts
 from inflate.models.visits import visiting
+from inflate.objectives import Predict
+from inflate.sampling.ddim import DDIM
 from inflate.sampling.steps import (
     PARTS,
     TOGETHER,
@@ -100,8 +102,6 @@ def sample_latents(
 ) -> Tensor:
     """Scaled latents (B, F, C, h, w) of prompts, from standard normal latents of that shape."""
     settings = settings or Sampling()
-    scheduler = family.scheduler(settings.sampler)
-    scheduler.set_timesteps(settings.steps, device=noise.device)
     large = is_large(noise, family.factor, settings.little_memory)
     texts = [list(prompts)]
     scales = [settings.guidance] if settings.guidance > 1.0 else []
@@ -112,4 +112,15 @@ def sample_latents(
         conditions = [family.embed(each) for each in texts]
     predict = guided([in_precision(family.predict(each), family.unet.dtype) for each in conditions], scales)
     with visiting([family.unet], noise.device), evaluating(family.unet), in_parts(family.unet, PARTS if large else 0):
+        return _drawn(family, predict, noise, settings, progress)
+
+
+def _drawn(family: VideoLDM, predict: Predict, noise: Tensor, settings: Sampling, progress: Progress | None) -> Tensor:
+    """Clean latents; ConfigError where the sampler does not know how the model's are rescaled."""
+    if family.base_scale == 1.0:
+        scheduler = family.scheduler(settings.sampler)
+        scheduler.set_timesteps(settings.steps, device=noise.device)
         return integrate(predict, noise, scheduler, progress)
+    if settings.sampler != "ddim":
+        raise ConfigError(f"sampler is {settings.sampler}, but ddim alone knows this model's rescaled latents: take it")
+    return DDIM(family.objective, settings.steps, eta=0.0).draw(predict, noise, iter(()), progress)

@@ -151,9 +151,9 @@ class TextToVideoTask:
         return self.family.encode(batch["pixels"].to(device))
 
     def condition(self, batch: Batch, device: torch.device) -> TextCondition:
-        """What the UNet is told of the clips: their captions, and where their pixels come from."""
-        text, origin = text_of(self.family, batch, device), batch.get("origin")
-        return text if origin is None else replace(text, origin=origin.to(device))
+        """What the UNet is told of the clips: their captions, frame rates, and where their pixels come from."""
+        beside = {name: batch[name].to(device) for name in ("origin", "fps") if name in batch}
+        return replace(text_of(self.family, batch, device), **beside)
 
     def drop(self, condition: TextCondition, draw: Tensor) -> TextCondition:
         """The condition, of the empty prompt in place of those captions whose uniform draw (B,) says so."""

@@ -23,6 +23,7 @@ from inflate.cli import app
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, svd_files, svd_keys
 from inflate.formats import ADAPTERS
+from inflate.layers.image_context import ImageContext
 from inflate.models import original_names
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.surgery import inflate_unet
@@ -190,6 +191,18 @@ def test_modelscopes_layers_have_their_names_in_diffusers(tmp_path: Path) -> Non
     found = {name.removesuffix(".lora_A.weight") for name in load_file(tmp_path / "there.safetensors")}
     assert {"unet.transformer_in.proj_in", "unet.down_blocks.0.temp_convs.0.conv2.3"} < found
     assert "unet.down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1.to_q" in found
+
+
+@pytest.mark.parametrize("format", ["unet3d", "comfyui", "kohya"])
+def test_what_attends_to_an_image_has_no_name_elsewhere(format: str, tmp_path: Path) -> None:
+    video, _ = inflate_unet(tiny_unet(True, norm_num_groups=32), MODELSCOPE)
+    video.add_image_context(ImageContext(embedding=8, width=8, depth=1, heads=1, head_width=8))
+    layers = "query_transformer.layers.0.attention.to_q", "mid_block.attentions.0.transformer_blocks.0.attn2.image.to_v"
+    shapes = Network.of(video)
+    assert set(layers) < set(names.names("inflate", shapes))
+    with pytest.raises(CheckpointError, match=rf"{format} has no place for 2 layers: query_transformer\.layers"):
+        foreign.write(tmp_path / "out.safetensors", adapter(shapes, layers), format, shapes)
+    assert Q in names.names(format, shapes)
 
 
 @pytest.mark.parametrize("spec", [TemporalSpec(), MODELSCOPE, ANIMATEDIFF_V2])

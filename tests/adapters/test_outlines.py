@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from original_files import equal, write_single_file, write_svd_file
+from original_files import dynamicrafter, equal, write_single_file, write_svd_file, write_videocrafter
 
 from helpers import tiny_unet, tiny_unet_sd2, write_image_model
 from inflate import catalogue
 from inflate.adapters import outlines
 from inflate.errors import CheckpointError
-from inflate.families import animatediff, modelscope
+from inflate.families import animatediff, dynamicrafter_original, modelscope
 from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
@@ -71,11 +71,26 @@ def unet_motion(folder: Path) -> Written:
     return folder, unet
 
 
+def dynamicrafter_folder(folder: Path) -> Written:
+    family = dynamicrafter(folder)
+    family.save_pretrained(folder / "export")
+    return folder / "export", family.unet
+
+
+def dynamicrafter_file(folder: Path) -> Written:
+    family = dynamicrafter(folder, "stride", gate=True)
+    dynamicrafter_original.write(family, folder / "a.safetensors")
+    return folder / "a.safetensors", family.unet
+
+
 WRITERS: dict[str, Callable[[Path], Written]] = {
     "stable-diffusion": image_model,
     "stable-diffusion-file": image_file,
     "svd": svd,
     "svd-file": svd_file,
+    "dynamicrafter": dynamicrafter_folder,
+    "dynamicrafter-file": dynamicrafter_file,
+    "videocrafter-file": write_videocrafter,
     "video-unet": video_unet,
     "unet3d": unet3d,
     "vgen": vgen,

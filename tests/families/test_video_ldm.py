@@ -2,19 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from original_files import write_whole_file
+from original_files import parts, write_whole_file
 from safetensors.torch import load_file, save_file
 from tiny_video_ldm import PROMPT, parents, write_text_model
 
 from helpers import count_reads, randomise
 from inflate.errors import CheckpointError
 from inflate.families.video_ldm import Clips, Encoders, Model, VideoLDM
+from inflate.models.original_video_names import with_fps
+from inflate.models.unet import MODELSCOPE
 from inflate.models.vae import VideoVAE, encoder_sha256
 from inflate.objectives import DDPM
 
@@ -262,6 +265,26 @@ def test_an_export_replaces_only_an_export(folder: Path, export: Path, tmp_path:
     for _ in range(2):
         family.save_pretrained(again)
     assert (again / "inflate.json").is_file()
+
+
+@torch.no_grad()
+def test_a_model_that_is_told_the_frame_rate_is_told_that_of_each_clip(tmp_path: Path) -> None:
+    family = VideoLDM(**parts(tmp_path, with_fps(64)), clips=Clips(frames=2, fps=12.5, height=16, width=16))
+    noisy, timestep = torch.randn(2, 2, 4, 8, 8), torch.tensor([3, 700])
+    condition = family.embed([PROMPT, ""])
+    for given, expected in ((None, [12.0, 12.0]), (torch.tensor([24.0, 29.97]), [24.0, 29.0])):
+        found = family.predict(replace(condition, fps=given))(noisy, timestep)
+        told = family.unet(noisy, timestep, condition.context, torch.tensor(expected)[:, None]).sample
+        assert torch.equal(found, told)
+    other = family.predict(replace(condition, fps=torch.tensor([24.0, 1.0])))(noisy, timestep)
+    assert torch.equal(other[0], found[0])
+    assert not torch.allclose(other[1], found[1])
+
+
+def test_how_clean_latents_are_rescaled_stays_with_the_model(tmp_path: Path) -> None:
+    found = {**parts(tmp_path, MODELSCOPE), "clips": Clips(frames=2, height=16, width=16), "base_scale": 0.7}
+    VideoLDM(**found).save_pretrained(tmp_path / "export")
+    assert VideoLDM.load(tmp_path / "export").objective == DDPM("epsilon", base_scale=0.7)
 
 
 def test_the_schedule_is_the_image_models_whatever_its_scheduler(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_dropped_captions_are_the_empty_prompt(family: VideoLDM) -> None:
     assert torch.equal(dropped[1:], condition.context[1:])
 
 
+def test_a_dropped_caption_keeps_the_frame_rate_of_its_clip(family: VideoLDM) -> None:
+    task, batch = make(family, drop_caption=0.3), join([clip(0), clip(1)])
+    condition = task.condition({**batch, "fps": torch.tensor([24.0, 12.0])}, torch.device("cpu"))
+    dropped = task.drop(condition, torch.tensor([0.1, 0.9]))
+    assert dropped.fps is not None
+    assert dropped.fps.tolist() == [24.0, 12.0]
+
+
 def test_a_dropped_caption_keeps_the_sizes_of_its_clip(sdxl: VideoLDM) -> None:
     task, batch = make(sdxl, drop_caption=0.3), join([clip(0), clip(1)])
     condition = task.condition({**batch, "origin": torch.tensor([[64, 96, 0, 3], [16, 16, 0, 0]])}, torch.device("cpu"))
