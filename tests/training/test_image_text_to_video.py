@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_dynamicrafter import CONTEXT, CachedClips, image_encoder, made, strided
-from tiny_video_ldm import FRAMES, PROMPT, write_text_model
+from tiny_video_ldm import FRAMES, PROMPT, parents, write_text_model
 
 from inflate.adapters import file, verify
 from inflate.adapters.settings import AdapterSettings
@@ -18,13 +18,14 @@ from inflate.families.dynamicrafter import FAMILY, Clips, DynamiCrafter
 from inflate.families.dynamicrafter_model import Model
 from inflate.families.video_ldm import VideoLDM
 from inflate.models import image_stream
+from inflate.models.unet import MODELSCOPE, VideoUNet
 from inflate.training.adapting import Adapting
 from inflate.training.held_out import join
 from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
 from inflate.training.settings import Training
-from inflate.training.stages import Stage, check_stage, named
+from inflate.training.stages import Queries, Stage, begin, check_stage, named
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,24 @@ def test_the_image_stream_goes_from_one_stage_into_the_next(folder: Path, tmp_pa
     ]
     assert pairs
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_the_stages_begin_with_a_text_to_video_model_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    """With convolutions over time and a transformer after the first one, as VideoCrafter has them."""
+    text = VideoLDM.load(folder)
+    text.unet = VideoUNet.from_2d(parents(folder)[0], MODELSCOPE)
+    text.save_pretrained(tmp_path / "text")
+    image_encoder().save_pretrained(tmp_path / "vision")
+    start, queries = Model(str(tmp_path / "text"), image_encoder=str(tmp_path / "vision")), Queries(8, 1, 2, 4, 2)
+    (tmp_path / "stream").mkdir()
+    make(begin("context", start, queries, 1), "context").export(tmp_path / "stream")
+    adapted = begin("adapt", replace(start, image_stream=str(tmp_path / "stream")), queries, FRAMES)
+    make(adapted, "adapt").export(tmp_path / "adapted")
+    joint = begin("joint", Model(str(tmp_path / "adapted")), queries, FRAMES)
+    assert joint.unet.spec == replace(MODELSCOPE, added_ids=1, added_id_dim=32)
+    data = strided(0)
+    losses = [make(one, "joint").loss(data, Noise(3, data["number"]), 0)[0] for one in (adapted, joint)]
+    torch.testing.assert_close(*losses)  # the new input is born without effect
 
 
 def test_a_stream_that_does_not_belong_is_refused_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
