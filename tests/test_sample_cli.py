@@ -195,6 +195,10 @@ def test_an_image_of_another_shape_is_cut_and_that_is_said(image_model: Path, tm
     assert (tall == 200).all()  # no bars, and nothing of the ends
 
 
+def test_a_start_is_the_highest_noise_level_of_svd(image_model: Path) -> None:
+    assert animation.SVDAnimator.load(str(image_model), {"start": 20.0}).settings.sigma_max == 20
+
+
 def test_an_option_of_another_family_is_refused(image_model: Path, picture: Path, tmp_path: Path) -> None:
     common = ("sample", image_model, picture, "-o", tmp_path / "out.mp4")
     for option in ("--prompt", "--negative", "--stride", "--eta", "--guidance", "--image-guidance", "--rescale"):
