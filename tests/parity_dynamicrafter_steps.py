@@ -199,7 +199,7 @@ def step_cases(
         timestep = step.timestep.expand(len(before))
         prediction = predict(before, timestep)
         clean = step.rescale * objective.separate(before, timestep, prediction)[0]
-        after = sampler.step(step, before, prediction, iter(recorded["noise"][number:]))
+        after = sampler.step(step, before, prediction, iter(recorded["noise"][number:] if asked["eta"] else ()))
         latents = recorded["x_prev"][number]
         yield Case(f"{name}.pred_x0.{number}", _spread_difference(clean, recorded["pred_x0"][number]), SINGLE)
         yield Case(f"{name}.x_prev.{number}", _spread_difference(after, latents), SINGLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -25,19 +27,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from helpers import randomise, tiny_unet
+from helpers import randomise, tiny_unet, unet_inputs
 from inflate.adapters import attach, targets
 from inflate.adapters.settings import KINDS, Kind
 from inflate.errors import InflateError, TrainingError
+from inflate.layers.image_context import ImageContext, QueryLayer
 from inflate.layers.temporal import VideoUpsample
-from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
+from inflate.models.unet import ANIMATEDIFF_V1, ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
 from inflate.surgery import inflate_unet
 from inflate.training import adamw, checkpoint, log
 from inflate.training.loop import fit
 from inflate.training.memory_settings import Memory
 from inflate.training.player import Trainee, check_shardable
 from inflate.training.processes import join_processes, start_accelerator
-from inflate.training.sharding import Sharding, asked, own, units
+from inflate.training.sharding import Sharding, asked, own, twin, units
 from launch import FSDP2, Collectives, launch
 from tiny_svd import Clips, image_to_video, largest_difference
 from toy import Adversarial, Layered, Points, Regression, send, settings, weights
@@ -358,6 +361,32 @@ def test_a_process_that_does_not_see_the_folder_is_told_before_the_first_step(tm
     assert "set it to false" in second
 
 
+def attending(spec: TemporalSpec) -> VideoUNet:
+    """A UNet that attends to an image, all of whose layers do something."""
+    unet, _ = inflate_unet(tiny_unet(True), spec)
+    unet.add_image_context(ImageContext(embedding=6, width=8, depth=2, heads=2, head_width=4, queries=2, gate=True))
+    randomise(unet)
+    return unet
+
+
+def gradients_in_shares() -> float:
+    """The largest difference of gradients from those of whole weights, by a loss of clips and their images."""
+    whole = attending(VIDEO_LDM).double()
+    network = twin(copy.deepcopy(whole), Accelerator(cpu=True), Sharding(True))
+    inputs = {name: each.double() for name, each in unet_inputs(batch=1).items()}
+    features = torch.randn(1, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for one in (whole, network):
+        one(**inputs, image_features=features).sample.square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    found = {name: parameter.grad.full_tensor() for name, parameter in network.named_parameters()}
+    return largest_difference(found, expected)
+
+
+def test_an_image_in_cross_attention_is_seen_through_shares() -> None:
+    for difference in launch(gradients_in_shares):
+        assert difference < 1e-10
+
+
 # --- groups of processes that share the weights -----------------------------------------------------------------------
 
 
@@ -530,6 +559,15 @@ def test_every_layer_but_those_at_the_ends_is_gathered_by_itself(spec: TemporalS
     upsampling = [unit for unit in found if isinstance(unit, VideoUpsample | Downsample2D)]
     assert len(upsampling) == 2
     assert [name for name, parameter in unet.named_parameters() if parameter.ndim == 0] == []
+
+
+def test_layers_of_the_query_transformer_are_gathered_by_themselves() -> None:
+    found = parameters_of(attending(MODELSCOPE))
+    queries = [unit for unit in found if isinstance(unit, QueryLayer)]
+    assert len(queries) == 2
+    *_, root = found
+    parts = {name.split(".")[1] for name in found[root] if name.startswith("query_transformer.")}
+    assert parts == {"latents", "proj_in", "proj_out", "norm_out"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
