@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from image_to_video import directions
-from text_to_video import agreement, drawn, object_of, read, right_headings
+from text_to_video import drawn
 
 from inflate.data.clips import ClipDataset, collate
 from inflate.data.pixels import unit
@@ -33,6 +33,7 @@ from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask
 from inflate.training.image_to_video import Preview as ImagePreview
 from inflate.training.text_to_video import Preview, TextToVideo, TextToVideoTask
 from record import command, record, write
+from scenes import agreement, object_of, read, right_headings
 
 Numbers = dict[str, float]
 GUIDANCE = 5.0

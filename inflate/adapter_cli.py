@@ -8,6 +8,7 @@ import typer
 from inflate.adapters.settings import Weighted
 from inflate.errors import CheckpointError, report_errors
 from inflate.formats import ADAPTERS
+from inflate.options import AnyBase
 
 if TYPE_CHECKING:
     from inflate.adapters.algebra import Resized
@@ -28,7 +29,6 @@ Target = Annotated[Path, typer.Option("-o", "--output", help="A new folder for t
 Output = Annotated[Path, typer.Option("-o", "--output", help="The new file, .safetensors.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 Rank = Annotated[int, typer.Option(min=1, help="Inner width of the factors.")]
-AnyBase = Annotated[bool, typer.Option("--any-base", help="Take adapters that were made on another model, too.")]
 
 
 @adapter_app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from inflate import pages
 from inflate.adapters import merge
 from inflate.adapters.settings import Weighted
 from inflate.data import video
@@ -75,19 +76,10 @@ def _clip(row: int, column: int) -> str:
 
 
 def _page(title: str, labels: Sequence[str], rows: Sequence[str]) -> str:
-    """A page that plays the clips in a table; every name in it is text, not markup."""
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in ["", *labels])
+    """A page that plays the clips in a table."""
+    head = [html.escape(label) for label in ["", *labels]]
     lines = [
-        f"<tr><th>{html.escape(row)}</th>{''.join(_cell(number, column) for column in range(len(labels)))}</tr>"
+        [html.escape(row), *(pages.playing(_clip(number, column)) for column in range(len(labels)))]
         for number, row in enumerate(rows)
     ]
-    style = "body{font-family:sans-serif}video{min-width:12em;image-rendering:pixelated}"
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{style}</style>\n<h1>{html.escape(title)}</h1>\n"
-        "<table>\n" + "\n".join([f"<tr>{head}</tr>", *lines]) + "\n</table></html>\n"
-    )
-
-
-def _cell(row: int, column: int) -> str:
-    return f'<td><video src="{_clip(row, column)}" autoplay loop muted playsinline></video></td>'
+    return pages.page(title, pages.table(head, lines))

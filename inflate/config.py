@@ -14,6 +14,7 @@ import enum
 import functools
 import inspect
 import itertools
+import json
 import os
 import re
 import sys
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigError", "check", "dotted", "dump", "flat", "from_command_line", "help_text", "is_argument", "leaves", "load",
-    "names", "parse", "report_errors", "translate",
+    "load_each", "names", "parse", "report_errors", "translate",
 ]  # fmt: skip
 
 NOT_SET = "???"
@@ -58,6 +59,8 @@ _WORDS: dict[Any, str] = {
     float: "a float",
 }
 _ARGUMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+_PAIR = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w")
+"""A character that JSON writes as two."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,11 +83,18 @@ def load(schema: type[T], sources: Sequence[str], defaults: Path | None = None, 
     `partial`, what a file says of other schemas is passed over: a part of a recipe's settings is read from the recipe's
     own files. Raises `ConfigError` naming the setting and where it was written.
     """
-    values = _values(schema, None, _merge(schema, sources, defaults, partial))
-    missing = list(_missing(schema, values))
-    if missing:
-        raise ConfigError("; ".join(f"{key} is not set: give {key}=... ({kind})" for key, kind in missing))
-    return typing.cast("T", _build(schema, values))
+    return _instance(schema, _merge(schema, sources, defaults, partial))
+
+
+def load_each(schema: type[T], file: Path, word: str) -> list[T]:
+    """Return an instance of `schema` for each entry of the list in a YAML or JSON file; `word` is what one is called.
+
+    Raises `ConfigError` naming the entry by its number and line, and the setting.
+    """
+    node = _node(_in_yaml(_text(str(file)), file), str(file))
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise ConfigError(f"{file}: expected a list of {word}s, each of lines `setting: value`")
+    return [_entry(schema, entry, str(file), f"{word} {number}") for number, entry in enumerate(node.value, 1)]
 
 
 def check(schema: Schema, sources: Sequence[str]) -> None:
@@ -223,13 +233,39 @@ def _text(name: str) -> str:
         raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
 
 
-def _composed(text: str, name: str) -> _Source:
+def _node(text: str, name: str) -> yaml.Node | None:
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}{_line(error)}: not valid YAML: {_problem(error)}") from None
     except ValueError as error:
         raise ConfigError(f"{name}: cannot be read as a YAML file: {error}") from None
+
+
+def _in_yaml(text: str, file: Path) -> str:
+    """Write what JSON has and YAML has not, tabs and characters in two halves, in YAML; the lines stay."""
+    if file.suffix != ".json":
+        return text
+    return _PAIR.sub(lambda pair: str(json.loads(f'"{pair[0]}"')), text.replace("\t", " "))
+
+
+def _entry(schema: type[T], node: yaml.Node, file: str, name: str) -> T:
+    """Return the instance of one entry of a file's list."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{name} of {_Source(file, yaml.MappingNode(_MAP, [])).at(node)}: expected `setting: value`")
+    source, tree = _Source(file, node), dict[str, Any]()
+    try:
+        _lay(schema, tree, (), node, source)
+    except ConfigError as error:
+        raise ConfigError(f"{name} of {error}") from None
+    try:
+        return _instance(schema, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{name} of {source.at(node)}: {error}") from None
+
+
+def _composed(text: str, name: str) -> _Source:
+    node = _node(text, name)
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{name}: expected lines of `setting: value`")
     return _Source(name, node or yaml.MappingNode(_MAP, []))
@@ -453,6 +489,15 @@ def _values(schema: Schema, base: Any, tree: dict[str, Any]) -> dict[str, Any]:
             given = _values(child, default if dataclasses.is_dataclass(default) else None, branch)
         values[field.name] = given
     return values
+
+
+def _instance(schema: type[T], tree: dict[str, Any]) -> T:
+    """Return `tree` over the class's defaults; ConfigError where a required setting is missing."""
+    values = _values(schema, None, tree)
+    missing = list(_missing(schema, values))
+    if missing:
+        raise ConfigError("; ".join(f"{key} is not set: give {key}=... ({kind})" for key, kind in missing))
+    return typing.cast("T", _build(schema, values))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -103,6 +103,10 @@ class EDM:
         """Noise levels (B,) from standard normal draws (B,), none above `sigma_limit`."""
         return (self.P_mean + self.P_std * normal).exp().clamp(max=self.sigma_limit)
 
+    def time(self, sigma: Tensor) -> Tensor:
+        """Diffusion time of noise levels, 0 to 1: the share of training that is less noisy; same shape."""
+        return torch.special.ndtr((sigma.log() - self.P_mean) / self.P_std)
+
     def noise_input(self, sigma: Tensor) -> Tensor:
         """What the network is told of `sigma`; same shape."""
         if self.noise_condition == "edm":
@@ -163,6 +167,10 @@ class DDPM:
     def timestep(self, uniform: Tensor) -> Tensor:
         """Timesteps from draws in [0, 1); same shape."""
         return (TRAIN_TIMESTEPS * uniform).long().clamp(max=TRAIN_TIMESTEPS - 1)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """Diffusion time of timesteps, 0 to 1, float32; same shape."""
+        return timestep.float() / (TRAIN_TIMESTEPS - 1)
 
     def rescale(self, timestep: Tensor) -> Tensor:
         """The factors of clean latents at timesteps; same shape, float32 where those are whole numbers."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_dynamicrafter
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import load_recipe
-from inflate.data import demo
+from inflate.data import demo, demo_clips
+from inflate.sampling.dynamicrafter import Sampling, sample
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -48,7 +51,7 @@ def test_a_loss_is_compared_with_that_over_the_base_as_loaded() -> None:
 
 
 def test_a_look_is_found_in_what_is_painted_so_and_not_in_what_is_not() -> None:
-    script, rng = load_recipe(BENCHMARKS / "text_to_video.py"), np.random.default_rng(0)
+    script, rng = load_recipe(BENCHMARKS / "scenes.py"), np.random.default_rng(0)
     scenes = [demo.draw_scene(rng) for _ in range(40)]
     assert any(demo.OPPOSITE[scene.colour] == scene.ground for scene in scenes)  # which both looks paint alike
 
@@ -58,6 +61,137 @@ def test_a_look_is_found_in_what_is_painted_so_and_not_in_what_is_not() -> None:
 
     assert script.look_share(painted("opposite"), scenes, "opposite") > 0.99
     assert script.look_share(painted("vivid"), scenes, "opposite") < 0.01
+
+
+def told(count: int, **changes: str) -> list[demo.Scene]:
+    """Scenes that fly as their captions alone tell, from the middle so that they may fly anywhere."""
+    rng = np.random.default_rng(0)
+    scenes = [demo.draw_scene(rng, told=True) for _ in range(count)]
+    return [replace(scene, x=0.5, y=0.5, radius=0.25, **changes) for scene in scenes]
+
+
+def filmed(scenes: list[demo.Scene], frames: int = 8) -> Tensor:
+    """Their clips (N, F, 3, H, W) in [-1, 1]."""
+    clips = [torch.from_numpy(demo.render(scene, np.arange(frames) / demo.FPS)) for scene in scenes]
+    return torch.stack(clips).movedim(-1, 2) / 127.5 - 1
+
+
+def test_a_clip_moves_as_captioned_or_the_other_way_reversed_and_a_copied_frame_not_at_all() -> None:
+    judge, scenes = load_recipe(BENCHMARKS / "scenes.py"), told(5)
+    clips = filmed(scenes)
+    others = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    opposite = [replace(scene, heading=others[scene.heading]) for scene in scenes]
+    assert judge.agreement(clips, scenes)["agree"] == 5
+    assert judge.agreement(clips.flip(1), opposite)["agree"] == 5
+    assert judge.agreement(clips[:, :1].expand_as(clips), scenes)["agree"] == 0
+
+
+def test_what_a_frame_shows_is_seen_without_being_told() -> None:
+    judge, rng = load_recipe(BENCHMARKS / "scenes.py"), np.random.default_rng(0)
+    scenes = [demo.draw_scene(rng) for _ in range(30)]
+    clips = filmed(scenes, 1)
+    assert all(share >= 0.9 for share in judge.likeness(clips, scenes).values())
+    assert all(share < 0.5 for share in judge.likeness(clips.roll(1, 0), scenes).values())
+    assert judge.seen(torch.full((3, 64, 64), 0.5)) == ("", "grey", "no shape", "")
+    turned = [replace(scene, heading="left" if scene.heading == "right" else "right") for scene in scenes]
+    darts = [place for place, scene in enumerate(scenes) if scene.shape == "dart"]
+    assert judge.likeness(clips[darts], [turned[place] for place in darts])["shape and way"] <= 0.1
+
+
+def test_who_steers_is_told_of_clips_that_follow_the_caption_the_image_or_nothing() -> None:
+    script, judge = load_recipe(BENCHMARKS / "dynamicrafter.py"), load_recipe(BENCHMARKS / "scenes.py")
+    scenes = told(3, heading="left")
+    scenes[0] = replace(scenes[0], shape="dart", told=False)
+
+    def steered(clips: dict[str, Tensor]) -> dict[str, object]:
+        found = {way: judge.motions_of(each, judge.masks_of(each, scenes)) for way, each in clips.items()}
+        result: dict[str, object] = script.steered(found, scenes)
+        return result
+
+    following = {way: filmed([replace(scene, heading=way) for scene in scenes]) for way in ("left", "right")}
+    by_caption = steered(following)
+    assert (by_caption["as asked"], by_caption["of"], by_caption["chance"]) == (6, 6, 0.5)
+    assert by_caption["images that follow every caption"] == "3 of 3"
+    by_image = steered(dict.fromkeys(following, following["left"]))
+    assert (by_image["share"], by_image["chance"], by_image["as the real clip"]) == (0.5, 0.5, 1)
+    assert by_image["image shows the same"] == {"as asked": 1, "of": 1, "share": 1}
+    assert by_image["image shows another"] == {"as asked": 0, "of": 1, "share": 0}
+    assert by_image["images that follow every caption"] == "0 of 3"
+    still = steered({way: each[:, :1].expand_as(each) for way, each in following.items()})
+    assert (still["as asked"], still["chance"], still["as the real clip"]) == (0, 0, 0)
+
+
+def test_a_caption_is_asked_to_differ_in_the_direction_alone() -> None:
+    asked, scene = load_recipe(BENCHMARKS / "dynamicrafter.py").asked, told(1)[0]
+    assert asked(replace(scene, heading="up"), "left") == replace(scene, heading="left").caption
+    assert asked(replace(scene, told=False), "left") == replace(scene, heading="left").caption
+    assert "dart flying left" in asked(replace(scene, shape="dart", told=False, heading="up"), "left")
+
+
+def test_a_cross_fade_has_both_ends_and_not_the_motion_between() -> None:
+    script = load_recipe(BENCHMARKS / "dynamicrafter.py")
+    truth = filmed(told(4, speed="fast"))
+
+    def distance(one: Tensor, other: Tensor) -> Tensor:
+        return (one - other).abs().flatten(1).mean(1)
+
+    faded = script.between(script.cross_fade(truth), truth, distance)
+    assert torch.stack([faded["psnr, first frame"], faded["psnr, last frame"]]).min() > 80
+    assert faded["psnr, frames between"].max() < 40
+    assert faded["perceptual distance, frames between"].min() > 0
+    assert script.between(truth, truth, distance)["perceptual distance, frames between"].max() == 0
+    assert faded["motion error"].min() > 0.4
+    assert script.motion_error(truth, truth).max() == 0
+    assert script.motion_error(truth[:, :1].expand_as(truth), truth).numpy() == pytest.approx(1)
+    assert script.motion_error(truth.flip(1), truth).min() > 1
+
+
+def test_a_model_without_a_stream_of_the_image_draws_the_same_for_every_image(tmp_path: Path) -> None:
+    script = load_recipe(BENCHMARKS / "dynamicrafter.py")
+    family = tiny_dynamicrafter.family(tmp_path)
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+
+    def apart(tokens: bool, latents: bool) -> float:
+        model, settings = script.Ablated.of(family, tokens, latents), Sampling(steps=2, guidance=2.0)
+        one, other = sample(model, images, ["a red disc"] * 2, [0, 0], settings)
+        return float((one - other).abs().max())
+
+    found = {name: apart(*streams) for name, streams in script.STREAMS.items()}
+    assert found.pop("neither") < 1e-6
+    assert all(difference > 1e-3 for difference in found.values())
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_model_is_measured_for_what_it_was_trained_for(tmp_path: Path, ends: bool) -> None:
+    script, output = load_recipe(BENCHMARKS / "dynamicrafter.py"), tmp_path / "out"
+    family = tiny_dynamicrafter.family(tmp_path / "parent")
+    family.clips = replace(family.clips, interpolation=ends)
+    for network in family.networks:
+        network.float()
+    family.save_pretrained(tmp_path / "model")
+    clips = demo_clips.build(tmp_path / "clips", clips=1, held_out=1, told=0.5)
+    words = [
+        str(tmp_path / "model"),
+        str(clips),
+        str(output),
+        "--count",
+        "1",
+        "--steps",
+        "1",
+        "--guidance",
+        "1",
+        "--ways",
+        "left",
+    ]
+    script.main(words)
+    fitting = ["interpolation"] if ends else ["steering", "streams"]
+    assert sorted(file.stem for file in output.glob("*.json")) == fitting
+    sheets = ["interpolation-0"] if ends else ["steering-shown-0", "streams-0"]
+    assert sorted(file.stem for file in output.glob("*.png")) == sheets
+    measured = json.loads((output / f"{fitting[-1]}.json").read_text())[fitting[-1]]
+    assert len(measured) > 3
+    with pytest.raises(SystemExit, match=f"was trained for {'interpolation' if ends else 'streams and steering'}"):
+        script.main([*words, "--only", "streams" if ends else "interpolation"])
 
 
 def test_every_arm_computes_the_baselines_losses(tmp_path: Path) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
-from original_files import write_single_file, write_whole_file
 from PIL import Image
 from typer.testing import CliRunner
 
 from helpers import CROSS, tiny_unet_sd2, tiny_vae
 from inflate import __version__, cli, shelves
 from inflate.data import video
-from inflate.sampling.text_to_video import Sampling
 
 
 def inflate(*arguments: object) -> Result:
@@ -71,14 +67,6 @@ def test_what_transformers_says_of_itself_is_left_out_and_its_warnings_are_not()
     assert "this matters" in done.stderr
     assert "torchvision" not in done.stderr
     assert "Loading weights" not in done.stderr
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
-    path = tmp_path / "picture.png"
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 def test_version() -> None:
@@ -183,121 +171,6 @@ def test_verify_needs_an_image_model(tmp_path: Path) -> None:
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNetSpatioTemporalConditionModel"}')
     assert "is a video model already" in refused("verify", tmp_path)
     assert "does not exist" in refused("verify", "./nowhere")
-
-
-def test_sample_writes_a_video_and_a_contact_sheet(image_model: Path, picture: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "out.mp4"
-    options = ("--frames", 3, "--steps", 2, "--fps", 8, "--height", 16, "--width", 32)
-    result = inflate("sample", image_model, picture, "-o", output, *options)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"wrote {output}\nwrote {output.with_suffix('.png')}\n"
-    assert "freshly inflated" in result.stderr
-    found = video.probe(output)
-    assert (found.frames, found.fps, found.height, found.width) == (3, 8, 16, 32)
-    with Image.open(output.with_suffix(".png")) as sheet:
-        assert sheet.width >= 3 * 32
-
-
-def test_sample_takes_a_single_file_with_an_image_encoder(
-    image_model: Path, picture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_single_file(tmp_path / "sd.safetensors", cross_attention_dim=CROSS)
-    shape = ("--steps", "1", "--frames", "2", "--height", "16", "--width", "16")
-    arguments = ("sample", tmp_path / "sd.safetensors", picture, "-o", tmp_path / "out.mp4", *shape)
-    assert "give its folder as image_encoder" in inflate(*arguments).stderr
-    given = ("--image-encoder", image_model / "image_encoder", "--prediction", "v_prediction")
-    result = inflate(*arguments, *given)
-    assert result.exit_code == 0, result.output
-    assert "predicts noise, not v" not in caplog.text
-    assert video.probe(tmp_path / "out.mp4").frames == 2
-
-
-def test_the_clips_size_follows_the_image_at_the_models_area() -> None:
-    class Part:
-        def __init__(self, sample_size: int, levels: int) -> None:
-            self.config = self
-            self.sample_size, self.block_out_channels = sample_size, (1,) * levels
-
-    class Family:
-        unet, vae = Part(96, 4), Part(1, 4)
-        height: int | None = None
-        width: int | None = None
-
-    assert cli._fitting(1080, 1920, Family()) == (576, 1024)  # type: ignore[arg-type]  # a stand-in
-    assert cli._fitting(500, 500, Family()) == (768, 768)  # type: ignore[arg-type]  # a stand-in
-    trained = Family()
-    trained.height, trained.width = 320, 576
-    assert cli._fitting(1080, 1920, trained) == (320, 576)  # type: ignore[arg-type]  # a stand-in
-
-
-def test_the_options_of_generate_default_to_the_samplers() -> None:
-    options = {name: option.default for name, option in inspect.signature(cli.generate).parameters.items()}
-    assert {field.name: options[field.name] for field in fields(Sampling)} == {
-        f.name: f.default for f in fields(Sampling)
-    }
-
-
-def test_the_options_defaults_are_the_samplers() -> None:
-    from inflate.sampling.svd import Sampling
-
-    options = {name: option.default for name, option in inspect.signature(cli.sample).parameters.items()}
-    shared = [field for field in fields(Sampling) if options.get(field.name) is not None]
-    assert {field.name: options[field.name] for field in shared} == {field.name: field.default for field in shared}
-    assert len(shared) == 6
-
-
-def test_generate_draws_a_prompt_with_the_pocket_model(tmp_path: Path) -> None:
-    output = tmp_path / "out.mp4"
-    options = ("--steps", 1, "--frames", 2, "--grid", 3, "--fps", 4, "--sampler", "euler")
-    prompt = ("a red elephant over blue", "--negative", "a Disc, 2 boats")
-    result = inflate("generate", "pocket", *prompt, "-o", output, *options)
-    assert result.exit_code == 0, result.output
-    assert "note: the model's text encoder does not know: elephant, 2, boats\n" in result.stderr
-    assert "freshly inflated" in result.output
-    probe = video.probe(output)
-    assert (probe.frames, probe.height, probe.width, probe.fps) == (2, 128, 128, 4)
-    assert output.with_suffix(".png").is_file()
-
-
-def test_generate_takes_a_single_file_with_a_tokenizer(tmp_path: Path) -> None:
-    write_whole_file(tmp_path / "xl.safetensors", "Stable Diffusion XL")
-    shape = ("--steps", "1", "--frames", "2", "--height", "16", "--width", "16")
-    arguments = ("generate", tmp_path / "xl.safetensors", "a disc", "-o", tmp_path / "out.mp4", *shape)
-    assert "name the folder of one" in inflate(*arguments).stderr
-    result = inflate(*arguments, "--tokenizer", "pocket")
-    assert "is an image model" in result.stderr
-    assert video.probe(tmp_path / "out.mp4").frames == 2
-
-
-def test_generate_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    arguments = ("generate", "./nowhere", "a disc", "-o", tmp_path / "out.mp4")
-    assert "must be ddim or euler" in refused(*arguments, "--sampler", "heun")
-    assert "./nowhere does not exist" in refused(*arguments)
-
-
-def test_sample_checks_its_output_first(picture: Path, tmp_path: Path) -> None:
-    arguments = ("sample", "./nowhere", picture, "-o")
-    (tmp_path / "old.mp4").write_bytes(b"old")
-    assert "old.mp4 exists already; choose another name or add --overwrite" in refused(*arguments, tmp_path / "old.mp4")
-    assert (tmp_path / "old.mp4").read_bytes() == b"old"
-    (tmp_path / "sheet.png").write_bytes(b"old")
-    assert "sheet.png exists already" in refused(*arguments, tmp_path / "sheet.mp4")
-    assert "ends in .mp4" in refused(*arguments, tmp_path / "out.gif")
-    assert "not a folder that you may write to" in refused(*arguments, picture / "out.mp4")
-    assert "./nowhere does not exist" in refused(*arguments, tmp_path / "old.mp4", "--overwrite")
-
-
-def test_sample_names_an_image_that_cannot_be_read(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG")
-    assert "broken.png: cannot be read as an image" in refused("sample", "pocket", broken, "-o", tmp_path / "out.mp4")
-    missing = tmp_path / "missing.png"
-    assert "missing.png" in refused("sample", "pocket", missing, "-o", tmp_path / "out.mp4")
-
-
-def test_sample_takes_height_and_width_together(picture: Path, tmp_path: Path) -> None:
-    arguments = ("sample", "pocket", picture, "-o", tmp_path / "out.mp4")
-    assert "give both or neither" in refused(*arguments, "--height", 16)
 
 
 def test_evaluate_prints_a_table_and_writes_everything(tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ import parity
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from parity_cases import Case
 from safetensors.torch import load_file, save_file
 
 from helpers import randomise
 from inflate.families import svd_keys
 from inflate.models import exchange, original_names
+from inflate.models.unet import TemporalSpec
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
-OTHERS = FIXTURES.parent / "i2vgenxl"
+OTHERS, DYNAMICRAFTER = FIXTURES.parent / "i2vgenxl", FIXTURES.parent / "dynamicrafter"
 BUILT = ("msbase", "state_keys_modelscope", "state_keys_vgen_sr600")
 """Recordings of that folder whose models are built here."""
 recorded = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings in {FIXTURES}")
@@ -27,15 +29,14 @@ def recordings() -> list[tuple[Path, str]]:
     if not FIXTURES.is_dir():
         return [(FIXTURES, "none")]
     others = [stem for stem in parity.stems(OTHERS) if stem.startswith(BUILT)]
-    return [*((FIXTURES, stem) for stem in parity.stems(FIXTURES)), *((OTHERS, stem) for stem in others)]
+    whole = [(folder, stem) for folder in (FIXTURES, DYNAMICRAFTER) for stem in parity.stems(folder)]
+    return [*whole, *((OTHERS, stem) for stem in others)]
 
 
 @recorded
 @pytest.mark.parametrize(("folder", "stem"), recordings(), ids=lambda value: getattr(value, "name", value))
 def test_recordings(folder: Path, stem: str) -> None:
-    runner = parity.runner_of(folder, stem)
-    assert runner is not None
-    results = list(runner(folder, stem))
+    results = list(parity.cases_of(folder, stem))
     assert results
     assert [case for case in results if not case.passed] == []
 
@@ -51,6 +52,16 @@ def test_models_that_are_not_built_fail_unless_others_are_asked_for(capsys: pyte
 def test_empty_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(tmp_path)]) == 1
     assert capsys.readouterr().out == "0 cases\n"
+
+
+def test_folders_within_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny_b").mkdir()
+    assert parity.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines() == ["tiny_b/: unknown file inf 0  FAILED", "1 cases"]
+    (tmp_path / "tiny_b" / "odd_io.safetensors").write_text("")
+    (tmp_path / "tiny_b" / "README.md").write_text("")
+    assert parity.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines() == ["tiny_b/odd: unknown file inf 0  FAILED", "1 cases"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "mystery.json", "unet_z.safetensors", "unet_z.json"])
@@ -69,8 +80,8 @@ def test_another_epsilon_fails_in_float64(tmp_path: Path, monkeypatch: pytest.Mo
         shutil.copy(file, tmp_path)
     build = exchange.build_unet
 
-    def other(config: dict[str, object], spec: parity.TemporalSpec) -> object:
-        return build(config, parity.TemporalSpec(added_id_dim=spec.added_id_dim, cross_attention_resnet_eps=1e-6))
+    def other(config: dict[str, object], spec: TemporalSpec) -> object:
+        return build(config, TemporalSpec(added_id_dim=spec.added_id_dim, cross_attention_resnet_eps=1e-6))
 
     monkeypatch.setattr(exchange, "build_unet", other)
     results = list(parity.cases(tmp_path))
@@ -105,7 +116,7 @@ def write_sibling(folder: Path) -> None:
         "use_linear_projection": True,
     }
     torch.manual_seed(0)
-    unet = inflate_unet(UNet2DConditionModel(**image), parity.TemporalSpec(added_id_dim=8))[0].eval()
+    unet = inflate_unet(UNet2DConditionModel(**image), TemporalSpec(added_id_dim=8))[0].eval()
     randomise(unet)
     names = svd_keys.unet_to_sgm(unet.state_dict(), original_names.UNetLayout.of(unet.config))
     save_file({names[key]: value for key, value in unet.state_dict().items()}, folder / "unet_b.safetensors")
@@ -165,4 +176,4 @@ def test_call_that_is_not_recorded_fails(sibling: Path) -> None:
 
 
 def test_not_a_number_fails() -> None:
-    assert not parity.Case("x", float("nan"), 1.0).passed
+    assert not Case("x", float("nan"), 1.0).passed

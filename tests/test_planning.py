@@ -14,16 +14,18 @@ from typer.testing import CliRunner
 from inflate.cli import app
 from inflate.errors import ConfigError
 from inflate.families import svd_outline, video_ldm_outline
+from inflate.families.dynamicrafter_model import Model
 from inflate.families.svd import SVD as SVDFamily
 from inflate.families.video_ldm import VideoLDM
 from inflate.fitting import refusal
-from inflate.models import exchange, folders
+from inflate.models import exchange, folders, image_stream
 from inflate.models.folders import SHIPPED
 from inflate.planning import Planner, assignments
-from inflate.training import ladder
+from inflate.training import ladder, stages
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
 from inflate.training.ladder import Rung
+from inflate.training.stages import Queries
 
 ROOT = Path(__file__).resolve().parents[1]
 SVD, VIDEO_LDM = (ROOT / "recipes" / f"{name}_finetune.py" for name in ("svd", "video_ldm"))
@@ -107,6 +109,28 @@ def test_a_single_file_has_the_shapes_of_what_is_loaded_from_it(tmp_path: Path) 
     found = video_ldm_outline.outline(text, SHIPPED["pocket"])
     assert shapes(found) == shapes(VideoLDM.load(text, tokenizer=SHIPPED["pocket"]))
     assert all(parameter.is_meta for network in found.networks for parameter in network.parameters())
+
+
+def test_each_stage_of_animation_has_the_shapes_of_what_it_trains(tmp_path: Path) -> None:
+    queries, start = Queries(width=64, depth=1, heads=2, head_width=32, queries=2), Model("pocket")
+    born = stages.begin("context", start, queries, 1)
+    assert shapes(stages.outline("context", start, queries, 1)) == shapes(born)
+    image_stream.save(born.unet, born.image_encoder, tmp_path)
+    start = Model("pocket-t2v", image_stream=str(tmp_path), image_encoder="pocket")
+    adapted = stages.begin("adapt", start, queries, 3)
+    assert shapes(stages.outline("adapt", start, queries, 3)) == shapes(adapted)
+    adapted.save_pretrained(tmp_path / "adapted")
+    start = Model(str(tmp_path / "adapted"))
+    assert shapes(stages.outline("joint", start, queries, 3)) == shapes(stages.begin("joint", start, queries, 3))
+
+
+def test_what_a_stage_of_animation_costs() -> None:
+    recipe, card = ROOT / "recipes" / "dynamicrafter_finetune.py", "dynamicrafter_pocket_context.yaml"
+    few = ("data.frames=1", "data.cache=cache", "image_text_to_video.held_out_clips=1")
+    cost = small(recipe, card, *few).cost({})
+    assert cost.frozen == 0
+    assert cost.gradients == 4 * cost.trained
+    assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
 
 
 @pytest.mark.parametrize("name", [name for name in folders.OUTLINES if "video" in name])

@@ -21,6 +21,7 @@ from inflate.config import load
 from inflate.data import video
 from inflate.data.demo_clips import build
 from inflate.errors import ConfigError
+from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.video_ldm import Clips, VideoLDM
 from inflate.measures import SHARES
 from inflate.training import caching, ladder, log
@@ -269,3 +270,47 @@ def test_a_run_that_fits_no_card_says_what_is_smaller(
         aligned(clips, tmp_path / "run", "training.fit=0.01GB")
     with pytest.raises(ConfigError, match=r"training\.fit=huge: write its memory"):
         aligned(clips, tmp_path / "other", "training.fit=huge")
+
+
+def animated(stage: str, clips: Path, output: Path, *arguments: str) -> Path:
+    """The export of a step of a stage of DynamiCrafter on the pocket models."""
+    module = load_recipe(ROOT / "recipes" / "dynamicrafter_finetune.py")
+    small = ("training.steps=1", "training.batch=2", "training.precision=no", "training.warmup=0", "sampling.steps=1")
+    few = [f"image_text_to_video.{name}=1" for name in ("held_out_clips", "train_clips", "preview_clips", "bands")]
+    quiet = ("training.tracker=none", "training.progress=false", "data.seconds_per_clip=null")
+    card = str(ROOT / "recipes" / f"dynamicrafter_pocket_{stage}.yaml")
+    sources = [card, *small, *few, *quiet, f"data.path={clips}", f"training.output={output / stage}", *arguments]
+    module.main(load(module.Config, sources), sources)
+    return output / stage / "export"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_the_pocket_learns_to_animate_in_three_stages(clips: Path, tmp_path: Path) -> None:
+    stream = animated("context", clips, tmp_path)
+    assert {file.name for file in stream.iterdir()} == {"image_stream.safetensors", "inflate.json"}
+    assert "model.image_stream=export" in (tmp_path / "context" / "README.md").read_text()
+    adapted = animated("adapt", clips, tmp_path, f"model.image_stream={stream}")
+    assert not DynamiCrafter.load(adapted).takes_detail
+    drawn = animated("joint", clips, tmp_path, f"model.path={adapted}")
+    family = DynamiCrafter.load(drawn)
+    assert family.takes_detail
+    assert (family.clips.frames, family.clips.usual, family.size) == (8, 8.0, (64, 64))
+    scores = json.loads((tmp_path / "joint" / "samples" / "step-000001" / "scores.json").read_text())
+    assert scores["frame 0 ssim, sample"] < scores["frame 0 ssim, autoencoder"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("joint", [str(ROOT / "adapters" / "full_lora.yaml")], "stage=joint says what of the model learns"),
+        ("adapt", ["data.cache=c", "data.cache_draws=2"], "stage=adapt has no noised condition frame"),
+        ("context", ["data.frames=2"], r"set data\.frames=1"),
+        ("finetune", ["data.stride=3", "data.stride_to=2"], r"data\.stride_to: strides are drawn from data\.stride"),
+    ],
+)
+def test_what_a_stage_of_animation_has_not_is_refused(
+    stage: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        animated(stage, tmp_path, tmp_path / "run", *arguments)

@@ -81,11 +81,10 @@ def family_of(path: str | Path, adapter: Adapter) -> str:
     told = adapter.about.get("family")
     if isinstance(told, str):
         return told
-    file = folders.resolve(path) / folders.SETTINGS_FILE
-    family = folders.read_json(file).get("family") if file.is_file() else None
-    if family not in TOKENS:
+    family = folders.family_of(path)
+    if family is None or family not in TOKENS:
         raise CheckpointError(f"neither the adapter nor {path} tells of which family they are ({' or '.join(TOKENS)})")
-    return str(family)
+    return family
 
 
 def settings_of(adapter: Adapter, origin: object, base: str | None) -> dict[str, str | None]:

@@ -29,9 +29,9 @@ def to_uint8(frames: Tensor) -> npt.NDArray[np.uint8]:
     return np.asarray((frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
-def tiled(clips: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
-    """Clips (F, H, W, 3) of one size as one (F, rows * H, columns * W, 3), about as many rows as columns."""
-    columns = math.ceil(math.sqrt(len(clips)))
+def tiled(clips: Sequence[npt.NDArray[np.uint8]], columns: int | None = None) -> npt.NDArray[np.uint8]:
+    """Clips (F, H, W, 3) of one size as one (F, rows * H, columns * W, 3), by default about as many rows as columns."""
+    columns = columns or math.ceil(math.sqrt(len(clips)))
     empty = [np.zeros_like(clips[0])] * (-len(clips) % columns)
     cells = [*clips, *empty]
     rows = [np.concatenate(cells[first : first + columns], axis=2) for first in range(0, len(cells), columns)]

@@ -29,6 +29,7 @@ from inflate.models.image_encoders import (
     load_image_encoder,
     shown,
 )
+from inflate.models.moments import LatentMoments
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet, load_strictly
@@ -89,23 +90,32 @@ class Condition:
     tokens: Tensor | None = None
     """what the query transformer made of `image`, in its place: (B, F, T, D) or, shared by all frames, (B, T, D)"""
 
-    def drop(self, draw: Tensor, rate: float, no_text: Tensor, no_image: Tensor) -> Condition:
-        """Nothing in place of a clip's text, its image or both, by its uniform draw (B,); each happens at `rate`.
+    def drop(
+        self,
+        draw: Tensor,
+        no_text: Tensor,
+        no_image: Tensor,
+        text: float = 0.05,
+        both: float = 0.05,
+        image: float = 0.05,
+    ) -> Condition:
+        """Nothing in place of each clip's text alone, of its image alone or of both, by its uniform draw (B,).
 
-        The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing.
-        Source: the published training, with a rate of 0.05. ConfigError where three times the rate exceed 1.
+        The detail latent and the number stay. `no_text` (1, L, D) and `no_image` (1, P, E) stand for nothing. The three
+        rates are probabilities, by default those of the published training; ConfigError where they exceed 1 together or
+        one is negative, InflateError where the image is tokens already.
         """
-        if not 0 <= 3 * rate <= 1:
-            raise ConfigError(
-                f"a rate of {rate} leaves no sample whole: three times it are dropped; give less than 1/3"
-            )
-        without_text = (draw < 2 * rate)[:, None, None]
-        without_image = ((rate <= draw) & (draw < 3 * rate))[:, None, None]
-        text = torch.where(without_text, no_text.to(self.text), self.text)
-        image = self.image
-        if image is not None:
-            image = torch.where(without_image, no_image.to(image), image)
-        return replace(self, text=text, image=image)
+        if min(text, both, image) < 0 or text + both + image > 1:
+            raise ConfigError(f"drop rates {text}, {both} and {image} must be at least 0 and at most 1 in all")
+        if self.tokens is not None:
+            raise InflateError("image tokens cannot be left out: drop before they are made, of the image's features")
+        without_text = (draw < text + both)[:, None, None]
+        without_image = ((draw >= text) & (draw < text + both + image))[:, None, None]
+        kept = torch.where(without_text, no_text.to(self.text), self.text)
+        shown = self.image
+        if shown is not None:
+            shown = torch.where(without_image, no_image.to(shown), shown)
+        return replace(self, text=kept, image=shown)
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
@@ -172,6 +182,8 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
     image_std: tuple[float, ...] = CLIP_STD
     """per channel, of the image encoder's inputs in [0, 1]"""
+    moments: LatentMoments | None = None
+    """of the scaled latents of training; none: not measured"""
     further: dict[str, Any] = field(default_factory=dict)
     """further entries of inflate.json, which stay with the model"""
 
@@ -211,7 +223,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
             unet, encoders.vae, encoders.text, noise, clips, image_encoder, **statistics, base_scale=base_scale,
-            further=beside,
+            moments=LatentMoments.told(settings), further=beside,
         )  # fmt: skip
 
     @classmethod
@@ -285,18 +297,7 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed, as it is for a clip of one frame.
         """
-        network = self.unet if unet is None else unet
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
-            sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
-            ids = condition.number.to(noisy)[:, None] if self.unet.spec.added_ids else None  # (B, 1)
-            image = _image(condition, noisy.dtype)
-            text = condition.text.to(noisy.dtype)
-            output: Tensor = network(sample, timestep, text, ids, image_only=marks, **image).sample
-            return output  # (B, F, C, h, w)
-
-        return predict
+        return predictor(self.unet, condition, unet, image_only)
 
     def with_tokens(self, condition: Condition, frames: int) -> Condition:
         """A condition whose image is already what the query transformer makes of it: the same in every step."""
@@ -323,13 +324,14 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
             "family": FAMILY,
             "clips": asdict(self.clips),
             "objective": asdict(self.objective),
+            "latent_moments": asdict(self.moments) if self.moments else None,
             ZEROS: self.text.zeros_for_empty,
             **self.further,
         }
         (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
+_OWN_SETTINGS = ("family", "clips", "objective", "latent_moments", ZEROS)
 
 
 def repeated(latent: Tensor, frames: int) -> Tensor:
@@ -347,6 +349,27 @@ def ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
     latents = first.new_zeros(len(first), frames, *first.shape[1:])
     latents[:, 0], latents[:, -1] = first, last
     return latents
+
+
+def predictor(
+    unet: VideoUNet, condition: Condition, network: nn.Module | None = None, image_only: bool = False
+) -> Predict:
+    """A UNet's prediction of noisy clips, by its wrapped form (`network`) where there is one.
+
+    The latents beside the noisy ones join their channels. The temporal layers pass clips of one frame, and those that
+    are `image_only`.
+    """
+    called = unet if network is None else network
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        marks = unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
+        sample = noisy if condition.detail is None else torch.cat([noisy, condition.detail.to(noisy)], dim=2)
+        ids = condition.number.to(noisy)[:, None] if unet.spec.added_ids else None  # (B, 1)
+        image, text = _image(condition, noisy.dtype), condition.text.to(noisy.dtype)
+        output: Tensor = called(sample, timestep, text, ids, image_only=marks, **image).sample
+        return output  # (B, F, C, h, w)
+
+    return predict
 
 
 def read_clips(file: Path) -> Clips:

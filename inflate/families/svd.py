@@ -37,6 +37,7 @@ from inflate.families.svd_encoders import (
 from inflate.families.svd_original import Original
 from inflate.models import exchange, folders, image_encoders, temporal_layers
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, image_statistics
+from inflate.models.moments import LatentMoments
 from inflate.models.single_file import Prediction, is_single_image_model, load_image_model
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -143,6 +144,8 @@ class SVD(Encoding):
     image_encoder: CLIPVisionModelWithProjection
     objective: EDM = field(default_factory=EDM)
     motion: MotionBuckets = field(default_factory=MotionBuckets)
+    moments: LatentMoments | None = None
+    """of the scaled latents of training; none: not measured"""
     frames: int = 14
     """clip length of training"""
     decode_chunk: int = 14
@@ -441,6 +444,7 @@ class SVD(Encoding):
     def _untold(self) -> list[str]:
         """What the original's file does not tell, where it is not as `from_sgm` has it."""
         settings = ["motion_quantiles"] if self.motion.quantiles else []
+        settings += ["latent_moments"] if self.moments else []
         epsilon = self.unet.spec.cross_attention_resnet_eps
         if epsilon != TemporalSpec.cross_attention_resnet_eps:
             settings.append(f"cross_attention_resnet_eps {epsilon:g}")
@@ -495,6 +499,7 @@ class SVD(Encoding):
             "vae": folders.plain(self.vae.config),
             "objective": asdict(self.objective),
             "motion_quantiles": list(self.motion.quantiles),
+            "latent_moments": asdict(self.moments) if self.moments else None,
             **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
         }
 
@@ -604,6 +609,7 @@ def _remembered(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     try:
         objective = EDM(**settings["objective"])
         motion = MotionBuckets(tuple(settings["motion_quantiles"]))
-        return {"objective": objective, "motion": motion, **{name: settings[name] for name in _PLAIN_SETTINGS}}
+        remembered = {"objective": objective, "motion": motion, "moments": LatentMoments.told(settings)}
+        return {**remembered, **{name: settings[name] for name in _PLAIN_SETTINGS}}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error

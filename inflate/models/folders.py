@@ -90,7 +90,10 @@ def local_folder(path: str | Path) -> Path | None:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path} is a file; give the folder of a model in diffusers' layout")
+        raise CheckpointError(
+            f"{path} is a file; give the folder of a model in diffusers' layout, which `inflate convert` makes of a "
+            "published file"
+        )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         known = f"owner/name of a model on the Hugging Face Hub, or one that is shipped: {', '.join(SHIPPED)}"
         raise CheckpointError(f"{path} does not exist; give a folder, {known}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inflate.errors import ConfigError
+from inflate.models.moments import LatentMoments
 from inflate.objectives import DDPM, TRAIN_TIMESTEPS, Predict, schedule_signal
 from inflate.sampling.steps import Progress
 
@@ -85,6 +86,13 @@ class DDIM:
     def rows(self) -> list[Table]:
         """The table step by step, every entry a scalar."""
         return [Table(*row) for row in zip(*self.table(), strict=True)]
+
+    def begin(self, noise: Tensor, moments: LatentMoments) -> Tensor:
+        """Latents (B, F, C, h, w) as they are likely at the first timestep, from standard normal ones of that shape."""
+        first = self.timesteps()[0]
+        signal = schedule_signal(self.objective.zero_terminal_snr)[first]
+        scale = self.objective.rescale(first.double())
+        return moments.start(noise, float((1.0 - signal).sqrt()), float(signal.sqrt() * scale))
 
     def draw(
         self, predict: Predict, latents: Tensor, noise: Iterator[Tensor], progress: Progress | None = None

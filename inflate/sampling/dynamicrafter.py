@@ -164,6 +164,8 @@ def sample_latents(
     """
     settings = settings or Sampling()
     latents, sampler, unet = next(noise), sampler_of(family, settings), family.unet
+    if settings.start is not None and family.moments is not None:
+        latents = sampler.begin(latents, family.moments)
     large = is_large(latents, family.factor, settings.little_memory, len(conditions))
     rescale = (0.7 if family.objective.zero_terminal_snr else 0.0) if settings.rescale is None else settings.rescale
     with visiting([unet], latents.device), evaluating(unet), in_parts(unet, PARTS if large else 0):

@@ -43,7 +43,8 @@ class Sampling:
     sigma_min: float | None = None
     """lowest noise level; none: the model's own, 0.002"""
     sigma_max: float | None = None
-    """highest noise level; none: the model's own, 700 where the network can be told of it"""
+    """noise level to start from; none: the model's own, 700 where the network can be told of it. A lower one, such as
+    100, leaves out the levels at which models repeat the image (2406.15735): more motion"""
     little_memory: bool | None = None
     """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clip; none: where it
     is large, of more than 8 frames of 512x512"""
@@ -106,6 +107,9 @@ def sample_latents(
     settings = settings or Sampling()
     scheduler = family.scheduler(settings.sigma_min, settings.sigma_max)
     scheduler.set_timesteps(settings.steps, device=noise.device)
+    if settings.sigma_max is not None and family.moments is not None:
+        # the scheduler takes latents for unit normal ones, which shows once noise no longer hides them
+        noise = family.moments.start(noise, float(scheduler.sigmas[0])) / scheduler.init_noise_sigma
     large = is_large(noise, family.factor, settings.little_memory)
     conditions, scales = [condition], []
     if settings.guidance_max > 1.0:

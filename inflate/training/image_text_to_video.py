@@ -18,6 +18,7 @@ from inflate.errors import ConfigError, DataError
 from inflate.families.dynamicrafter import Clips, Condition, DynamiCrafter, Told
 from inflate.metrics.video import ssim
 from inflate.models import image_stream
+from inflate.models.moments import LatentMoments
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import away, visiting
 from inflate.sampling.dynamicrafter import Sampling, decoded, sample
@@ -25,6 +26,7 @@ from inflate.training.adapting import Adapting
 from inflate.training.captions import encoded_text, text_of
 from inflate.training.economy import as_loaded
 from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, same_size, size_of
+from inflate.training.leakage import ConditionNoise
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
@@ -40,9 +42,12 @@ FEATURES, ALL_FEATURES = "features", "frame_features"
 class ImageTextToVideo:
     """Settings of image-and-text-to-video training (DynamiCrafter, 2310.12190)."""
 
-    drop: float = 0.05
-    """share of samples that lose the text alone, as many that lose the image's features alone, and as many that lose
-    both; the detail latent and the rate stay"""
+    drop_text: float = 0.05
+    """share of samples without the text alone: more, where captions say all that the image tokens could"""
+    drop_image: float = 0.05
+    """share of samples without the image tokens alone; the image's latent stays"""
+    drop_both: float = 0.05
+    """share of samples without either, the null condition of guidance"""
     condition_frame: Literal["random", "first"] = "random"
     """the frame of each clip that is the image: one drawn for each sample, so that it cannot be copied to where it
     came from, or the first"""
@@ -54,6 +59,8 @@ class ImageTextToVideo:
     timestep_power: float = 1.0
     """timesteps are the last one's share u ** power, u uniform: below 1, more of them are noisy, where it is decided
     how a clip moves"""
+    condition_noise: ConditionNoise = ConditionNoise()
+    """noise on the image's latent, where the model is shown that: against clips that stand still"""
     held_out_clips: int = 32
     """held-out clips that the loss is measured on"""
     bands: int = 4
@@ -64,9 +71,10 @@ class ImageTextToVideo:
     """held-out clips that each preview animates, by their captions and first frames"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop <= 1 / 3:
+        rates = (self.drop_text, self.drop_image, self.drop_both)
+        if min(rates) < 0 or sum(rates) > 1:
             raise ConfigError(
-                f"image_text_to_video.drop={self.drop}: a share from 0 to 1/3, as it is taken three times"
+                "image_text_to_video: drop_text, drop_image and drop_both are shares: not below 0, not above 1 together"
             )
         if self.interpolation and self.condition_frame != "first":
             raise ConfigError(
@@ -107,6 +115,8 @@ class Preview:
     clips; none: 0.7 of models that were trained on pure noise, otherwise 0"""
     eta: float = 1.0
     """fresh noise of each step, 0 (none) to 1"""
+    start: int | None = None
+    """timestep to start from; none: the last, 999. A lower one, such as 900, draws more motion"""
     little_memory: bool | None = None
     """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clips; none: where
     they are large, more than 8 frames of 512x512 together"""
@@ -142,6 +152,11 @@ class ImageTextToVideoTask:
     ) -> None:
         if not held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
+        if settings.condition_noise.maximum and not family.takes_detail:
+            raise ConfigError(
+                "image_text_to_video.condition_noise is on the image's latent, which the model of "
+                f"stage={stage} is not shown: leave it out"
+            )
         self.family, self.stage, self.settings, self.sampling, self.seed = family, stage, settings, sampling, seed
         self.adapter, self.together = adapter, together
         encoders: list[nn.Module] = [family.vae, family.image_encoder, *family.text.networks]
@@ -158,11 +173,12 @@ class ImageTextToVideoTask:
 
     def loss(self, batch: Batch, noise: Noise, step: int) -> tuple[Tensor, dict[str, Selected]]:
         """The loss per sample (B,), fp32, of one batch; logged for each band of the timestep."""
-        family, objective = self.family, self.family.objective
+        family, objective, settings = self.family, self.family.objective, self.settings
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
-        condition = self.condition(batch, clean, noise)
-        condition = condition.drop(noise.uniform("drop"), self.settings.drop, self.no_text, self.no_image)
-        timestep = objective.timestep(noise.uniform("timestep") ** self.settings.timestep_power)  # (B,)
+        timestep = objective.timestep(noise.uniform("timestep") ** settings.timestep_power)  # (B,)
+        seen = settings.condition_noise.add(clean, objective.time(timestep), noise)  # (B, F, C, h, w)
+        rates = (settings.drop_text, settings.drop_both, settings.drop_image)
+        condition = self.condition(batch, seen, noise).drop(noise.uniform("drop"), self.no_text, self.no_image, *rates)
         predict = family.predict(condition, self.players[0].network, self._single(batch))
         loss = objective.loss(predict, clean, timestep, noise.normal("noise", *clean.shape[1:]))  # (B, F)
         return loss.mean(dim=1), by_band(loss, timestep, self.settings.bands)
@@ -288,6 +304,8 @@ class ImageTextToVideoTask:
         The place is the seed; for interpolation, the last frames are given, too.
         """
         clips = [self.shown[place] for place in places]
+        if self.sampling.start is not None:
+            self._keep_moments()
         first, last = (torch.cat([clip["pixels"][:, end] for clip in clips]) for end in (0, -1))  # (N, 3, H, W)
         ends = last if self.settings.interpolation else None
         settings = Sampling(**asdict(self.sampling), frames=size_of(clips[0])[0])
@@ -316,8 +334,14 @@ class ImageTextToVideoTask:
         elif self.stage == "context":
             image_stream.save(self.family.unet, self.family.image_encoder, folder)
         else:
+            self._keep_moments()
             with as_loaded(self.family.unet):
                 self.family.save_pretrained(folder)
+
+    def _keep_moments(self) -> None:
+        """Let the family know what the latents of the measured clips are like, for sampling from a lower timestep."""
+        held_out, training = self.measured
+        self.family.moments = LatentMoments.of(clip["latents"] for clip in [*held_out, *training])
 
     def _single(self, batch: Batch) -> bool:
         """Whether a batch is of images, which the temporal layers do not see."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from inflate.data.clips import Frames
 from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, Condition, assemble
+from inflate.models.moments import LatentMoments
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import away, visiting
 from inflate.sampling.svd import Sampling, decoded, sample
@@ -32,6 +33,7 @@ from inflate.training.held_out import (
     same_size,
     size_of,
 )
+from inflate.training.leakage import ConditionNoise
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
@@ -58,6 +60,8 @@ class ImageToVideo:
     """mean of the log noise added to the conditioning frame's pixels"""
     noise_aug_std: float = 0.5
     """its standard deviation"""
+    condition_noise: ConditionNoise = ConditionNoise()
+    """noise on the conditioning latent beside that, which the model is not told: against clips that stand still"""
     held_out_clips: int = 32
     """held-out clips that the loss is measured on"""
     bands: int = 4
@@ -92,6 +96,8 @@ class Preview:
     """guidance scale of the last frame; up to 1 there is no guidance, at half the cost"""
     noise_aug: float = 0.02
     """noise added to the first frame, a sigma in pixel values of [-1, 1]"""
+    sigma_max: float | None = None
+    """noise level to start from; none: the model's highest. A lower one, 100 of 700, draws more motion"""
     little_memory: bool | None = None
     """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clip; none: where it
     is large, of more than 8 frames of 512x512"""
@@ -148,10 +154,10 @@ class ImageToVideoTask:
         """The EDM loss per sample (B,), fp32, of one batch; logged for each band of the noise level."""
         family, objective = self.family, self.family.objective
         clean = self.clean(batch, noise.device)  # (B, F, C, h, w)
-        condition = self.condition(batch, noise).drop(
+        sigma = objective.sigma(noise.normal("sigma"))  # (B,)
+        condition = self.obscured(self.condition(batch, noise), batch, sigma, noise).drop(
             noise.uniform("drop"), self.settings.drop_both, self.settings.drop_embedding, self.settings.drop_image
         )
-        sigma = objective.sigma(noise.normal("sigma"))  # (B,)
         predict = family.predict(condition, self.players[0].network, is_image(batch))
         loss = objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:]))  # (B,)
         return loss, {name: Selected(loss, (low <= sigma) & (sigma < high)) for name, (low, high) in self.bands.items()}
@@ -172,6 +178,17 @@ class ImageToVideoTask:
         told = batch["fps"].to(device), family.motion.bucket(batch["motion"].to(device))
         condition = assemble(context, latent, *told, aug)
         return condition.without_image() if is_image(batch) else condition
+
+    def obscured(self, condition: Condition, batch: Batch, sigma: Tensor, noise: Noise) -> Condition:
+        """The condition with the noise on its latent that clips at noise levels (B,) are trained under.
+
+        An image's latent is withheld and stays so.
+        """
+        if is_image(batch):
+            return condition
+        time, deviation = self.family.objective.time(sigma), 1.0 / self.family.vae.config.scaling_factor
+        latent = self.settings.condition_noise.add(condition.image_latent, time, noise, deviation)
+        return replace(condition, image_latent=latent)
 
     def _noised(self, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
         """The latent (B, C, h, w) of each clip's first frame with noise on its pixels, and the noise's level (B,)."""
@@ -269,6 +286,8 @@ class ImageToVideoTask:
         The seeds are fixed, by the clips' `numbers`, which are their places if not given.
         """
         truth = torch.cat([batch["pixels"] for batch in batches])
+        if self.sampling.sigma_max is not None:
+            self._keep_moments()
         generated = []
         for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
             bucket = int(self.family.motion.bucket(batch["motion"])[0])
@@ -294,10 +313,16 @@ class ImageToVideoTask:
     def export(self, folder: Path) -> None:
         """Write the adapter or, without one, the whole model as diffusers' StableVideoDiffusionPipeline loads it."""
         if self.adapter is None:
+            self._keep_moments()
             with as_loaded(self.family.unet):
                 self.family.save_pretrained(folder)
         else:
             self.adapter.export(self.family.unet, folder)
+
+    def _keep_moments(self) -> None:
+        """Let the family know what the latents of the measured clips are like, for sampling from a lower level."""
+        held_out, training = self.measured
+        self.family.moments = LatentMoments.of(clip["latents"] for clip in [*held_out, *training])
 
     def _idle(self) -> list[nn.Module]:
         """What may leave the device while encoders and the decoder work: the UNet of a run of one process.

@@ -75,6 +75,7 @@ def cached(settings: Data, encoder: Means) -> Filled:
 WINDOWS: list[dict[str, Any]] = [
     {"window": "random"}, {"window": "chunk"}, {"window": "slide", "hop": 1}, {"window": "uniform"}, {"window": "full"},
     {"window": "random", "stride": 2}, {"window": "slide", "fps": 5.0}, {"window": "random", "fps": 5.0},
+    {"window": "random", "stride_to": 3},
 ]  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def test_samples_of_a_cache_are_those_of_the_files(changes: dict[str, Any], fold
         assert (ours["name"], ours["caption"], ours["fps"]) == (theirs["name"], theirs["caption"], theirs["fps"])
         assert torch.equal(ours["motion"], theirs["motion"])
         assert torch.equal(ours["latents"], theirs["pixels"].mean(dim=(2, 3)))
+        assert torch.equal(ours["frame_brightest"], theirs["pixels"].amax(dim=(2, 3)))
+        assert torch.equal(ours["stride"], theirs["stride"])
         assert torch.equal(ours["first"], theirs["pixels"][0])
         assert torch.equal(ours["context"], 2 * theirs["pixels"][0].mean(dim=(1, 2)))
     assert np.array_equal(encoded.motion_scores(), plain.motion_scores())

@@ -236,6 +236,14 @@ def test_stride_skips_frames_and_halves_the_rate(folder):
     assert float(dataset[1]["fps"]) == pytest.approx(4)
 
 
+def test_a_stride_is_drawn_for_each_sample_and_told(folder):
+    items = [ClipDataset(small(folder, stride_to=2))[number] for number in range(20)]
+    assert {(float(item["stride"]), float(item["fps"])) for item in items} == {(1.0, 8.0), (2.0, 4.0)}
+    assert all({*np.diff(shown(item))} == {float(item["stride"])} for item in items)
+    again = ClipDataset(small(folder, stride_to=2))
+    assert [again[number]["stride"] for number in range(20)] == [item["stride"] for item in items]
+
+
 def test_clips_are_resampled_to_the_asked_rate(make_clip, tmp_path):
     make_clip("clips/a.mp4", numbered(20, 32, 32), fps=24)
     dataset = ClipDataset(small(tmp_path / "clips", fps=8, window="centre"))

@@ -123,3 +123,16 @@ def test_settings_that_a_way_of_sampling_would_ignore_are_refused():
 def test_held_out_clips_have_one_fixed_window(window, fixed):
     hop = 2 if window == "slide" else None
     assert Data(window=window, hop=hop, held_out="test").evaluation().window == fixed
+
+
+def test_a_sample_may_draw_a_wider_stride_as_far_as_its_clip_is_long():
+    data = Data(frames=4, height=32, width=64, stride_to=6)
+    (window,) = windows(clip(11), data)
+    assert [(one.stride, len(one.starts), one.fps) for one in window.variants] == [(1, 8, 8), (2, 5, 4), (3, 2, 8 / 3)]
+    assert frames_of(window.variants[2], 1, clip(11), data) == [1, 4, 7, 10]
+    assert windows(clip(4), data)[0].wider == ()
+    with pytest.raises(DataError, match="too short"):
+        windows(clip(3), data)
+    with pytest.raises(ConfigError, match=r"data\.stride_to: strides are drawn.*not head"):
+        Data(stride_to=6, window="head")
+    assert Data(stride_to=6, held_out="held_out").evaluation().stride_to is None

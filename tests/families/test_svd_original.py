@@ -19,6 +19,7 @@ from inflate.families.svd import SVD, MotionBuckets
 from inflate.families.svd_encoders import Encoders
 from inflate.families.svd_model import Model
 from inflate.families.svd_original import AUTOENCODER, FIRST_STAGE, IMAGE_ENCODER, Original
+from inflate.models.moments import LatentMoments
 from inflate.objectives import EDM
 
 NETWORKS = ("unet", "vae", "image_encoder")
@@ -188,6 +189,8 @@ def test_the_header_tells_settings_and_those_that_the_file_does_not_tell_are_ret
     told = replace(family, fps=8.0, frames=25, decode_chunk=5, motion=MotionBuckets.fit([0.1, 0.2, 0.5]))
     file = tmp_path / "svd.safetensors"
     assert told.save_sgm(file) == ["motion_quantiles"]
+    told.moments = LatentMoments((0.0,) * 4, (1.0,) * 4)
+    assert told.save_sgm(file) == ["motion_quantiles", "latent_moments"]
     found = SVD.load(file)
     assert (found.fps, found.frames, found.decode_chunk) == (8.0, 25, 5)
     assert found.unet.config.sample_size == family.unet.config.sample_size == LATENT

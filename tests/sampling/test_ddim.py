@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from inflate.errors import ConfigError
+from inflate.models.moments import LatentMoments
 from inflate.objectives import BETA_END, BETA_START, DDPM
 from inflate.sampling.ddim import DDIM, Spacing, standard_normal
 
@@ -151,3 +152,16 @@ def test_progress_wraps_the_steps() -> None:
 def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         DDIM(STRETCHED, **wrong)
+
+
+@pytest.mark.parametrize("objective", [PLAIN, STRETCHED], ids=["plain", "zero"])
+def test_a_start_below_the_last_timestep_has_the_moments_of_noised_clips(objective: DDPM) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deviation, centre = torch.tensor([0.5, 2.0])[:, None, None], torch.tensor([1.0, -3.0])[:, None, None]
+    clips = torch.randn(8, 4, 2, 32, 32, generator=generator) * deviation + centre
+    first, second = torch.randn(2, *clips.shape, generator=generator)
+    sampler = DDIM(objective, steps=10, start=600)
+    expected = LatentMoments.of(objective.noisy(clips, sampler.timesteps()[:1].expand(8), first))
+    found = LatentMoments.of(sampler.begin(second, LatentMoments.of(clips)))
+    assert found.mean == pytest.approx(expected.mean, abs=0.02)
+    assert found.variance == pytest.approx(expected.variance, rel=0.03)

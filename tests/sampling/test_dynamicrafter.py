@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.models.moments import LatentMoments
 from inflate.models.precision import cast
 from inflate.sampling import dynamicrafter
 from inflate.sampling.ddim import standard_normal
@@ -228,3 +229,21 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_drawn(model: 
         sample(model, images, TWO, [1], usual)
     with pytest.raises(ConfigError, match="one size for both"):
         sample(model, images, TWO, [1, 2], usual, images[:1])
+
+
+@pytest.mark.parametrize("start", [None, 700])
+def test_a_lower_start_is_what_noise_leaves_of_the_clips_where_they_are_known(
+    model: DynamiCrafter, start: int | None
+) -> None:
+    wanted, inputs = settings(start=start, guidance=1.0), list[Tensor]()
+    known = replace(model, moments=LatentMoments((1.0, -2.0, 0.0, 0.5), (4.0, 1.0, 0.25, 1.0)))
+    handle = model.unet.register_forward_pre_hook(lambda module, given: inputs.append(given[0][:, :, :4]))
+    drawn = [latents_of(one, wanted) for one in (known, model)]
+    handle.remove()
+    noise = next(standard_normal([3], latent_shape(model, pictures(1), wanted), pictures(1)))
+    assert torch.equal(inputs[2], noise)
+    if start is None:
+        assert torch.equal(*drawn)
+    else:
+        assert torch.equal(inputs[0], sampler_of(model, wanted).begin(noise, known.moments))
+        assert not torch.allclose(*drawn, atol=1e-2)

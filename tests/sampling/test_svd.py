@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers import randomise, tiny_unet, tiny_vae
 from inflate.errors import ConfigError
 from inflate.families.svd import SVD, Condition, euler_scheduler, evaluating
 from inflate.layers.recompute import feed_forwards
+from inflate.models.moments import LatentMoments
 from inflate.models.precision import cast
 from inflate.models.unet import TemporalSpec
 from inflate.objectives import EDM
@@ -184,6 +186,29 @@ def test_noise_range_reaches_the_scheduler(family: SVD) -> None:
     low = sample_latents(family, condition, noise, settings(sigma_max=1.0))
     high = sample_latents(family, condition, noise, settings(sigma_max=100.0))
     assert not torch.allclose(low, high, atol=1e-2)
+
+
+@pytest.mark.parametrize("sigma_max", [None, 2.0])
+def test_a_lower_start_is_what_noise_leaves_of_the_clips_where_they_are_known(
+    family: SVD, sigma_max: float | None
+) -> None:
+    known = replace(family, moments=LatentMoments((1.0, -2.0, 0.0, 0.5), (4.0, 1.0, 0.25, 1.0)))
+    condition = Condition(torch.zeros(1, 1, WIDTH), torch.zeros(1, 4, 8, 8), torch.tensor([[6.0, 127.0, 0.02]]))
+    noise = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs: list[Tensor] = []
+    handle = family.unet.register_forward_pre_hook(lambda _, given: inputs.append(given[0][:, :, :4]))
+    drawn = [
+        sample_latents(one, condition, noise, settings(guidance_max=1.0, sigma_max=sigma_max))
+        for one in (known, family)
+    ]
+    handle.remove()
+    if sigma_max is None:
+        assert torch.equal(*drawn)
+    else:
+        first = inputs[0] * (sigma_max**2 + 1) ** 0.5  # what the network is given is scaled
+        torch.testing.assert_close(first, known.moments.start(noise, sigma_max))
+        torch.testing.assert_close(inputs[2], noise)
+        assert not torch.allclose(*drawn, atol=1e-2)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"frames": 0}])

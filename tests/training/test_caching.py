@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from inflate.data.settings import Data
 from inflate.data.store import Store
 from inflate.errors import ConfigError, DataError, InflateError
 from inflate.training.caching import Caching, Model, cache_clips, show_cached
+from inflate.training.encoding import ImageTextClipEncoder
+from inflate.training.image_text_to_video import ImageTextToVideo
 from inflate.training.memory_settings import Memory
 from launch import launch
 
@@ -148,6 +150,24 @@ def test_text_to_video_caches_captions(clips: Path, tmp_path: Path) -> None:
     assert said[1].split()[-3:-2] == ["none"]
     with pytest.raises(DataError, match="encoded for other windows, sizes, draws, weights or precision"):
         dataset.read_encoded(replace(wanted, stage="image_to_video").encoder(torch.device("cpu")), "none")
+
+
+@pytest.mark.parametrize("frame", ["random", "first"])
+def test_animation_by_text_caches_features_of_the_frames_that_may_be_the_image(
+    clips: Path, tmp_path: Path, frame: Literal["random", "first"]
+) -> None:
+    model, conditioning = Model("pocket-t2v", image_encoder="pocket"), ImageTextToVideo(condition_frame=frame)
+    wanted = replace(settings(clips, tmp_path, frames=2), stage="adapt", model=model, image_text_to_video=conditioning)
+    cache_clips(wanted, False, False, lambda _: lambda done, whole: None, lambda _: None)
+    dataset, encoder = ClipDataset(wanted.data, shuffle=False), wanted.encoder(torch.device("cpu"))
+    dataset.read_encoded(encoder, "all")
+    item = dict(dataset[3])
+    assert isinstance(encoder, ImageTextClipEncoder)
+    features = encoder.family.embed_image(item["pixels"])
+    name, expected = ("frame_features", features) if frame == "random" else ("features", features[0])
+    torch.testing.assert_close(item[name], expected)
+    assert {"latents", "caption_states"} <= item.keys()
+    assert len({"frame_features", "features"} & item.keys()) == 1
 
 
 def test_both_encoders_of_a_single_file_are_cached(clips: Path, tmp_path: Path) -> None:

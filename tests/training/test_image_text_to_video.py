@@ -44,7 +44,8 @@ def make(
     adapter: Adapting | None = None,
     **settings: Any,
 ) -> ImageTextToVideoTask:
-    small = ImageTextToVideo(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, "drop": 0.0, **settings})
+    kept = {f"drop_{part}": 0.0 for part in ("text", "image", "both")}
+    small = ImageTextToVideo(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, **kept, **settings})
     held_out = [strided(number, 1 if stage == "context" else FRAMES) for number in (100, 101)]
     return ImageTextToVideoTask(
         family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached, adapter=adapter
@@ -91,7 +92,7 @@ def test_interpolation_shows_both_ends_and_zeros_between(family: DynamiCrafter) 
 
 
 def test_text_and_image_are_dropped_by_one_draw_and_the_latent_stays(family: DynamiCrafter) -> None:
-    task = make(family, drop=1 / 3, condition_frame="first")
+    task = make(family, drop_text=1 / 3, drop_image=1 / 3, drop_both=1 / 3, condition_frame="first")
     numbers = [7, next(n for n in range(50) if Noise(3, torch.tensor([n])).uniform("drop") > 0.7)]
     data = join([strided(number) for number in numbers])
     noise, clean = Noise(3, data["number"]), family.encode(data["pixels"])
@@ -108,7 +109,7 @@ def test_text_and_image_are_dropped_by_one_draw_and_the_latent_stays(family: Dyn
 
 @pytest.mark.parametrize("first", [False, True])
 def test_what_is_cached_gives_the_loss_of_what_is_encoded(family: DynamiCrafter, first: bool) -> None:
-    task = make(family, drop=0.2, condition_frame="first" if first else "random")
+    task = make(family, drop_text=0.2, drop_image=0.2, drop_both=0.2, condition_frame="first" if first else "random")
     cached, whole = CachedClips(family, every_frame=not first), join([strided(0), strided(1)])
     stacked = {name: torch.stack([cached[n][name] for n in (0, 1)]) for name in cached[0]}
     noise = Noise(3, whole["number"])
@@ -219,7 +220,7 @@ def test_a_resumed_run_is_the_run_in_one_go(folder: Path, tmp_path: Path) -> Non
     for place, steps, resume in (("whole", 2, None), ("halves", 1, None), ("halves", 2, "latest")):
         family = made(folder)
         settings = training(tmp_path / place, steps, ema=0.5, checkpoint_every=1, resume=resume)
-        fit(quick(family, drop=0.2), CachedClips(family), settings)
+        fit(quick(family, drop_text=0.2, drop_image=0.2, drop_both=0.2), CachedClips(family), settings)
         trained.append(family.unet.state_dict())
     whole, half, again = trained
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
@@ -242,7 +243,14 @@ def test_a_lora_is_proved_by_loading_it_on_its_base(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"drop": 0.4}, {"timestep_power": 0.0}, {"bands": 0}, {"train_clips": -1}, {"interpolation": True}]
+    "changes",
+    [
+        {"drop_text": 0.8, "drop_image": 0.3},
+        {"timestep_power": 0.0},
+        {"bands": 0},
+        {"train_clips": -1},
+        {"interpolation": True},
+    ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="image_text_to_video"):

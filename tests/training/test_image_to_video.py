@@ -12,8 +12,10 @@ from helpers import randomise, write_image_model
 from inflate.data import video
 from inflate.errors import ConfigError, DataError
 from inflate.families.svd import SVD, MotionBuckets
+from inflate.models.moments import LatentMoments
 from inflate.training.held_out import join
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview, choose_trainable
+from inflate.training.leakage import ConditionNoise
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
 from inflate.training.previews import compare_previews
@@ -149,6 +151,51 @@ def test_dropping_everything_changes_the_loss(family: SVD, rate: str) -> None:
     assert not torch.allclose(*losses)
 
 
+def seen(task: ImageToVideoTask, data: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image latents (B, C, h, w) that the network is given in a step, and what it is told."""
+    given: list[torch.Tensor] = []
+
+    def note(_: Any, inputs: Any, named: Any) -> None:
+        given.extend([inputs[0][:, 0, 4:], named["added_time_ids"]])
+
+    handle = task.family.unet.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        task.loss(data, Noise(3, data["number"]), 0)
+    handle.remove()
+    return given[0], given[1]
+
+
+def test_noise_on_the_conditioning_latent_follows_the_noise_level_and_is_not_told(family: SVD) -> None:
+    never = {"drop_both": 0.0, "drop_embedding": 0.0, "drop_image": 0.0}
+    data, chosen = batch(*range(4)), ConditionNoise(maximum=2.7)
+    (plain, told), (noised, told_noised) = (
+        seen(make(family, condition_noise=one, **never), data) for one in (ConditionNoise(), chosen)
+    )
+    assert torch.equal(told, told_noised)
+    noise = Noise(3, data["number"])
+    sigma = family.objective.sigma(noise.normal("sigma"))
+    level = chosen.level(family.objective.time(sigma), noise.normal("condition level"))[:, None, None, None]
+    drawn = noise.normal("condition noise", *plain.shape[1:])
+    torch.testing.assert_close(noised, plain + level * drawn / family.vae.config.scaling_factor)
+
+
+def test_what_is_withheld_or_measured_has_no_noise_on_its_latent(family: SVD) -> None:
+    noisy = make(family, condition_noise=ConditionNoise(maximum=2.7), drop_both=0.0, drop_embedding=0.0, drop_image=1.0)
+    assert not seen(noisy, batch(0, 1))[0].any()
+    assert not seen(noisy, sized(0, 1, SIDE))[0].any()
+    assert noisy.evaluate() == make(family).evaluate()
+
+
+def test_previews_start_where_they_are_told_to(family: SVD) -> None:
+    task = make(family)
+    task.sampling = Preview(steps=1, sigma_max=2.0)
+    levels: list[float] = []
+    family.unet.register_forward_pre_hook(lambda _, inputs: levels.append(float(inputs[1].flatten()[0])))
+    task.animate(task.shown)
+    assert family.objective.noise_input(torch.tensor([2.0])) == pytest.approx(levels[0], rel=1e-4)
+    assert family.moments is not None
+
+
 def test_what_is_trained(family: SVD) -> None:
     def trained() -> set[str]:
         return {name for name, parameter in family.unet.named_parameters() if parameter.requires_grad}
@@ -203,6 +250,7 @@ def test_a_run_lowers_the_loss_shows_it_and_exports_what_it_trained(family: SVD,
     scores = json.loads((last / "scores.json").read_text())
     assert scores["frame 0, autoencoder"] > 0
     again = SVD.from_pretrained(tmp_path / "run" / "export")
+    assert again.moments == LatentMoments.of(family.encode(batch(number)["pixels"]) for number in (100, 101))
     for name, value in family.unet.state_dict().items():
         assert torch.equal(again.unet.state_dict()[name], value), name
     assert again.motion == family.motion

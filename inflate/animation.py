@@ -1,0 +1,262 @@
+"""Clips from images, by whatever family a model is of: the options that each has, the clips' size, their drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from inflate.data.pixels import to_float, to_uint8, unit
+from inflate.errors import CheckpointError, ConfigError
+from inflate.families import dynamicrafter, svd, video_ldm
+from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.svd import SVD
+from inflate.models import folders, image_stream
+from inflate.models.text_encoders import TextEncoders
+from inflate.sampling import dynamicrafter as dynamicrafter_sampling
+from inflate.sampling import svd as svd_sampling
+
+Pixels = npt.NDArray[np.uint8]
+Size = tuple[int, int]
+"""(height, width)"""
+
+
+@dataclass(frozen=True)
+class Take:
+    """A clip to be drawn."""
+
+    image: Pixels
+    """its first frame, (H, W, 3)"""
+    seed: int = 0
+    prompt: str = ""
+    """what happens in it, for a family that is told"""
+    end: Pixels | None = None
+    """its last frame, (H, W, 3), for a family that can be given one; of clips drawn together all have one, or none"""
+    frames: int | None = None
+    """its length; none: as was asked for all"""
+
+
+class Animator(Protocol):
+    """A model that animates images, with the options of its clips."""
+
+    OPTIONS: ClassVar[frozenset[str]]
+    """the options of the command that not every family has"""
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model in `path`, with the options that were given, by their names."""
+
+    @property
+    def family(self) -> SVD | DynamiCrafter:
+        """The model."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips."""
+
+    def size(self, height: int, width: int) -> Size:
+        """How large clips are by default of an image as large as this."""
+
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """What it was not trained for of clips by these prompts, and with last frames where they have `ends`.
+
+        ConfigError where it cannot draw them.
+        """
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """Clips (F, H, W, 3), showing the progress."""
+
+
+@dataclass(frozen=True)
+class SVDAnimator:
+    """Clips of an image alone."""
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        ("motion_bucket", "noise_aug", "guidance_min", "guidance_max", "image_model", "image_encoder", "prediction")
+    )
+    family: SVD
+    settings: svd_sampling.Sampling
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model, inflated if it is an image model.
+
+        A folder's clip length stays: so many of a sample's frames, however long it is, are decoded together.
+        """
+        named = {name: given[name] for name in ("image_model", "image_encoder", "prediction") if name in given}
+        frames = given.get("frames") if path.endswith(folders.SAFETENSORS) else None
+        family = SVD.load(path, frames=frames, **named)
+        start = {"sigma_max": given["start"]} if "start" in given else {}
+        asked = {"fps": family.fps, **asked_of(svd_sampling.Sampling, given), **start}
+        return cls(family, svd_sampling.Sampling(**asked))
+
+    @property
+    def fps(self) -> float:
+        """What the model is told."""
+        return self.settings.fps
+
+    def size(self, height: int, width: int) -> Size:
+        """The image's shape at about the area that the model was made for."""
+        family = self.family
+        if family.height and family.width:
+            return fitting(height, width, family.height * family.width, block_of(family))
+        latent = family.unet.config.sample_size
+        sides = (latent, latent) if isinstance(latent, int) else latent
+        return fitting(height, width, family.factor**2 * sides[0] * sides[1], block_of(family))
+
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """None: it is given neither."""
+        return []
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """One clip after the other."""
+        return [self._drawn(take) for take in takes]
+
+    def _drawn(self, take: Take) -> Pixels:
+        settings = replace(self.settings, seed=take.seed, frames=take.frames or self.settings.frames)
+        return in_pixels(svd_sampling.sample(self.family, batch([take.image]), settings, progress)[0])
+
+
+@dataclass(frozen=True)
+class DynamiCrafterAnimator:
+    """Clips of an image and a prompt, and of a last frame where there is one."""
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        ("prompt", "negative", "end_image", "loop", "stride", "eta", "guidance", "image_guidance", "rescale")
+    )
+    path: str
+    family: DynamiCrafter
+    settings: dynamicrafter_sampling.Sampling
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model; ConfigError for a rate where it is told a stride, and the reverse."""
+        told = dynamicrafter.read_clips(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).told
+        for name in {"fps", "stride"} & given.keys() - {told}:
+            raise ConfigError(
+                f"{option(name)}: {path} is told the {told} of its clips: give {option(told)} in its place"
+            )
+        asked = asked_of(dynamicrafter_sampling.Sampling, given) | {"number": given.get(told)}
+        if "start" in asked:
+            asked["start"] = whole("start", asked["start"])
+        return cls(path, DynamiCrafter.load(path), dynamicrafter_sampling.Sampling(**asked))
+
+    @property
+    def fps(self) -> float:
+        """That of its clips; or what it is asked for by a number that means just this."""
+        clips, number = self.family.clips, self.settings.number
+        means_itself = clips.told == "fps" and clips.number is None
+        return number if means_itself and number is not None else clips.fps
+
+    def size(self, height: int, width: int) -> Size:
+        """That of its training, whatever the image's: it has seen no other."""
+        return self.family.size
+
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """Unknown words, and a last frame where it was trained without one, or cannot see it (ConfigError)."""
+        if ends and not self.family.takes_detail:
+            raise ConfigError(f"{self.path} sees no latent of its image, so that no last frame can be given to it")
+        untrained = f"{self.path} was not trained to end on a given frame (clips.interpolation): it may miss it"
+        return [untrained] * (ends and not self.family.clips.interpolation) + unknown_words(self.family.text, prompts)
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """All together, or as many at a time as there is room for."""
+        ends = [take.end for take in takes if take.end is not None]
+        settings = replace(self.settings, frames=takes[0].frames or self.settings.frames)
+        clips = dynamicrafter_sampling.sample(
+            self.family, batch([take.image for take in takes]), [take.prompt for take in takes],
+            [take.seed for take in takes], settings, batch(ends) if ends else None, progress, device=device(),
+        )  # fmt: skip
+        return [in_pixels(clip) for clip in clips]
+
+
+KINDS: dict[str, type[Animator]] = {svd.FAMILY: SVDAnimator, dynamicrafter.FAMILY: DynamiCrafterAnimator}
+"""What animates images, by family."""
+
+
+def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
+    """What animates images with the model in `path`, and has the options that were given, by their names.
+
+    CheckpointError where nothing does, ConfigError for an option that only other families have.
+    """
+    family = folders.family_of(path) or svd.FAMILY
+    if (Path(path).expanduser() / image_stream.FILE).is_file():
+        raise CheckpointError(f"{path} is an image stream alone: stage=adapt of a run makes a model of it")
+    if family == video_ldm.FAMILY:
+        raise CheckpointError(
+            f'{path} is of {family}, which draws from prompts alone: inflate generate {path} "a prompt" -o out.mp4'
+        )
+    if family not in KINDS:
+        raise CheckpointError(f"{path} is of {family}; images are animated by {' and '.join(KINDS)}")
+    others = {name: other for other, kind in KINDS.items() for name in kind.OPTIONS - KINDS[family].OPTIONS}
+    for name in given:
+        if name in others:
+            raise ConfigError(f"{option(name)} is an option of {others[name]}, and {path} is of {family}: leave it out")
+    return KINDS[family]
+
+
+def option(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def whole(name: str, number: float) -> int:
+    """An option's number where it counts; ConfigError for a fraction."""
+    if number != int(number):
+        raise ConfigError(f"{option(name)} is {number}: it must be a whole number for this model")
+    return int(number)
+
+
+def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of a sampler's settings."""
+    return {field.name: given[field.name] for field in fields(schema) if field.name in given}
+
+
+def unknown_words(text: TextEncoders, prompts: Sequence[str]) -> list[str]:
+    """A note on words of prompts that the text encoders' vocabulary lacks, where there are some."""
+    unknown = text.unknown_words(" ".join(prompts))
+    return [f"the model's text encoder does not know: {', '.join(unknown)}"] if unknown else []
+
+
+def block_of(family: SVD) -> int:
+    """Pixels of which both sides must be a multiple, for every level of the UNet to be twice the next."""
+    return int(family.factor * 2 ** (len(family.unet.config.block_out_channels) - 1))
+
+
+def fitting(height: int, width: int, area: int, block: int) -> Size:
+    """A size in whole blocks with about an image's shape, and this area in pixels."""
+    scale = (area / (height * width)) ** 0.5
+    return max(1, round(height * scale / block)) * block, max(1, round(width * scale / block)) * block
+
+
+def cut(height: int, width: int, size: Size) -> float:
+    """The share of an image that is left out where it is scaled to cover `size` and cropped about its centre."""
+    shapes = sorted((width / height, size[1] / size[0]))
+    return 1 - shapes[0] / shapes[1]
+
+
+def batch(images: Sequence[Pixels]) -> Tensor:
+    """Images (H, W, 3) of one size as (B, 3, H, W) in [-1, 1], on the GPU if there is one."""
+    return torch.from_numpy(to_float(np.stack(images))).to(device())  # (B, 3, H, W)
+
+
+def in_pixels(clip: Tensor) -> Pixels:
+    """A clip (F, 3, H, W) in [-1, 1] as a file has it, (F, H, W, 3)."""
+    return to_uint8(unit(clip))
+
+
+def device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def progress(steps: Sequence[Any]) -> Any:
+    """Show the steps of a sampler as they are taken."""
+    return tqdm(steps, desc="sampling", unit="step")

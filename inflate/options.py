@@ -1,0 +1,44 @@
+"""What several commands take, and the check of what they write."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from inflate.errors import DataError
+
+ModelPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
+]
+ImageEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--image-encoder", help="Folder of the image encoder, where the original's file or image model has none."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Folder of the tokenizer, where the image model is a single file."),
+]
+Prediction = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option("--prediction", help="What a Stable Diffusion 2's file predicts."),
+]
+
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Take adapters that were made on another model, too.")]
+
+
+def check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> None:
+    """Raise `DataError` where the first of the files, or one that goes with it, cannot or may not be written."""
+    output = files[0]
+    if output.suffix.lower() not in suffixes:
+        raise DataError(f"{output}: give the output a name that ends in {' or '.join(suffixes)}")
+    for file in files:
+        if file.exists() and not (overwrite and file.is_file()):
+            raise DataError(
+                f"{file} exists already; choose another name" + ("" if overwrite else " or add --overwrite")
+            )
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")

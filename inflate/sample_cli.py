@@ -1,0 +1,444 @@
+"""The commands that draw clips. Each imports what it needs when it runs, so that --help answers at once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from inflate.adapters.settings import Weighted
+from inflate.errors import CheckpointError, ConfigError, DataError, report_errors
+from inflate.options import AnyBase, ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
+
+if TYPE_CHECKING:
+    from inflate.adapters.bases import Family
+    from inflate.animation import Animator, Pixels
+    from inflate.families.video_ldm import VideoLDM
+    from inflate.models.precision import Precision
+    from inflate.sampling.text_to_video import Sampling as TextSampling
+    from inflate.shooting import Shooting
+    from inflate.story import Shot
+
+    Draws = tuple[Family, Callable[[], list[Pixels]], list[str], float]
+    """A model, what draws clips with it, the names of these, and their frames per second."""
+
+sampling_app = typer.Typer()
+
+OtherImageModel = Annotated[
+    str | None,
+    typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
+]
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        "--dtype", help="Round all weights to this and compute in it, in half the memory [default: as loaded]"
+    ),
+]
+LittleMemory = Annotated[
+    bool | None,
+    typer.Option("--little-memory/--at-once", help="The same clip, part by part or at once [default: by its size]"),
+]
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME[:WEIGHT]", help="An adapter's file, folder or name on the shelf; may be repeated."
+    ),
+]
+
+
+SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
+"""Panels of options that one family alone has."""
+
+
+def _of_svd(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=SVD_ALONE, **limits)
+
+
+def _of_dynamicrafter(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
+
+
+@sampling_app.command()
+@report_errors()
+def sample(
+    path: ModelPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
+    image: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="The first frame; a story names its own.", show_default=False)
+    ] = None,
+    story: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON list of shots to join, each {image: FILE or previous: true, prompt: TEXT}."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of a clip [default: the model's, 14 where a file tells none]")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second, as the model is told [default: its own]")
+    ] = None,
+    play_fps: Annotated[float | None, typer.Option(help="Those of the video, where they are to be others.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50]")
+    ] = None,
+    start: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin lower, for more motion. SVD: a noise level below 700; DynamiCrafter: a timestep below 999"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise; each shot of a story has the next.")] = 0,
+    grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; DynamiCrafter's own]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
+    prompt: Annotated[list[str] | None, _of_dynamicrafter("What happens; may be repeated: a row each.")] = None,
+    negative: Annotated[str | None, _of_dynamicrafter("A prompt that guidance leads away from.")] = None,
+    end_image: Annotated[Path | None, _of_dynamicrafter("The last frame.")] = None,
+    loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which is shown once.", "--loop")] = False,
+    stride: Annotated[
+        float | None, _of_dynamicrafter("What a model is told in place of frames per second [default: its own]", min=1)
+    ] = None,
+    eta: Annotated[
+        float | None, _of_dynamicrafter("Noise of each step: 0 for none, up to 1 [default: 1]", min=0, max=1)
+    ] = None,
+    guidance: Annotated[float | None, _of_dynamicrafter("Guidance scale; up to 1 there is none [default: 7.5]")] = None,
+    image_guidance: Annotated[
+        float | None, _of_dynamicrafter("That of the image, for a pass more [default: one for both]")
+    ] = None,
+    rescale: Annotated[
+        float | None,
+        _of_dynamicrafter("Share of its overexposure that is undone [default: the model's]", min=0, max=1),
+    ] = None,
+    motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
+    noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,
+    guidance_min: Annotated[float | None, _of_svd("Guidance scale of the first frame [default: 1]")] = None,
+    guidance_max: Annotated[float | None, _of_svd("Guidance scale of the last frame [default: 3]")] = None,
+    image_model: OtherImageModel = None,
+    image_encoder: ImageEncoder = None,
+    prediction: Prediction = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
+    dtype: Dtype = None,
+    little_memory: LittleMemory = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Animate IMAGE, or the shots of a story, with the model in PATH. Its networks take turns on the GPU.
+
+    Ctrl-C while a story is drawn writes the shots that are whole.
+    """
+    wanted = [Weighted.parse(text) for text in adapter or ()]
+    check_output(overwrite, (".mp4",), output, *_beside(output, story))
+    if (height is None) != (width is None):
+        raise ConfigError("--height and --width: give both or neither")
+    shot = _given(prompt=prompt or None, end_image=end_image, loop=loop)
+    given = shot | _given(
+        frames=frames, fps=fps, steps=steps, start=start, negative=negative, stride=stride, eta=eta, guidance=guidance,
+        image_guidance=image_guidance, rescale=rescale, motion_bucket=motion_bucket, noise_aug=noise_aug,
+        guidance_min=guidance_min, guidance_max=guidance_max, image_model=image_model, image_encoder=image_encoder,
+        prediction=prediction, little_memory=little_memory,
+    )  # fmt: skip
+    if loop and frames is not None and frames < 3:
+        raise ConfigError(f"--loop needs --frames of 3 or more, not {frames}: the last one is left out")
+    shots = _told(story, seed, image, grid, shot) if story else _asked(image, range(seed, seed + grid), **shot)
+    from inflate import animation, shooting
+
+    sizes = shooting.sizes_of(shots, story)
+    kind = animation.kind_of(path, given)
+    if story:
+        shooting.refuse_keys(shots, story, kind, path)
+    _note_image_model(path)
+    animator = kind.load(path, given)
+    prompts = [*(shot.prompt for shot in shots), negative or ""]
+    _note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
+    _adapt(animator.family, wanted, any_base, dtype)
+    size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
+    taken = shooting.Shooting.at(size, shots, sizes, _note)
+    if story:
+        _write_story(output, taken, animator, play_fps or animator.fps)
+    else:
+        clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
+        _write_grid(output, shots, clips, grid, play_fps or animator.fps)
+
+
+def _beside(output: Path, story: Path | None) -> list[Path]:
+    """Return the files that go with a video: its contact sheet and, of a story, its page."""
+    return [output.with_suffix(suffix) for suffix in (".png", ".html")[: 2 if story else 1]]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def _told(file: Path, seed: int, image: Path | None, grid: int, shot: dict[str, Any]) -> "list[Shot]":
+    """Return the shots of a story; ConfigError for what was given of a single shot."""
+    from inflate import story
+    from inflate.animation import option
+
+    single = ["IMAGE"] * (image is not None) + [option(name) for name in shot] + ["--grid"] * (grid > 1)
+    if single:
+        raise ConfigError(f"{single[0]} is not for a story, whose shots have their own: leave it out")
+    return story.read(file, seed)
+
+
+def _asked(
+    image: Path | None,
+    seeds: "Sequence[int]",
+    prompt: "Sequence[str]" = ("",),
+    end_image: Path | None = None,
+    loop: bool = False,
+) -> "list[Shot]":
+    """Return a shot for each prompt and seed."""
+    from inflate.story import Shot
+
+    if image is None:
+        raise ConfigError("name IMAGE, the first frame, or a story by --story")
+    if loop and end_image is not None:
+        raise ConfigError("--loop ends on the first frame and --end-image on another: give one of them")
+    end = image if loop else end_image
+    return [Shot(image, prompt=each, seed=seed, end_image=end) for each in prompt for seed in seeds]
+
+
+def _write_grid(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", grid: int, fps: float) -> None:
+    """Write clips side by side, those of each prompt in a row where there are several."""
+    from inflate.data.pixels import tiled
+
+    rows = len(clips) // grid
+    labels = [f"{shot.label}, seed {shot.seed}" for shot in shots] if len(clips) > 1 else None
+    _write(output, tiled(clips, grid if rows > 1 else None), fps, clips, labels)
+
+
+def _write_story(output: Path, taken: "Shooting", animator: "Animator", fps: float) -> None:
+    """Draw the shots; write the video, its sheet and its page, where Ctrl-C stops it of the shots that are whole."""
+    clips: list[Pixels] = []
+    stopped = False
+    try:
+        for clip in taken.in_turn(animator, lambda text: typer.echo(text, err=True)):
+            clips.append(clip)
+    except KeyboardInterrupt:
+        stopped = True
+    if clips:
+        _write_shots(output, taken.shots, clips, fps)
+    if stopped:
+        kept = f", which {output} shows" if clips else ""
+        raise KeyboardInterrupt(f"interrupted after {len(clips)} of {len(taken.shots)} shots{kept}")
+
+
+def _write_shots(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]", fps: float) -> None:
+    import numpy as np
+
+    from inflate import story
+    from inflate.files import write_text
+
+    parts = story.shown(shots, clips)
+    labels = [f"{number}: {shot.label}" for number, shot in enumerate(shots[: len(parts)], 1)]
+    _write(output, np.concatenate(parts), fps, parts, labels)
+    page = output.with_suffix(".html")
+    write_text(page, story.page(output.name, shots, parts, fps))
+    typer.echo(f"wrote {page}")
+
+
+@sampling_app.command()
+@report_errors()
+def generate(
+    path: ModelPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the clip shows.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
+    negative: Annotated[str, typer.Option(help="A prompt that guidance leads away from.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 there is none, at half the cost.")] = 7.5,
+    sampler: Annotated[str, typer.Option(help="ddim, or euler.")] = "ddim",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file [default: the model's clips']")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips of a grid drawn together [default: 16 frames of 512x512 in all]")
+    ] = None,
+    image_model: OtherImageModel = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    dtype: Dtype = None,
+    little_memory: LittleMemory = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Draw a clip of PROMPT with the text-to-video model in PATH. Its networks take turns on the GPU."""
+    wanted = [Weighted.parse(text) for text in adapter or ()]
+    check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
+    if sampler not in ("ddim", "euler"):
+        raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
+    from inflate.animation import unknown_words
+    from inflate.data.pixels import tiled
+    from inflate.sampling.text_to_video import Sampling
+
+    family = _text_to_video(path, image_model, tokenizer, prediction)
+    _note_image_model(path)
+    _note(*unknown_words(family.text, [prompt, negative]))
+    _adapt(family, wanted, any_base, dtype)
+    settings = Sampling(
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        sampler="euler" if sampler == "euler" else "ddim",
+        frames=frames,
+        height=height,
+        width=width,
+        batch=batch,
+        little_memory=little_memory,
+    )
+    clips = _draw(family, [prompt], range(seed, seed + grid), settings)
+    _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
+
+
+@sampling_app.command("compare")
+@report_errors()
+def compare_adapters(
+    path: ModelPath,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|PROMPT...", help="First frames (files), or prompts; a row for each.")
+    ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter", metavar="NAME[:WEIGHT]", help="A column; may be repeated. A:0.8+B:0.5 are two at once."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the grid.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Rows of each input: of this seed and the next ones.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: sample's, or generate's]")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the clips [default: the model's]")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What happens in the images, for a model that is told; a row for each.")
+    ] = None,
+    any_base: AnyBase = False,
+) -> None:
+    """Draw the same inputs and seeds under several adapters or strengths, the base first: a video, a sheet, a page."""
+    from inflate import comparison
+
+    wanted = comparison.columns(adapter)
+    if output.exists():
+        raise DataError(f"{output} exists already; choose another name")
+    given = _given(steps=steps, frames=frames, prompt=prompt or None)
+    draws = _animations if _are_images(inputs) else _drawings
+    family, clips, rows, fps = draws(path, inputs, range(seed, seed + seeds), given)
+    drawn = comparison.draw(family.unet, wanted, clips, any_base)
+    comparison.write(output, drawn, rows, fps, f"{path}: {', '.join(drawn)}")
+    for name in (comparison.GRID, comparison.SHEET, comparison.PAGE):
+        typer.echo(f"wrote {output / name}")
+
+
+def _are_images(inputs: list[str]) -> bool:
+    """Return whether these are first frames; ConfigError for first frames among prompts."""
+    from inflate.data.video import is_image
+
+    found = [one for one in inputs if is_image(one)]
+    if found and len(found) < len(inputs):
+        raise ConfigError(f"{found[0]} is an image and others are prompts: compare either")
+    return bool(found)
+
+
+def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dict[str, Any]) -> "Draws":
+    """Return what animates each image by each prompt with each seed; all as large as the first."""
+    from inflate import animation, shooting
+
+    prompts = given.get("prompt", ("",))
+    shots = [shot for image in images for shot in _asked(Path(image), seeds, prompts)]
+    sizes = shooting.sizes_of(shots)
+    _note_image_model(path)
+    animator = animation.kind_of(path, given).load(path, given)
+    _note(*animator.notes(prompts, ends=False))
+    taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, _note)
+    rows = [
+        ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image
+    ]
+    return animator.family, lambda: taken.together(animator), rows, animator.fps
+
+
+def _drawings(path: str, prompts: list[str], seeds: "Sequence[int]", given: dict[str, Any]) -> "Draws":
+    """Return what draws each prompt with each seed."""
+    from inflate.animation import unknown_words
+    from inflate.sampling.text_to_video import Sampling
+
+    if "prompt" in given:
+        raise ConfigError("--prompt is for images; these are prompts already: leave it out")
+    family = _text_to_video(path)
+    _note_image_model(path)
+    _note(*unknown_words(family.text, prompts))
+    settings = Sampling(**given)
+    rows = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
+    return family, lambda: _draw(family, prompts, seeds, settings), rows, family.clips.fps
+
+
+def _text_to_video(path: str, *given: Any) -> "VideoLDM":
+    """Return the model in `path`, as `VideoLDM.load` does; CheckpointError for one that animates images."""
+    from inflate.animation import KINDS
+    from inflate.families.video_ldm import VideoLDM
+    from inflate.models import folders
+
+    family = folders.family_of(path)
+    if family in KINDS:
+        raise CheckpointError(f"{path} is of {family}, which animates images: inflate sample {path} IMAGE -o out.mp4")
+    return VideoLDM.load(path, *given)
+
+
+def _adapt(family: "Family", wanted: list[Weighted], any_base: bool, dtype: "Precision | None") -> None:
+    """Merge adapters into the UNet, and then round all weights, for as long as this command runs."""
+    if wanted:
+        from inflate.adapters.merge import merge_files
+
+        merge_files(family.unet, wanted, any_base)
+    if dtype is not None:
+        from inflate.models.precision import cast
+
+        cast(family.parts.values(), dtype)
+
+
+def _note_image_model(path: str) -> None:
+    """Say what a freshly inflated model cannot do yet."""
+    from diffusers import UNet2DConditionModel
+
+    from inflate.models import folders, single_file
+
+    file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
+    if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
+        _note(f"{path} is an image model: freshly inflated, its frames know nothing of each other")
+
+
+def _note(*texts: str) -> None:
+    for text in texts:
+        typer.echo(f"note: {text}", err=True)
+
+
+def _draw(
+    family: "VideoLDM", prompts: "Sequence[str]", seeds: "Sequence[int]", settings: "TextSampling"
+) -> "list[Pixels]":
+    """Return a clip (F, H, W, 3) of each prompt with each seed, showing the progress."""
+    from inflate.animation import device, in_pixels, progress
+    from inflate.sampling.text_to_video import sample as draw
+
+    named, drawn = [one for one in prompts for _ in seeds], [*seeds] * len(prompts)
+    return [in_pixels(clip) for clip in draw(family, named, drawn, settings, progress, device())]
+
+
+def _write(
+    output: Path,
+    frames: "Pixels",
+    fps: float,
+    rows: "Sequence[Pixels] | None" = None,
+    labels: "Sequence[str] | None" = None,
+) -> None:
+    """Write the video, and a contact sheet of it or of the clips that it is made of."""
+    from inflate.data.video import contact_sheet, write
+
+    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), rows or [frames], labels)):
+        typer.echo(f"wrote {file}")
