@@ -87,7 +87,9 @@ def clips_of(*numbers: int) -> dict[str, Any]:
 
 
 def animating(model: DynamiCrafter, sampling: Preview | None = None, **settings: Any) -> ImageTextToVideoTask:
-    small = ImageTextToVideo(bands=1, preview_clips=1, condition_frame="first", drop=0.0, **settings)
+    small = ImageTextToVideo(
+        bands=1, preview_clips=1, condition_frame="first", drop_text=0.0, drop_both=0.0, drop_image=0.0, **settings
+    )
     return ImageTextToVideoTask(
         model, "joint", small, [clips_of(100), clips_of(101)], sampling or Preview(steps=1), lr=1e-3, seed=3
     )
