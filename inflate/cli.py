@@ -230,6 +230,9 @@ def convert_model(
     norm_per_frame: Annotated[
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
     ] = False,
+    interpolation: Annotated[
+        bool, typer.Option("--interpolation", help="The original's DynamiCrafter that was trained between two images.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,
 ) -> None:
     """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused.
@@ -238,7 +241,7 @@ def convert_model(
     """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame, interpolation)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 

@@ -72,6 +72,8 @@ class Extra:
     norm_per_frame: bool = False
     """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
     were, although diffusers runs them with norms over the clip"""
+    interpolation: bool = False
+    """whether the original's file of DynamiCrafter is the one trained between two images, which it does not tell"""
 
     @property
     def norm_over(self) -> NormOver:
@@ -95,6 +97,7 @@ _OF_USE = {
     "prediction": ("stable-diffusion-file", *_ALONE.values(), *EXPORTS),
     "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
+    "interpolation": ("dynamicrafter-file",),
 }
 """The formats that are read with an extra or, of exports, that become temporal layers alone with it."""
 
@@ -221,7 +224,10 @@ def _svd_file(folder: Path, target: Path, _: Extra) -> str:
 
 def _dynamicrafter(file: Path, target: Path, extra: Extra) -> str:
     original = DynamiCrafterFile.read(file)
-    original.load(extra.tokenizer, extra.image_encoder).save_pretrained(target)
+    family = original.load(extra.tokenizer, extra.image_encoder)
+    if extra.interpolation:
+        family.clips = dynamicrafter_original.between_images(family.clips)
+    family.save_pretrained(target)
     told = f"{target} is dynamicrafter, trained with {original.objective}"
     return f"{told}; left out, as nothing uses them: {listing(list(original.idle))}" if original.idle else told
 

@@ -1,6 +1,7 @@
 """The commands that draw clips. Each imports what it needs when it runs, so that --help answers at once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -255,7 +256,7 @@ def generate(
     grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the file [default: the model's clips']")
+        float | None, typer.Option(help="Frames per second, which some models are told [default: the model's clips']")
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's]")] = None,
@@ -284,6 +285,7 @@ def generate(
     _note_image_model(path)
     _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
+    family.clips = family.clips if fps is None else replace(family.clips, fps=fps)
     settings = Sampling(
         steps=steps,
         guidance=guidance,
@@ -296,7 +298,7 @@ def generate(
         little_memory=little_memory,
     )
     clips = _draw(family, [prompt], range(seed, seed + grid), settings)
-    _write(output, tiled(clips), family.clips.fps if fps is None else fps, clips)
+    _write(output, tiled(clips), family.clips.fps, clips)
 
 
 @sampling_app.command("compare")

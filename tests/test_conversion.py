@@ -253,6 +253,11 @@ def test_the_originals_dynamicrafter_goes_to_a_folder_and_back(told: Told, tmp_p
     said = converted(file, tmp_path / "folder", "--tokenizer", tmp_path)
     assert f"is dynamicrafter, trained with {family.objective}; left out, as nothing uses them: embedder.model." in said
     assert equal(DynamiCrafter.load(tmp_path / "folder").unet.state_dict(), family.unet.state_dict())
+    assert not DynamiCrafter.load(tmp_path / "folder").clips.interpolation
+    if told == "fps":
+        converted(file, tmp_path / "folder", "--tokenizer", tmp_path, "--interpolation", "--overwrite")
+        clips = DynamiCrafter.load(tmp_path / "folder").clips
+        assert (clips.interpolation, clips.number) == (True, 5.0)
     assert "zeros are where" in converted(tmp_path / "folder", again)
     assert equal(load_file(again), tensors)
     assert "of which no unet3d is made" in refused("convert", tmp_path / "folder", tmp_path / "x", "--to", "unet3d")

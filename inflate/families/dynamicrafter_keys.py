@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inflate.errors import CheckpointError
 from inflate.layers.image_context import ImageContext
-from inflate.models.exchange import Names
+from inflate.models.exchange import Names, inverse
 from inflate.models.original_names import UNetLayout, count_of, size_of, substituted
 from inflate.models.original_video_names import LVDM
 
@@ -64,8 +64,12 @@ def query_names(keys: Iterable[str]) -> Names:
 
 
 def plain(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """A checkpoint by the names of today's files: without DeepSpeed's prefix, the stride's embedding named as fps's."""
-    return {key.removeprefix(DEEPSPEED).replace(STRIDE, FPS): tensor for key, tensor in tensors.items()}
+    """A checkpoint by the names of today's files: without DeepSpeed's prefix, the stride's embedding named as fps's.
+
+    CheckpointError where two tensors then share a name.
+    """
+    names = {key: key.removeprefix(DEEPSPEED).replace(STRIDE, FPS) for key in tensors}
+    return {name: tensors[key] for name, key in inverse(names).items()}
 
 
 def part(tensors: Mapping[str, Value], prefix: str) -> dict[str, Value]:

@@ -6,11 +6,11 @@ The files of VideoCrafter have the same parts: those of its text-to-video lack t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -46,6 +46,7 @@ BY_RATE = DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
 """The objective of the published models that are told the frame rate, for files without a schedule."""
 
 Tensors = Mapping[str, Tensor]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Original:
         """
         saved = schedule_buffers.told(self.tensors, str(self.origin))
         if "objective" in self.told:
-            return DDPM(**self.told["objective"])
+            return self._of_header(DDPM, "objective")
         if saved is not None:
             return saved
         usual = BY_RATE if self.has_image and not self.stride else DDPM("epsilon")
@@ -149,10 +150,16 @@ class Original:
     def clips(self) -> Clips:
         """What the clips were: as a file of ours tells, else those of the published model of the same schedule."""
         if "clips" in self.told:
-            return Clips(**self.told["clips"])
+            return self._of_header(Clips, "clips")
         clips = BY_STRIDE if self.stride else BY_SCALE.get(self.objective.base_scale, BY_SCALE[0.7])
         groups = size_of(self.tensors, f"{keys.IMAGE_PROJ}latents", 1) // keys.QUERIES if self.has_image else 1
         return replace(clips, frames=groups) if groups > 1 else clips
+
+    def _of_header(self, kind: Callable[..., Kind], name: str) -> Kind:
+        try:
+            return kind(**self.told[name])
+        except TypeError as error:
+            raise CheckpointError(f"{self.origin} has a damaged header: {name}: {error}; write it again") from error
 
     def load(self, tokenizer: str | Path | None, image_encoder: str | Path | None = None) -> DynamiCrafter:
         """The model, with the image encoder in a folder where one is named; CheckpointError where a part is missing."""
@@ -166,6 +173,11 @@ class Original:
             self.load_unet(), self.load_vae(), text, self.noise, self.clips, encoder, **statistics,
             base_scale=self.objective.base_scale, further=dict(self.told.get("further", {})),
         )  # fmt: skip
+
+
+def between_images(clips: Clips) -> Clips:
+    """The clips of the published model that was trained between two images; its file is like that of 512 pixels."""
+    return replace(clips, interpolation=True, number=5.0)
 
 
 def write(family: DynamiCrafter, file: Path) -> None:

@@ -19,7 +19,7 @@ from inflate.families import dynamicrafter_keys as keys
 from inflate.families import dynamicrafter_original as original
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original
-from inflate.models import schedule_buffers, single_file_text
+from inflate.models import exchange, schedule_buffers, single_file_text
 from inflate.models.text_encoders import TextEncoders
 from inflate.models.unet import VIDEO_LDM
 from inflate.objectives import DDPM
@@ -179,6 +179,21 @@ def test_tensors_of_no_known_part_are_listed(changed: Changed) -> None:
     tensors, file, _ = changed
     torch.save({**tensors, "model_ema.odd": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"tensors of no known part: model_ema\.odd; nothing was loaded"):
+        Original.read(file)
+
+
+@pytest.mark.parametrize("header", [{"clips": {"length": 3}}, {"objective": {"sigma": 1}}])
+def test_a_damaged_header_is_refused(changed: Changed, tmp_path: Path, header: dict[str, Any]) -> None:
+    file = tmp_path / "model.safetensors"
+    exchange.save_file_telling(changed[0], file, header)
+    with pytest.raises(CheckpointError, match=rf"has a damaged header: {next(iter(header))}: .*write it again"):
+        Original.read(file).load(changed[2])
+
+
+def test_tensors_that_share_a_name_are_refused(changed: Changed) -> None:
+    tensors, file, _ = changed
+    torch.save({**tensors, "_forward_module.betas": tensors["betas"]}, file)
+    with pytest.raises(CheckpointError, match="share a name with another: betas"):
         Original.read(file)
 
 
