@@ -77,6 +77,13 @@ class Config:
             adapting.refuse_beside(self.adapter, "stage", self.stage)
 
 
+LENGTHS = {
+    "interpolate": "the queries of {} frames, interpolated over the clip (other_lengths=interpolate)",
+    "share": "the tokens of {} frames' queries, shared by all frames (other_lengths=share)",
+}
+"""What a model attends to of an image in clips of another length than its training's, for the card."""
+
+
 def main(config: Config, arguments: list[str]) -> None:
     if not join_processes().is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
@@ -100,7 +107,7 @@ def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
     if result.export and join_processes().is_main_process:
         with writing(config.training.output, config.training.output):
-            finish(config, result)
+            finish(config, family, result)
     return result
 
 
@@ -123,7 +130,7 @@ def make_task(
     return task
 
 
-def finish(config: Config, result: Result) -> None:
+def finish(config: Config, family: DynamiCrafter, result: Result) -> None:
     """The before/after video and the card."""
     output = config.training.output
     last = output / "samples" / f"step-{result.step:06}"
@@ -140,6 +147,8 @@ def finish(config: Config, result: Result) -> None:
         "steps": f"{result.step} ({result.stopped})",
         **exported,
     }
+    if (context := family.unet.image_context) is not None:
+        facts["clips of another length"] = LENGTHS[context.other_lengths].format(context.frames)
     if config.model.image_stream:
         facts["image stream"] = config.model.image_stream
     write_card(

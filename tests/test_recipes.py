@@ -296,6 +296,7 @@ def test_the_pocket_learns_to_animate_in_three_stages(clips: Path, tmp_path: Pat
     family = DynamiCrafter.load(drawn)
     assert family.takes_detail
     assert (family.clips.frames, family.clips.usual, family.size) == (8, 8.0, (64, 64))
+    assert "other_lengths=interpolate" in (tmp_path / "joint" / "README.md").read_text()
     scores = json.loads((tmp_path / "joint" / "samples" / "step-000001" / "scores.json").read_text())
     assert scores["frame 0 ssim, sample"] < scores["frame 0 ssim, autoencoder"]
 
