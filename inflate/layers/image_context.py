@@ -170,7 +170,11 @@ class QueryTransformer(nn.Module):
         return torch.lerp(groups[:, low], groups[:, high], share).flatten(1, 2)  # (1, F*T, W)
 
     def with_groups(self, frames: int) -> QueryTransformer:
-        """A copy with a group of queries for each of so many frames, which makes the tokens that this one makes."""
+        """A copy with a group of queries for each of so many frames, which are this one's, interpolated.
+
+        Of clips of that length it makes what this one makes. Queries attend to each other, too: of clips of another
+        length, as of single images, this one has fewer of them, and makes somewhat other tokens.
+        """
         context = ImageContext.from_dict({**self.context.to_dict(), "frames": frames})
         other = like(QueryTransformer(context, self.proj_out.out_features), self)
         other.load_state_dict({**self.state_dict(), "latents": self.queries_of(frames)})
