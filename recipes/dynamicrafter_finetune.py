@@ -72,7 +72,8 @@ class Config:
     def __post_init__(self) -> None:
         """A stage has its own start and its own clips; layers beside an adapter stay as they are."""
         refuse_draws(self.data, self.stage)
-        check_stage(self.stage, self.model, self.image_text_to_video.interpolation, self.data.sizes)
+        ends = self.image_text_to_video.interpolation
+        check_stage(self.stage, self.model, ends, self.data.sizes, self.image_context)
         if self.stage != "finetune":
             adapting.refuse_beside(self.adapter, "stage", self.stage)
 
@@ -115,7 +116,9 @@ def make_task(
     config: Config, family: DynamiCrafter, dataset: ClipDataset, held_out: ClipDataset
 ) -> ImageTextToVideoTask:
     """The task; it says what the export has to remember of the clips: those of the main bucket."""
-    settings, training = config.image_text_to_video, config.training
+    settings, training = config.image_text_to_video.continuing(family.clips), config.training
+    if config.adapter.kind != "none":
+        settings.refuse_other(family.clips)
     encode_at_most(family.vae, config.memory.encode_frames)
     save_decoding(family.vae, config.memory)
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
@@ -148,6 +151,7 @@ def finish(config: Config, family: DynamiCrafter, result: Result) -> None:
         **exported,
     }
     if (context := family.unet.image_context) is not None:
+        facts["told"] = f"{family.clips.told}, {family.clips.usual:g} unless asked otherwise"
         facts["clips of another length"] = LENGTHS[context.other_lengths].format(context.frames)
     if config.model.image_stream:
         facts["image stream"] = config.model.image_stream

@@ -9,6 +9,7 @@ the condition, for training and for sampling.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -62,6 +63,10 @@ class Clips:
     def __post_init__(self) -> None:
         if self.told not in get_args(Told):
             raise ConfigError(f"clips.told={self.told}: fps or stride")
+        if self.frames < 1 or not 0 < self.fps < math.inf or not 0 < self.usual < math.inf:
+            raise ConfigError(
+                f"clips: frames ({self.frames}), fps ({self.fps:g}) and number ({self.number}) must be positive"
+            )
 
     @property
     def usual(self) -> float:
@@ -191,6 +196,11 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         width, needed = self.text.width, self.unet.config.cross_attention_dim
         if width != needed:
             raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+        if self.unet.config.addition_embed_type is not None:
+            raise CheckpointError(
+                "the UNet adds a pooled text to its time embedding, as Stable Diffusion XL's does, which this family "
+                "does not know: use Stable Diffusion 1 or 2"
+            )
         context = self.unet.image_context
         if context is None:
             raise CheckpointError("the UNet attends to no image: give it an image context")

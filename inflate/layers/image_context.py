@@ -15,6 +15,7 @@ is the perceiver resampler of Alayrac et al., Flamingo (2022), section 3.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -54,17 +55,26 @@ class ImageContext:
     """groups of queries that are learned, one for each frame of a clip of training; 1: the same for all frames"""
     other_lengths: OtherLengths = "interpolate"
     """clips of another length: interpolate = the groups of queries are interpolated over the clip, its ends keeping
-    theirs; share = every frame attends to the tokens of all groups"""
+    theirs, and weigh in their own attention as the learned ones do; share = every frame attends to the tokens of all
+    groups"""
+    counted: int | None = None
+    """groups that the queries weigh as in each other's attention, however many there are: one group that is to become
+    16 learns what those will make if it weighs as 16; none: as many as are learned"""
     gate: bool = False
     """whether each block learns the image's share, tanh(gate) + 1; otherwise it is 1"""
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"}
-        low = [name for name, size in sizes.items() if size < 1]
+        low = [name for name, size in {**sizes, "counted": self.weight}.items() if size < 1]
         if low:
             raise ConfigError(f"image_context: {', '.join(low)} must be at least 1")
         if self.other_lengths not in get_args(OtherLengths):
             raise ConfigError(f"image_context.other_lengths={self.other_lengths}: interpolate or share")
+
+    @property
+    def weight(self) -> int:
+        """Groups that the queries weigh as."""
+        return self.frames if self.counted is None else self.counted
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -93,11 +103,15 @@ class QueryAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, image: Tensor, latents: Tensor) -> Tensor:
-        """Features (B,P,W) and queries (B,Q,W) to (B,Q,W)."""
+    def forward(self, image: Tensor, latents: Tensor, weight: float = 1.0) -> Tensor:
+        """Features (B,P,W) and queries (B,Q,W), each of which weighs as so many, to (B,Q,W)."""
+        bias = None
+        if weight != 1.0:
+            bias = latents.new_zeros(image.shape[1] + latents.shape[1])  # (P+Q,)
+            bias[image.shape[1] :] = math.log(weight)
         image, latents = self.norm_image(image), self.norm_latents(latents)
         keys, values = self.to_kv(torch.cat([image, latents], dim=1)).chunk(2, dim=-1)  # (B, P+Q, I)
-        output: Tensor = self.to_out(attend(self.to_q(latents), keys, values, self.heads))  # (B, Q, W)
+        output: Tensor = self.to_out(attend(self.to_q(latents), keys, values, self.heads, bias))  # (B, Q, W)
         return output
 
 
@@ -124,9 +138,9 @@ class QueryLayer(nn.Module):
         self.attention = QueryAttention(width, heads, head_width)
         self.feed_forward = QueryFeedForward(width)
 
-    def forward(self, image: Tensor, latents: Tensor) -> Tensor:
-        """Features (B,P,W) and queries (B,Q,W) to (B,Q,W)."""
-        latents = latents + self.attention(image, latents)
+    def forward(self, image: Tensor, latents: Tensor, weight: float = 1.0) -> Tensor:
+        """Features (B,P,W) and queries (B,Q,W), each of which weighs as so many, to (B,Q,W)."""
+        latents = latents + self.attention(image, latents, weight)
         output: Tensor = latents + self.feed_forward(latents)
         return output
 
@@ -153,8 +167,9 @@ class QueryTransformer(nn.Module):
         shared = self.context.other_lengths == "share" and frames != self.context.frames
         queries = self.latents if shared else self.queries_of(frames)  # (1, Q, W)
         image, latents = self.proj_in(features), queries.expand(len(features), -1, -1)
+        weight = self.context.weight * self.context.queries / queries.shape[1]
         for layer in self.layers:
-            latents = layer(image, latents)  # (B, Q, W)
+            latents = layer(image, latents, weight)  # (B, Q, W)
         tokens: Tensor = self.norm_out(self.proj_out(latents))  # (B, Q, C)
         return tokens if shared else tokens.unflatten(1, (frames, -1))
 
@@ -170,12 +185,9 @@ class QueryTransformer(nn.Module):
         return torch.lerp(groups[:, low], groups[:, high], share).flatten(1, 2)  # (1, F*T, W)
 
     def with_groups(self, frames: int) -> QueryTransformer:
-        """A copy with a group of queries for each of so many frames, which are this one's, interpolated.
-
-        Of clips of that length it makes what this one makes. Queries attend to each other, too: of clips of another
-        length, as of single images, this one has fewer of them, and makes somewhat other tokens.
-        """
-        context = ImageContext.from_dict({**self.context.to_dict(), "frames": frames})
+        """A copy with a group of queries for each of so many frames: of such clips it makes what this one makes."""
+        weight = None if self.context.weight == frames else self.context.weight
+        context = ImageContext.from_dict({**self.context.to_dict(), "frames": frames, "counted": weight})
         other = like(QueryTransformer(context, self.proj_out.out_features), self)
         other.load_state_dict({**self.state_dict(), "latents": self.queries_of(frames)})
         return other
@@ -223,10 +235,11 @@ class DualAttention(ContextAttention):
         return output / self.rescale_output_factor
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention of queries (B,N,I) to keys and values (B,L,I): (B,N,I)."""
-    each = [tokens.unflatten(2, (heads, -1)).transpose(1, 2) for tokens in (queries, keys, values)]  # (B, H, N, I/H)
-    return functional.scaled_dot_product_attention(*each).transpose(1, 2).flatten(2)  # (B, N, I)
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Attention of queries (B,N,I) to keys and values (B,L,I), to whose logits a bias (L,) may be added: (B,N,I)."""
+    q, k, v = (tokens.unflatten(2, (heads, -1)).transpose(1, 2) for tokens in (queries, keys, values))  # (B, H, N, I/H)
+    mask = None if bias is None else bias.to(q.dtype).expand(queries.shape[1], -1)  # (N, L)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (B, N, I)
 
 
 def cross_attentions(model: nn.Module) -> Iterator[tuple[str, SpatialBlock]]:

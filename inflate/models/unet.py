@@ -42,6 +42,7 @@ from inflate.layers.convolution import convolutions_within
 from inflate.layers.image_context import (
     DualAttention,
     ImageContext,
+    OtherLengths,
     QueryLayer,
     QueryTransformer,
     attend_to_image,
@@ -244,6 +245,13 @@ class VideoUNet(UNet2DConditionModel):
         """Put a query transformer in its place, for instance one with more groups of queries; stores its settings."""
         self.query_transformer = like(query_transformer, self.conv_in)
         register(self, image_context=query_transformer.context.to_dict())
+
+    def set_other_lengths(self, policy: OtherLengths) -> None:
+        """Choose what becomes of clips of another length than the query transformer was trained at, and store it."""
+        if self.query_transformer is None:
+            raise SurgeryError("this UNet attends to no image: it has no query transformer")
+        self.query_transformer.context = replace(self.query_transformer.context, other_lengths=policy)
+        register(self, image_context=self.query_transformer.context.to_dict())
 
     def image_tokens_of(self, features: Tensor, frames: int) -> Tensor:
         """The tokens (B,F,T,D), or shared by all frames (B,T,D), of image features (B,P,E): they are the same in every

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,9 @@ class ImageTextToVideo:
     condition_frame: Literal["random", "first"] = "random"
     """the frame of each clip that is the image: one drawn for each sample, so that it cannot be copied to where it
     came from, or the first"""
-    interpolation: bool = False
-    """both ends of a clip are given: the detail latents of its first and last frame, zeros between them"""
+    interpolation: bool | None = None
+    """both ends of a clip are given: the detail latents of its first and last frame, zeros between them; null: as the
+    model it starts from was trained"""
     told: Told | None = None
     """what the model is told of a clip: fps, its frames per second, or stride, how many frames of its file lie between
     two of its own; null: what the model it starts from is told"""
@@ -91,9 +92,24 @@ class ImageTextToVideo:
                 "least 0"
             )
 
+    def continuing(self, clips: Clips) -> Self:
+        """The settings, where they leave it open with what the model was trained that a run starts from."""
+        return self if self.interpolation is not None else replace(self, interpolation=clips.interpolation)
+
+    def refuse_other(self, clips: Clips) -> None:
+        """ConfigError, beside an adapter, where clips are told otherwise than those of its base.
+
+        Sampling with the adapter has the base's way alone.
+        """
+        if (self.told or clips.told) != clips.told or self.interpolation != clips.interpolation:
+            raise ConfigError(
+                "image_text_to_video: an adapter is used as its base is: told and interpolation must be the base's "
+                f"({clips.told}, {str(clips.interpolation).lower()}); set them to null, or train without an adapter"
+            )
+
     def clips(self, before: Clips, main: Bucket, shown: Batch) -> Clips:
         """What an export is to remember of its clips, of those of the main bucket, one of which is `shown`."""
-        told = replace(before, told=self.told or before.told, interpolation=self.interpolation)
+        told = replace(before, told=self.told or before.told, interpolation=bool(self.interpolation), number=None)
         number = float(told.numbers(shown["fps"], shown["stride"])[0])
         return replace(
             told, frames=main.frames, fps=float(shown["fps"][0]), height=main.height, width=main.width, number=number

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
+from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.data.buckets import Bucket
-from inflate.errors import ConfigError
+from inflate.errors import CheckpointError, ConfigError
 from inflate.families import dynamicrafter_outline, video_ldm_outline
 from inflate.families.dynamicrafter import FAMILY, Clips, DynamiCrafter, Encoders
 from inflate.families.dynamicrafter_model import Model
@@ -38,18 +39,27 @@ class Queries:
     """channels of a head"""
     queries: int = ImageContext.queries
     """tokens that it makes of an image for each frame"""
-    other_lengths: OtherLengths = ImageContext.other_lengths
-    """clips of another length than those of stage=adapt: interpolate = the queries of frames are interpolated over the
-    clip; share = every frame attends to the tokens of all"""
+    frames: int = ImageContext.frames
+    """length of stage=adapt's clips, for each frame of which the queries will be repeated: they weigh as so many"""
+    other_lengths: OtherLengths | None = None
+    """of every stage, clips of another length than those of adapt: interpolate = the queries of frames are interpolated
+    over the clip; share = every frame attends to the tokens of all; null: as the model has it that a stage begins with,
+    interpolate of a new one"""
 
 
 def begin(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
     """The model that a stage trains, for clips of so many frames; CheckpointError."""
-    if stage not in FROM_TEXT:
-        family = model.load()
-        if stage == "joint":
-            family.take_detail()
-        return family
+    family = _from_text(stage, model, queries, frames) if stage in FROM_TEXT else model.load()
+    if stage == "joint":
+        family.take_detail()
+    if queries.other_lengths is not None:
+        family.unet.set_other_lengths(queries.other_lengths)
+    return family
+
+
+def _from_text(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
+    if stage == "adapt":
+        refuse_image_model(model.path)
     text = VideoLDM.load(model.path, model.image_model, model.tokenizer, model.prediction)
     encoders = model.encoders(text)
     context = None
@@ -60,6 +70,15 @@ def begin(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCr
     statistics = {"image_mean": encoders.image_mean, "image_std": encoders.image_std}
     clips = Clips(frames, text.clips.fps, text.clips.height, text.clips.width)
     return DynamiCrafter.from_text_to_video(text, encoders.image_encoder, clips, context, statistics)
+
+
+def refuse_image_model(path: str) -> None:
+    """CheckpointError for a model that draws images: its temporal layers would stay as they are, and do nothing."""
+    if path.endswith(folders.SAFETENSORS) or folders.holds(path, UNet2DConditionModel):
+        raise CheckpointError(
+            f"{path} is an image model, and stage=adapt trains no temporal layers: name a text-to-video model as "
+            "model.path, such as an export of recipes/video_ldm_finetune.py or a converted one"
+        )
 
 
 def outline(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
@@ -73,13 +92,15 @@ def outline(stage: Stage, model: Model, queries: Queries, frames: int) -> Dynami
     vision = outline_image_encoder(encoder_folder(model.image_encoder or model.path))
     context = new_context(queries, vision)
     if stage == "adapt":
+        refuse_image_model(model.path)
         context = replace(image_stream.context_of(folders.resolve(str(model.image_stream))), frames=frames)
     return DynamiCrafter.from_text_to_video(text, vision, Clips(frames), context)
 
 
 def new_context(queries: Queries, encoder: CLIPVisionModelWithProjection) -> ImageContext:
     """The image context that stage=context creates: one group of queries, for what the encoder tells."""
-    return ImageContext(encoder.config.hidden_size, frames=1, **asdict(queries))
+    sizes = {name: value for name, value in asdict(queries).items() if value is not None}
+    return ImageContext(encoder.config.hidden_size, **{**sizes, "counted": queries.frames, "frames": 1})
 
 
 def named(stage: str, path: str) -> Stage | None:
@@ -100,7 +121,9 @@ def encoders(stage: Stage, model: Model) -> Encoders:
     return model.encoders(TextEncoders.load(model.path, model.tokenizer, model.image_model))
 
 
-def check_stage(stage: Stage, model: Model, interpolation: bool, sizes: Sequence[Bucket]) -> None:
+def check_stage(
+    stage: Stage, model: Model, interpolation: bool | None, sizes: Sequence[Bucket], queries: Queries | None = None
+) -> None:
     """Raise ConfigError for settings of the model, of its clips or of the way of training that a stage has not."""
     if (stage == "adapt") != (model.image_stream is not None):
         raise ConfigError(
@@ -110,6 +133,13 @@ def check_stage(stage: Stage, model: Model, interpolation: bool, sizes: Sequence
     given = [name for name in ("image_encoder", "image_model", "tokenizer", "prediction") if getattr(model, name)]
     if given and stage not in FROM_TEXT:
         raise ConfigError(f"model.{given[0]}: stage={stage} begins with a whole DynamiCrafter folder: set it to null")
+    created = replace(queries or Queries(), other_lengths=None)
+    changed = [one.name for one in fields(Queries) if getattr(created, one.name) != getattr(Queries(), one.name)]
+    if changed and stage != "context":
+        raise ConfigError(
+            f"image_context.{changed[0]}: stage=context alone creates a query transformer, and stage={stage} begins "
+            "with a model that has one: leave it out"
+        )
     if interpolation and stage in FROM_TEXT:
         raise ConfigError(
             f"image_text_to_video.interpolation=true: stage={stage} shows the model no latents of images; set it in "

@@ -107,10 +107,26 @@ def test_all_frames_begin_with_the_same_queries() -> None:
 def test_more_groups_make_the_tokens_that_fewer_make(groups: int, frames: int) -> None:
     made = trained(frames=groups)
     more = made.with_groups(frames)
-    assert more.context == replace(CONTEXT, frames=frames)
+    assert more.context == replace(CONTEXT, frames=frames, counted=None if frames == groups else groups)
     assert more.latents.shape == (1, 2 * frames, 8)
     assert torch.equal(more(FEATURES, frames), made(FEATURES, frames))
     assert more.latents.data_ptr() != made.latents.data_ptr()
+
+
+def test_one_group_learns_what_as_many_as_it_counts_for_will_make() -> None:
+    made = trained(frames=1, counted=5)
+    more = made.with_groups(5)
+    assert more.context == replace(CONTEXT, frames=5)
+    alone = made(FEATURES, 1)
+    torch.testing.assert_close(more(FEATURES, 5), alone.expand(-1, 5, -1, -1), atol=1e-12, rtol=0)
+    uncounted = QueryTransformer(replace(CONTEXT, frames=1), WIDTH).double()
+    uncounted.load_state_dict(made.state_dict())
+    assert (uncounted(FEATURES, 1) - alone).abs().max() > 1e-3
+
+
+def test_interpolated_queries_weigh_as_the_learned_ones() -> None:
+    made = trained(frames=1).with_groups(4)
+    torch.testing.assert_close(made(FEATURES, 9), made(FEATURES, 4)[:, :1].expand(-1, 9, -1, -1), atol=1e-12, rtol=0)
 
 
 def test_one_group_makes_the_same_tokens_for_every_frame() -> None:
