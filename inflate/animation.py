@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from inflate import catalogue
 from inflate.data.pixels import to_float, to_uint8, unit
 from inflate.errors import CheckpointError, ConfigError
 from inflate.families import dynamicrafter, svd, video_ldm
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.svd import SVD
+from inflate.formats import FORMATS
 from inflate.models import folders, image_stream
 from inflate.models.text_encoders import TextEncoders
+from inflate.options import option
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
 from inflate.sampling import svd as svd_sampling
 
@@ -61,6 +64,10 @@ class Animator(Protocol):
     def fps(self) -> float:
         """Frames per second of its clips."""
 
+    @property
+    def frames(self) -> int:
+        """Length of its clips."""
+
     def size(self, height: int, width: int) -> Size:
         """How large clips are by default of an image as large as this."""
 
@@ -101,6 +108,11 @@ class SVDAnimator:
     def fps(self) -> float:
         """What the model is told."""
         return self.settings.fps
+
+    @property
+    def frames(self) -> int:
+        """As asked, or that of training."""
+        return self.settings.frames or self.family.frames
 
     def size(self, height: int, width: int) -> Size:
         """The image's shape at about the area that the model was made for."""
@@ -146,7 +158,8 @@ class DynamiCrafterAnimator:
         asked = asked_of(dynamicrafter_sampling.Sampling, given) | {"number": given.get(told)}
         if "start" in asked:
             asked["start"] = whole("start", asked["start"])
-        return cls(path, DynamiCrafter.load(path), dynamicrafter_sampling.Sampling(**asked))
+        settings = dynamicrafter_sampling.Sampling(**asked)
+        return cls(path, DynamiCrafter.load(path), settings)
 
     @property
     def fps(self) -> float:
@@ -154,6 +167,11 @@ class DynamiCrafterAnimator:
         clips, number = self.family.clips, self.settings.number
         means_itself = clips.told == "fps" and clips.number is None
         return number if means_itself and number is not None else clips.fps
+
+    @property
+    def frames(self) -> int:
+        """As asked, or that of training."""
+        return self.settings.frames or self.family.clips.frames
 
     def size(self, height: int, width: int) -> Size:
         """That of its training, whatever the image's: it has seen no other."""
@@ -186,6 +204,7 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
 
     CheckpointError where nothing does, ConfigError for an option that only other families have.
     """
+    _refuse_unconverted(path)
     family = folders.family_of(path) or svd.FAMILY
     if (Path(path).expanduser() / image_stream.FILE).is_file():
         raise CheckpointError(f"{path} is an image stream alone: stage=adapt of a run makes a model of it")
@@ -202,9 +221,13 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
     return KINDS[family]
 
 
-def option(name: str) -> str:
-    """An option as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
+def _refuse_unconverted(path: str) -> None:
+    """Raise CheckpointError for a single file that only `inflate convert` reads."""
+    file = Path(path).expanduser()
+    found = catalogue.recognise(file)[0] if path.endswith(folders.SAFETENSORS) and file.is_file() else None
+    if found in ("dynamicrafter-file", "videocrafter-file"):
+        remedy = f"convert it first: inflate convert {path} OUT --tokenizer FOLDER"
+        raise CheckpointError(f"{path} is {FORMATS[found]}; {remedy}")
 
 
 def whole(name: str, number: float) -> int:

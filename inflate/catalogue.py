@@ -23,7 +23,7 @@ from inflate.families import dynamicrafter_keys as keys
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
-from inflate.models import exchange, folders, schedule_buffers, single_file, temporal_layers
+from inflate.models import exchange, folders, image_stream, schedule_buffers, single_file, temporal_layers
 from inflate.models.unet import TemporalSpec, VideoUNet
 from inflate.tables import aligned
 
@@ -128,14 +128,16 @@ def _file_format(file: Path) -> str:
 def _folder_format(folder: Path) -> str:
     if temporal_layers.are_in(folder):
         return "temporal-layers"
+    if (folder / image_stream.FILE).is_file():
+        return "image-stream"
     if (folder / "state.json").is_file():
         return "checkpoint"
     file = unet_folder(folder) / "config.json"
     if not file.is_file():
         there = exchange.listing(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise CheckpointError(
-            f"{folder} is of no known format: it has no unet/config.json, config.json, {folders.TEMPORAL_FILE} or "
-            f"state.json; it holds {there}"
+            f"{folder} is of no known format: it has no unet/config.json, config.json, {folders.TEMPORAL_FILE}, "
+            f"{image_stream.FILE} or state.json; it holds {there}"
         )
     name = folders.read_json(file).get("_class_name")
     if name not in CLASSES:
@@ -248,6 +250,11 @@ def _motion_module(file: Path) -> Found:
     return _temporal(animatediff.original_spec(tensors, file)), {"temporal: motion": list(tensors.values())}
 
 
+def _image_stream(folder: Path) -> Found:
+    context, tensors = image_stream.context_of(folder), exchange.read_headers(folder / image_stream.FILE)
+    return {"image": _listed(context.to_dict())}, {"image": list(tensors.values())}
+
+
 def _checkpoint(folder: Path) -> Found:
     step = folders.read_json(folder / "state.json").get("step")
     files = sorted(folder.glob(f"*{folders.SAFETENSORS}"))
@@ -269,6 +276,7 @@ _READERS: dict[str, Callable[[Path], Found]] = {
     "unet-motion": _unet_motion,
     "motion-adapter": _motion_adapter,
     "motion-module": _motion_module,
+    "image-stream": _image_stream,
     "checkpoint": _checkpoint,
 }
 

@@ -48,6 +48,7 @@ USUAL = {
 """What a format becomes where no other is asked for."""
 READ_ONLY = {
     "videocrafter-file": "a text-to-video of ours has other layers, or is written as video-unet",
+    "image-stream": "only stage=context of a run writes it",
     "checkpoint": "only a run writes its checkpoints",
 }
 """Formats that are known and not written, and why."""

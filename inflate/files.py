@@ -56,6 +56,26 @@ def new_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_files(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an empty hidden folder in `folder`; on success what is in it goes there, and otherwise none of it does.
+
+    Each file takes the place of one of its own name. What killed processes left by this `name` is removed. OSError as
+    the disk has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, glob.escape(name))
+    aside = _hidden(folder / name, "partial")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in sorted(aside.iterdir()):
+            path.replace(folder / path.name)
+        flush(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def discard(folder: Path) -> None:
     """Remove a folder, which is never seen half-removed."""
     doomed = folder.rename(_hidden(folder, "partial"))

@@ -15,6 +15,7 @@ FORMATS = {
     "unet-motion": "AnimateDiff, diffusers' UNetMotionModel",
     "motion-adapter": "AnimateDiff, diffusers' MotionAdapter",
     "motion-module": "AnimateDiff, a file of motion modules in the original names",
+    "image-stream": "an image stream alone, the export of stage=context: stage=adapt of a run makes a model of it",
     "checkpoint": "a checkpoint of a run, whose model is in the run's export",
 }
 """Every format that is known, and what it is."""

@@ -1,12 +1,13 @@
 """What several commands take, and the check of what they write."""
 
+import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from inflate.errors import DataError
+from inflate.errors import ConfigError, DataError
 
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A model's folder, its owner/name on the Hugging Face Hub, or `pocket`.")
@@ -27,6 +28,30 @@ Prediction = Annotated[
 ]
 
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Take adapters that were made on another model, too.")]
+
+
+MOST_SEED = 2**63 - 1
+"""Above it there is room for the seeds of a grid and of a story's shots: generators take less than 2**64."""
+
+
+def option(name: str) -> str:
+    """A parameter as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def chosen(**options: Any) -> dict[str, Any]:
+    """The options that were given; ConfigError for a number that is not finite."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{option(name)} is {value}: it must be a finite number")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_rates(**rates: float | None) -> None:
+    """Raise `ConfigError` for a rate that was given and is not above 0."""
+    for name, rate in chosen(**rates).items():
+        if rate <= 0:
+            raise ConfigError(f"{option(name)} is {rate:g}: it must be above 0")
 
 
 def check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> None:

@@ -9,7 +9,18 @@ import typer
 
 from inflate.adapters.settings import Weighted
 from inflate.errors import CheckpointError, ConfigError, DataError, report_errors
-from inflate.options import AnyBase, ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
+from inflate.options import (
+    MOST_SEED,
+    AnyBase,
+    ImageEncoder,
+    ModelPath,
+    Prediction,
+    Tokenizer,
+    check_output,
+    check_rates,
+    chosen,
+    option,
+)
 
 if TYPE_CHECKING:
     from inflate.adapters.bases import Family
@@ -53,6 +64,10 @@ SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
 """Panels of options that one family alone has."""
 
 
+LEAST_FRAMES = {"story": 2, "end_image": 2, "loop": 3}
+"""How long clips must be for options that show a frame of them once, or fix both ends."""
+
+
 def _of_svd(text: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=SVD_ALONE, **limits)
 
@@ -89,7 +104,9 @@ def sample(
             help="Begin lower, for more motion. SVD: a noise level below 700; DynamiCrafter: a timestep below 999"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise; each shot of a story has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of all noise; each shot of a story has the next.")
+    ] = 0,
     grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
     height: Annotated[
         int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; DynamiCrafter's own]")
@@ -134,15 +151,18 @@ def sample(
     check_output(overwrite, (".mp4",), output, *_beside(output, story))
     if (height is None) != (width is None):
         raise ConfigError("--height and --width: give both or neither")
-    shot = _given(prompt=prompt or None, end_image=end_image, loop=loop)
-    given = shot | _given(
+    long = {"story": story, "end_image": end_image, "loop": loop}
+    shot = chosen(prompt=prompt or None, end_image=end_image, loop=loop or None)
+    given = shot | chosen(
         frames=frames, fps=fps, steps=steps, start=start, negative=negative, stride=stride, eta=eta, guidance=guidance,
         image_guidance=image_guidance, rescale=rescale, motion_bucket=motion_bucket, noise_aug=noise_aug,
         guidance_min=guidance_min, guidance_max=guidance_max, image_model=image_model, image_encoder=image_encoder,
         prediction=prediction, little_memory=little_memory,
     )  # fmt: skip
-    if loop and frames is not None and frames < 3:
-        raise ConfigError(f"--loop needs --frames of 3 or more, not {frames}: the last one is left out")
+    check_rates(fps=fps, play_fps=play_fps)
+    if image_guidance is None:
+        _refuse_unguided(guidance, negative=negative, rescale=rescale)
+    _check_length(frames, **long)
     shots = _told(story, seed, image, grid, shot) if story else _asked(image, range(seed, seed + grid), **shot)
     from inflate import animation, shooting
 
@@ -152,16 +172,18 @@ def sample(
         shooting.refuse_keys(shots, story, kind, path)
     _note_image_model(path)
     animator = kind.load(path, given)
+    _check_length(animator.frames, **long)
     prompts = [*(shot.prompt for shot in shots), negative or ""]
     _note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
     _adapt(animator.family, wanted, any_base, dtype)
+    rate = animator.fps if play_fps is None else play_fps
     size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
     taken = shooting.Shooting.at(size, shots, sizes, _note)
     if story:
-        _write_story(output, taken, animator, play_fps or animator.fps)
+        _write_story(output, taken, animator, rate)
     else:
         clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
-        _write_grid(output, shots, clips, grid, play_fps or animator.fps)
+        _write_grid(output, shots, clips, grid, rate)
 
 
 def _beside(output: Path, story: Path | None) -> list[Path]:
@@ -169,15 +191,23 @@ def _beside(output: Path, story: Path | None) -> list[Path]:
     return [output.with_suffix(suffix) for suffix in (".png", ".html")[: 2 if story else 1]]
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {name: value for name, value in options.items() if value is not None and value is not False}
+def _check_length(frames: int | None, **asked: Any) -> None:
+    """Raise ConfigError where clips of so many frames are too short for an option that is given."""
+    for name, value in asked.items():
+        if value and frames is not None and frames < LEAST_FRAMES[name]:
+            raise ConfigError(f"{option(name)} needs --frames of {LEAST_FRAMES[name]} or more, not {frames}")
+
+
+def _refuse_unguided(guidance: float | None, **idle: Any) -> None:
+    """Raise ConfigError for options that only guidance reads, where its scale says that there is none."""
+    names = " and ".join(option(name) for name, value in idle.items() if value)
+    if names and guidance is not None and guidance <= 1.0:
+        raise ConfigError(f"{names} cannot act without guidance, which --guidance {guidance:g} turns off: leave it out")
 
 
 def _told(file: Path, seed: int, image: Path | None, grid: int, shot: dict[str, Any]) -> "list[Shot]":
     """Return the shots of a story; ConfigError for what was given of a single shot."""
     from inflate import story
-    from inflate.animation import option
 
     single = ["IMAGE"] * (image is not None) + [option(name) for name in shot] + ["--grid"] * (grid > 1)
     if single:
@@ -232,14 +262,10 @@ def _write_shots(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]
     import numpy as np
 
     from inflate import story
-    from inflate.files import write_text
 
     parts = story.shown(shots, clips)
     labels = [f"{number}: {shot.label}" for number, shot in enumerate(shots[: len(parts)], 1)]
-    _write(output, np.concatenate(parts), fps, parts, labels)
-    page = output.with_suffix(".html")
-    write_text(page, story.page(output.name, shots, parts, fps))
-    typer.echo(f"wrote {page}")
+    _write(output, np.concatenate(parts), fps, parts, labels, story.page(output.name, shots, parts, fps))
 
 
 @sampling_app.command()
@@ -252,7 +278,7 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale; up to 1 there is none, at half the cost.")] = 7.5,
     sampler: Annotated[str, typer.Option(help="ddim, or euler.")] = "ddim",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the noise.")] = 0,
     grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the clip [default: the model's]")] = None,
     fps: Annotated[
@@ -277,26 +303,22 @@ def generate(
     check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
     if sampler not in ("ddim", "euler"):
         raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
+    check_rates(fps=fps)
+    _refuse_unguided(guidance, negative=negative)
     from inflate.animation import unknown_words
     from inflate.data.pixels import tiled
     from inflate.sampling.text_to_video import Sampling
 
+    given = chosen(
+        steps=steps, guidance=guidance, negative=negative, sampler=sampler, frames=frames, height=height, width=width,
+        batch=batch, little_memory=little_memory,
+    )  # fmt: skip
+    settings = Sampling(**given)
     family = _text_to_video(path, image_model, tokenizer, prediction)
     _note_image_model(path)
     _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
     family.clips = family.clips if fps is None else replace(family.clips, fps=fps)
-    settings = Sampling(
-        steps=steps,
-        guidance=guidance,
-        negative=negative,
-        sampler="euler" if sampler == "euler" else "ddim",
-        frames=frames,
-        height=height,
-        width=width,
-        batch=batch,
-        little_memory=little_memory,
-    )
     clips = _draw(family, [prompt], range(seed, seed + grid), settings)
     _write(output, tiled(clips), family.clips.fps, clips)
 
@@ -315,7 +337,7 @@ def compare_adapters(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the grid.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same in every column.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the noise, the same in every column.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Rows of each input: of this seed and the next ones.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: sample's, or generate's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the clips [default: the model's]")] = None,
@@ -330,7 +352,7 @@ def compare_adapters(
     wanted = comparison.columns(adapter)
     if output.exists():
         raise DataError(f"{output} exists already; choose another name")
-    given = _given(steps=steps, frames=frames, prompt=prompt or None)
+    given = chosen(steps=steps, frames=frames, prompt=prompt or None)
     draws = _animations if _are_images(inputs) else _drawings
     family, clips, rows, fps = draws(path, inputs, range(seed, seed + seeds), given)
     drawn = comparison.draw(family.unet, wanted, clips, any_base)
@@ -438,9 +460,20 @@ def _write(
     fps: float,
     rows: "Sequence[Pixels] | None" = None,
     labels: "Sequence[str] | None" = None,
+    page: str | None = None,
 ) -> None:
-    """Write the video, and a contact sheet of it or of the clips that it is made of."""
+    """Write the video, a contact sheet of it or of the clips that it is made of, and a page: together or not at all."""
     from inflate.data.video import contact_sheet, write
+    from inflate.files import new_files, write_text
 
-    for file in (write(output, frames, fps), contact_sheet(output.with_suffix(".png"), rows or [frames], labels)):
+    sheet, text = output.with_suffix(".png"), output.with_suffix(".html")
+    try:
+        with new_files(output.parent, output.name) as aside:
+            write(aside / output.name, frames, fps)
+            contact_sheet(aside / sheet.name, rows or [frames], labels)
+            if page is not None:
+                write_text(aside / text.name, page)
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error}") from error
+    for file in (output, sheet, *([] if page is None else [text])):
         typer.echo(f"wrote {file}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from inflate import config, pages
 from inflate.errors import ConfigError
+from inflate.options import MOST_SEED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +52,8 @@ class Shot:
             raise ConfigError("give it either an image, or previous: true for the last frame of the shot before")
         if self.frames is not None and self.frames < 2:
             raise ConfigError(f"frames: must be 2 or more, not {self.frames}")
-        if self.seed is not None and self.seed < 0:
-            raise ConfigError(f"seed: must be 0 or more, not {self.seed}")
+        if self.seed is not None and not 0 <= self.seed <= MOST_SEED:
+            raise ConfigError(f"seed: must be 0 to {MOST_SEED}, not {self.seed}")
 
     @property
     def label(self) -> str:

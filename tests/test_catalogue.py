@@ -30,6 +30,7 @@ from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.layers.conditioning import ImageTokens
+from inflate.models import image_stream
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 
 CLIP = replace(ANIMATEDIFF_V2, motion_norm="clip")
@@ -115,6 +116,13 @@ def motion_module(folder: Path) -> Path:
     return folder / "motion.safetensors"
 
 
+def stream(folder: Path) -> Path:
+    made = dynamicrafter(folder)
+    (folder / "export").mkdir()
+    image_stream.save(made.unet, made.image_encoder, folder / "export")
+    return folder / "export"
+
+
 def checkpoint(folder: Path) -> Path:
     (folder / "state.json").write_text(json.dumps({"step": 7}))
     save_file({"a": torch.zeros(3)}, folder / "unet.safetensors")
@@ -175,6 +183,14 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     "unet-motion": (unet_motion, {"context width": "32"}, {"2D", "temporal: motion"}),
     "motion-adapter": (motion_adapter, {}, {"temporal: motion"}),
     "motion-module": (motion_module, {}, {"temporal: motion"}),
+    "image-stream": (
+        stream,
+        {
+            "image": "embedding=1280, width=32, depth=2, heads=2, head_width=64, queries=16, frames=3, "
+            "other_lengths=interpolate"
+        },
+        {"image"},
+    ),
     "checkpoint": (checkpoint, {"step": "7"}, {"unet"}),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inflate.files import discard, new_file, new_folder, remove_leftovers, write_text
+from inflate.files import discard, new_file, new_files, new_folder, remove_leftovers, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -55,6 +55,23 @@ def test_what_stood_there_comes_back_if_the_new_cannot_be_renamed(
         pass
     assert names(tmp_path) == ["a"]
     assert names(tmp_path / "a") == ["old"]
+
+
+def test_new_files_appear_together(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def fill(whole: bool) -> None:
+        with new_files(tmp_path, "a") as aside:
+            (aside / "a").write_text("new")
+            if not whole:
+                raise KeyboardInterrupt
+            (aside / "b").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(whole=False)
+    assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a"], "old")
+    fill(whole=True)
+    assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a", "b"], "new")
 
 
 def left_by_the_dead(folder: Path, kind: str) -> Path:

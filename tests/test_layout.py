@@ -48,8 +48,8 @@ ARROWS = {
     "options": {"errors"},
     "adapter_cli": {"adapters", "formats", "options", "training"} | BASE,
     "pages": set(),
-    "story": {"pages"} | BASE,
-    "animation": MIDDLE | {"families", "sampling"},
+    "story": {"options", "pages"} | BASE,
+    "animation": MIDDLE | {"catalogue", "families", "formats", "options", "sampling"},
     "shooting": MIDDLE | {"animation", "story"},
     "sample_cli": MIDDLE
     | {"adapters", "animation", "comparison", "families", "options", "sampling", "shooting", "story"},

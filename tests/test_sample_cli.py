@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from original_files import dynamicrafter as original
 from original_files import write_single_file, write_whole_file
 from PIL import Image
 from test_cli import image_model, inflate, refused
@@ -24,6 +25,8 @@ from inflate.adapters import file as adapters
 from inflate.adapters.settings import AdapterSettings
 from inflate.data import video
 from inflate.data.pixels import tiled
+from inflate.errors import ConfigError, DataError
+from inflate.families import dynamicrafter_original
 from inflate.families.dynamicrafter import Clips, DynamiCrafter
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
 from inflate.sampling import svd as svd_sampling
@@ -151,6 +154,64 @@ def test_sample_checks_its_output_first(picture: Path, tmp_path: Path) -> None:
     assert "./nowhere does not exist" in refused(*arguments, tmp_path / "old.mp4", "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fps", 0), "--fps is 0: it must be above 0"),
+        (("--play-fps", 0), "--play-fps is 0: it must be above 0"),
+        (("--play-fps", "inf"), "--play-fps is inf: it must be a finite number"),
+        (("--start", "nan"), "--start is nan: it must be a finite number"),
+        (("--guidance", "nan"), "--guidance is nan: it must be a finite number"),
+        (("--guidance", 1, "--negative", "x"), "--negative cannot act without guidance, which --guidance 1 turns off"),
+        (("--guidance", 1, "--negative", "x", "--rescale", 0.5), "--negative and --rescale cannot act"),
+        (("--guidance", 1, "--negative", "x", "--image-guidance", 2), "./nowhere does not exist"),
+        (("--frames", 2, "--loop"), "--loop needs --frames of 3 or more, not 2"),
+        (("--frames", 1, "--end-image", "x.png"), "--end-image needs --frames of 2 or more, not 1"),
+        (("--frames", 1, "--story", "x.yaml"), "--story needs --frames of 2 or more, not 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_loading(
+    options: tuple[object, ...], message: str, picture: Path, tmp_path: Path
+) -> None:
+    assert message in refused("sample", "./nowhere", picture, "-o", tmp_path / "out.mp4", *options)
+
+
+def test_generate_refuses_numbers_as_sample_does(tmp_path: Path) -> None:
+    common = ("generate", "./nowhere", "a disc", "-o", tmp_path / "out.mp4")
+    assert "--fps is 0: it must be above 0" in refused(*common, "--fps", 0)
+    assert "--guidance is nan: it must be a finite number" in refused(*common, "--guidance", "nan")
+    assert "--negative cannot act without guidance" in refused(*common, "--guidance", 1, "--negative", "x")
+
+
+def test_a_seed_leaves_room_for_those_after_it(picture: Path, tmp_path: Path) -> None:
+    for command in ("sample", "generate"):
+        result = inflate(command, "./nowhere", picture, "-o", tmp_path / "out.mp4", "--seed", 2**63)
+        assert result.exit_code == 2
+        assert str(2**63 - 1) in result.stderr
+
+
+@pytest.mark.parametrize(("option", "wanted"), [("--at-once", False), ("--little-memory", True)])
+def test_how_to_draw_arrives(
+    option: str, wanted: bool, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[dict[str, Any]] = []
+
+    def kind_of(_: str, given: dict[str, Any]) -> None:
+        arrived.append(given)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(animation, "kind_of", kind_of)
+    refused("sample", "pocket-svd", picture, "-o", tmp_path / "out.mp4", option)
+    assert arrived == [{"little_memory": wanted}]
+
+
+def test_a_single_file_of_dynamicrafter_is_to_be_converted(picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    dynamicrafter_original.write(original(tmp_path), file)
+    said = refused("sample", file, picture, "-o", tmp_path / "out.mp4")
+    assert f"convert it first: inflate convert {file} OUT --tokenizer FOLDER" in said
+
+
 def test_sample_names_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
@@ -270,6 +331,19 @@ def test_a_storys_mistakes_are_named_with_the_shot(image_model: Path, story: Pat
     assert f"shot 2 of {story}: prompt: {image_model} takes none: leave it out" in refused(*common)
 
 
+def test_files_of_a_story_appear_together(
+    image_model: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any) -> Path:
+        raise DataError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(video, "contact_sheet", full)
+    result = inflate("sample", image_model, "--story", story, "-o", tmp_path / "out.mp4", *SMALL)
+    assert result.exit_code == 1
+    assert "No space left" in result.stderr
+    assert not [file for file in tmp_path.iterdir() if "out" in file.name]
+
+
 def test_an_interrupted_story_keeps_the_shots_that_are_whole(
     image_model: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +452,9 @@ def test_a_loop_shows_its_first_frame_once(prompted: Path, picture: Path, tmp_pa
     common = ("sample", prompted, picture, "-o", tmp_path / "out.mp4")
     assert "give one of them" in refused(*common, "--loop", "--end-image", picture)
     assert "--loop needs --frames of 3 or more" in refused(*common, "--loop", "--frames", 2)
+    short = write_dynamicrafter(tmp_path, interpolation=True, frames=2)
+    said = refused("sample", short, *common[2:], "--loop")  # a model's own length counts, too
+    assert "--loop needs --frames of 3 or more, not 2" in said
 
 
 def test_a_model_that_knows_no_last_frame_is_told_of(

@@ -58,7 +58,7 @@ def test_json_is_read_as_it_is_written(tmp_path: Path, indent: str | None) -> No
             "shot 2 of FILE:2: frames must be an int or null, not 'many'",
         ),
         ("- {image: a.png}\n- {image: b.png, frames: 1}", "shot 2 of FILE:2: frames: must be 2 or more, not 1"),
-        ("- {image: a.png, seed: -1}", "shot 1 of FILE:1: seed: must be 0 or more, not -1"),
+        ("- {image: a.png, seed: -1}", "shot 1 of FILE:1: seed: must be 0 to 9223372036854775807, not -1"),
         ("- {image: a.png}\n- {prompt: x}", "shot 2 of FILE:2: give it either an image, or previous: true"),
         ("- {image: a.png, previous: true}", "shot 1 of FILE:1: give it either an image, or previous: true"),
         ("- {previous: true}", "shot 1 of FILE: previous: there is no shot before the first"),
