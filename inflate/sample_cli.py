@@ -285,7 +285,8 @@ def generate(
     _note_image_model(path)
     _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
-    family.clips = family.clips if fps is None else replace(family.clips, fps=fps)
+    if fps is not None:
+        family.clips = replace(family.clips, **{"fps" if family.clips.number is None else "number": fps})
     settings = Sampling(
         steps=steps,
         guidance=guidance,

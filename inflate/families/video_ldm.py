@@ -47,6 +47,8 @@ class Clips:
     """length"""
     fps: float = 8.0
     """frames per second"""
+    number: float | None = None
+    """those that the UNet is told unless asked otherwise, where they are others"""
     height: int | None = None
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
@@ -171,7 +173,11 @@ class VideoLDM(TextToVideo):
         """The frame rate (B, 1) of latents (B, F, C, h, w), in whole frames per second, where the UNet is told it."""
         if self.unet.spec.added_ids == 0:
             return None
-        fps = noisy.new_full((len(noisy),), self.clips.fps) if condition.fps is None else condition.fps
+        fps = (
+            noisy.new_full((len(noisy),), self.clips.number or self.clips.fps)
+            if condition.fps is None
+            else condition.fps
+        )
         return fps.to(noisy).floor()[:, None]  # (B, 1)
 
     def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
