@@ -244,7 +244,7 @@ def _videocrafter(file: Path, target: Path, extra: Extra) -> str:
     text, about = original.load_text(extra.tokenizer), original.clips
     unet = original.load_unet()
     told = VIDEOCRAFTER_FPS if unet.spec.added_ids else None
-    clips = video_ldm.Clips(about.frames, about.fps, told, about.height, about.width)
+    clips = video_ldm.Clips(about.frames, about.fps, about.height, about.width, number=told)
     own = unet, original.load_vae(), text, original.noise, clips
     return _saved(VideoLDM(*own, base_scale=original.objective.base_scale), target)
 

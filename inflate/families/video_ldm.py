@@ -47,14 +47,14 @@ class Clips:
     """length"""
     fps: float = 8.0
     """frames per second"""
-    number: float | None = None
-    """those that the UNet is told unless asked otherwise, where they are others"""
     height: int | None = None
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
     """pixels"""
     domain_adapter: str | None = None
     """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
+    number: float | None = None
+    """frames per second that the UNet is told unless asked otherwise, where they are not those above"""
 
 
 @dataclass
@@ -173,11 +173,8 @@ class VideoLDM(TextToVideo):
         """The frame rate (B, 1) of latents (B, F, C, h, w), in whole frames per second, where the UNet is told it."""
         if self.unet.spec.added_ids == 0:
             return None
-        fps = (
-            noisy.new_full((len(noisy),), self.clips.number or self.clips.fps)
-            if condition.fps is None
-            else condition.fps
-        )
+        usual = self.clips.fps if self.clips.number is None else self.clips.number
+        fps = noisy.new_full((len(noisy),), usual) if condition.fps is None else condition.fps
         return fps.to(noisy).floor()[:, None]  # (B, 1)
 
     def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:
