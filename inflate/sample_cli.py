@@ -286,7 +286,8 @@ def generate(
     _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
     if fps is not None:
-        family.clips = replace(family.clips, **{"fps" if family.clips.number is None else "number": fps})
+        own = family.clips
+        family.clips = replace(own, fps=fps) if own.number is None else replace(own, number=fps)
     settings = Sampling(
         steps=steps,
         guidance=guidance,
