@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -165,7 +166,7 @@ class DynamiCrafterAnimator:
     def fps(self) -> float:
         """That of its clips; or what it is asked for by a number that means just this."""
         clips, number = self.family.clips, self.settings.number
-        means_itself = clips.told == "fps" and clips.number is None
+        means_itself = clips.told == "fps" and clips.number in (None, math.floor(clips.fps))
         return number if means_itself and number is not None else clips.fps
 
     @property
@@ -181,8 +182,13 @@ class DynamiCrafterAnimator:
         """Unknown words, and a last frame where it was trained without one, or cannot see it (ConfigError)."""
         if ends and not self.family.takes_detail:
             raise ConfigError(f"{self.path} sees no latent of its image, so that no last frame can be given to it")
+        trained = self.family.clips.interpolation
         untrained = f"{self.path} was not trained to end on a given frame (clips.interpolation): it may miss it"
-        return [untrained] * (ends and not self.family.clips.interpolation) + unknown_words(self.family.text, prompts)
+        endless = f"{self.path} was trained between a first and a last frame (clips.interpolation): give --end-image"
+        plain = f"{self.path} does not tell the moments of its latents: a lower --start begins from plain noise"
+        found = [untrained] * (ends and not trained) + [endless] * (trained and not ends)
+        found += [plain] * (self.settings.start is not None and self.family.moments is None)
+        return found + unknown_words(self.family.text, prompts)
 
     def draw(self, takes: Sequence[Take]) -> list[Pixels]:
         """All together, or as many at a time as there is room for."""

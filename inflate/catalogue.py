@@ -24,7 +24,7 @@ from inflate.families.dynamicrafter_original import Original as DynamiCrafterFil
 from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
 from inflate.models import exchange, folders, image_stream, schedule_buffers, single_file, temporal_layers
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.unet import OF_IMAGE, TemporalSpec, VideoUNet
 from inflate.tables import aligned
 
 CLASSES = {
@@ -56,8 +56,6 @@ _PLACES = (
     (re.compile(r"\.temporal\."), ("block", "transformer", "motion")),
 )
 """The slots of a temporal specification that may stand in a place of our names."""
-_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
-"""What makes and reads an image's tokens."""
 
 Tensors = Mapping[str, Tensor]
 Found = tuple[dict[str, str], dict[str, list[Tensor]]]
@@ -297,7 +295,7 @@ def _kind(key: str, spec: TemporalSpec) -> str:
     for pattern, slots in _PLACES:
         if pattern.search(key):
             return f"temporal: {next((slot for slot in slots if getattr(spec, slot)), 'unknown')}"
-    if _IMAGE.search(key):
+    if OF_IMAGE.search(key):
         return "image"
     return "conditioning" if spec.added_ids and key.startswith("class_embedding.") else "2D"
 

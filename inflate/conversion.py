@@ -82,6 +82,8 @@ class Extra:
         return "frame" if self.norm_per_frame else "clip"
 
 
+VIDEOCRAFTER_FPS = 28.0
+"""Frames per second that VideoCrafter 2 is told by its authors' script."""
 TEMPORAL = "temporal-layers"
 EXPORTS: dict[str, Callable[[Path, Extra], SVD | VideoLDM]] = {
     "svd": lambda folder, extra: SVD.load(
@@ -241,8 +243,10 @@ def _dynamicrafter_file(folder: Path, target: Path, _: Extra) -> str:
 def _videocrafter(file: Path, target: Path, extra: Extra) -> str:
     original = DynamiCrafterFile.read(file)
     text, about = original.load_text(extra.tokenizer), original.clips
-    clips = video_ldm.Clips(about.frames, about.fps, about.height, about.width)
-    own = original.load_unet(), original.load_vae(), text, original.noise, clips
+    unet = original.load_unet()
+    told = VIDEOCRAFTER_FPS if unet.spec.added_ids else None
+    clips = video_ldm.Clips(about.frames, about.fps, about.height, about.width, number=told)
+    own = unet, original.load_vae(), text, original.noise, clips
     return _saved(VideoLDM(*own, base_scale=original.objective.base_scale), target)
 
 

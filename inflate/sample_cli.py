@@ -318,7 +318,9 @@ def generate(
     _note_image_model(path)
     _note(*unknown_words(family.text, [prompt, negative]))
     _adapt(family, wanted, any_base, dtype)
-    family.clips = family.clips if fps is None else replace(family.clips, fps=fps)
+    if fps is not None:
+        own = family.clips
+        family.clips = replace(own, fps=fps) if own.number is None else replace(own, number=fps)
     clips = _draw(family, [prompt], range(seed, seed + grid), settings)
     _write(output, tiled(clips), family.clips.fps, clips)
 

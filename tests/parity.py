@@ -19,8 +19,14 @@ import parity_dynamicrafter
 import parity_modelscope
 import parity_svd
 from parity_cases import EXACT, RECORDED, RECORDED64, WEIGHTS, Case, Runner
+from safetensors import SafetensorError
 
 from inflate.errors import InflateError
+
+DAMAGED = (
+    InflateError, SafetensorError, AssertionError, LookupError, RuntimeError, OSError, ValueError, TypeError,
+)  # fmt: skip
+"""What comparing a recording that is cut short, or of another form than described, raises."""
 
 
 def cases(folder: Path, names: Sequence[str] = ()) -> Iterator[Case]:
@@ -40,18 +46,18 @@ def cases(folder: Path, names: Sequence[str] = ()) -> Iterator[Case]:
 def cases_of(folder: Path, stem: str) -> Iterator[Case]:
     """The cases of one recording of a folder, or of a folder in it."""
     file = folder / stem
-    runner = runner_of(file.parent, file.name)
-    if runner is None:
-        yield Case(f"{stem}: unknown file", math.inf, EXACT)
-        return
     above, found = stem.removesuffix(file.name), False
     try:
+        runner = runner_of(file.parent, file.name)
+        if runner is None:
+            yield Case(f"{stem}: unknown file", math.inf, EXACT)
+            return
         for case in runner(file.parent, file.name):
             found = True
             yield case._replace(name=f"{above}{case.name}")
         if not found:
             yield Case(f"{stem}: no case", math.inf, EXACT)
-    except (InflateError, KeyError, RuntimeError, OSError, ValueError, TypeError) as error:
+    except DAMAGED as error:
         yield Case(f"{stem}: {type(error).__name__} {error}".replace("\n", " "), math.inf, EXACT)
 
 

@@ -276,9 +276,10 @@ def test_videocrafter_becomes_text_to_video(told: bool, tmp_path: Path) -> None:
     assert found.unet.spec == unet.spec
     assert found.objective == DDPM("epsilon", base_scale=0.7)
     assert (found.size, found.clips.frames) == ((320, 512), 16)
+    assert (found.clips.fps, found.clips.number) == (8.0, 28.0 if told else None)
     settings = Sampling(steps=2, frames=2, height=16, width=16)
     slow = sample(found, ["a red disc"], [0], settings)
-    found.clips = replace(found.clips, fps=24.0)
+    found.clips = replace(found.clips, number=24.0)
     assert torch.equal(sample(found, ["a red disc"], [0], settings), slow) != told
     assert slow.isfinite().all()
     with pytest.raises(ConfigError, match="ddim alone knows this model's rescaled latents"):

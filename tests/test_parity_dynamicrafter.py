@@ -40,19 +40,40 @@ def failed(folder: Path, *names: str) -> list[str]:
     return [case.name for case in parity.cases(folder, names) if not case.passed]
 
 
-def test_a_model_without_gate_or_float64_that_is_not_told_the_rate(copied: Path) -> None:
+def test_a_model_without_gate_that_is_not_told_the_rate(copied: Path) -> None:
     weights, recording = copied / "unet_tiny.safetensors", copied / "unet_tiny_io.safetensors"
+    precise = copied / "unet_tiny_io64.safetensors"
     change(weights, **dict.fromkeys(key for key in load_file(weights) if key.endswith(".alpha")))
     others = dict.fromkeys(key for key in load_file(recording) if not key.startswith("default_fs."))
     plain = load_file(recording)["default_fs.out_noalpha"]
     change(recording, **others, **{"default_fs.out": plain, "default_fs.out_noalpha": None})
+    doubles = load_file(precise)
+    change(precise, **{**dict.fromkeys(doubles), "default_fs.out": doubles["default_fs.out_noalpha"]})
     change(copied / "unet_tiny.json", cases={"default_fs": ""})
     change(copied / "train_sampler_tiny.json", training=None, sampling=None)
-    for name in ("unet_tiny_io64", "unet_tiny_intermediates", "train_tiny_io", "sampler_tiny_io"):
+    for name in ("unet_tiny_intermediates", "train_tiny_io", "sampler_tiny_io"):
         (copied / f"{name}.safetensors").unlink()
     found = list(parity.cases(copied))
     assert [case for case in found if not case.passed] == []
-    assert [case.name for case in found if case.name.startswith("unet")] == ["unet_tiny.default_fs.out"]
+    calls = ["_io64.default_fs.out", "_io64.default_fs.out.float32", ".default_fs.out"]
+    assert {case.name for case in found if case.name.startswith("unet")} == {f"unet_tiny{call}" for call in calls}
+
+
+@pytest.mark.parametrize("name", ["unet_tiny", "resampler_tiny"])
+def test_a_recording_without_its_float64_fails(copied: Path, name: str) -> None:
+    (copied / f"{name}_io64.safetensors").unlink()
+    [missing] = failed(copied, name)
+    assert f"{name}_io64.safetensors" in missing
+
+
+@pytest.mark.parametrize("name", ["unet_tiny.json", "resampler_tiny.safetensors"])
+def test_a_damaged_recording_fails_by_name(copied: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / name).write_bytes((copied / name).read_bytes()[:100])
+    assert parity.main([str(copied), "unet_tiny", "resampler"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["resampler_tiny", "unet_tiny", "unet_tiny_intermediates"]
+    assert all(line.endswith("inf 0  FAILED") for line in lines)
+    assert last == "3 cases"
 
 
 def test_a_described_recording_that_is_missing_fails(copied: Path) -> None:

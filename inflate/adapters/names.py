@@ -6,7 +6,6 @@ has no place for an adapter of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from inflate.families import animatediff_keys, modelscope_keys, svd_keys
 from inflate.formats import ADAPTERS
 from inflate.models import original_names
 from inflate.models.exchange import Names, listing
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.unet import OF_IMAGE, TemporalSpec, VideoUNet
 
 CLASSES: dict[str, tuple[Callable[[Iterable[str]], Names], tuple[str, ...]]] = {
     "svd": (svd_keys.unet_to_diffusers, ("resnet", "block")),
@@ -28,8 +27,6 @@ CLASSES: dict[str, tuple[Callable[[Iterable[str]], Names], tuple[str, ...]]] = {
 }
 """Classes of diffusers: their names for ours, and the temporal slots that they have."""
 WEIGHT = ".weight"
-_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
-"""The layers of an image in cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ def _class(format: str) -> Callable[[Network], Names]:
 
 
 def _without_image(network: Network) -> list[str]:
-    """The layers but those of an image in cross-attention, which no class of diffusers has."""
-    return [layer for layer in network.shapes if not _IMAGE.search(layer)]
+    """The layers but those of an image in cross-attention, which no other format has names for."""
+    return [layer for layer in network.shapes if not OF_IMAGE.search(layer)]
 
 
 def _layers(layers: Iterable[str], rename: Callable[[Iterable[str]], Names]) -> Names:
@@ -126,7 +123,7 @@ def _original(network: Network) -> Names:
     spatial = [layer for layer in network.shapes if not _is_created(layer)]
     found = _layers(spatial, lambda keys: original_names.unet_names(keys, layout))
     if network.has("resnet", "block") and not network.is_xl:
-        created = [layer for layer in network.shapes if _is_created(layer)]
+        created = [layer for layer in _without_image(network) if _is_created(layer)]
         found |= _layers(created, lambda keys: svd_keys.unet_to_sgm(keys, layout))
     return found
 
@@ -161,7 +158,7 @@ def _motion_original(network: Network) -> Names:
 def _is_created(layer: str) -> bool:
     """Whether inflation made a layer."""
     temporal = ".temporal." in layer or layer.endswith(".temporal")
-    return temporal or layer.startswith("class_embedding.") or _IMAGE.search(layer) is not None
+    return temporal or layer.startswith("class_embedding.") or OF_IMAGE.search(layer) is not None
 
 
 _NAMES: dict[str, Callable[[Network], Names]] = {

@@ -21,11 +21,16 @@ UNET, IMAGE_PROJ, FIRST_STAGE = "model.diffusion_model.", "image_proj_model.", "
 TEXT_ENCODER, IMAGE_ENCODER = "cond_stage_model.model.", "embedder.model.visual."
 QUERY_TRANSFORMER = "query_transformer."
 TWIN = "embedder.model."
-IDLE = tuple(
-    f"{TWIN}{name}"
-    for name in ("token_embedding.", "positional_embedding", "text_projection", "logit_scale", "ln_final.")
+IDLE = (
+    *(
+        f"{TWIN}{name}"
+        for name in ("token_embedding.", "positional_embedding", "text_projection", "logit_scale", "ln_final.")
+    ),
+    "model_ema.",
+    "logvar",
 )
-"""What the files keep and nothing uses: the rest of the text encoder that the image encoder was made with."""
+"""What the files keep and nothing uses: the rest of the text encoder that the image encoder was made with, and what
+training left: averages beside the weights, and a table."""
 PARTS = (UNET, IMAGE_PROJ, FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, *IDLE)
 GATE = ".attn2.alpha"
 """The gate of a block's image tokens, of the model of 256 pixels alone."""

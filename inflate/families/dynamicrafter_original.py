@@ -23,6 +23,7 @@ from inflate.families.dynamicrafter import Clips, DynamiCrafter
 from inflate.layers.image_context import OtherLengths
 from inflate.models import exchange, folders, open_clip, original_names, schedule_buffers, single_file, single_file_text
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, encoder_folder, image_statistics, load_image_encoder
+from inflate.models.moments import LatentMoments
 from inflate.models.original_names import size_of
 from inflate.models.original_video_names import FPS, LVDM, layout_of, refuse_what_originals_lack, with_fps
 from inflate.models.single_file_writing import differing, vae_tensors
@@ -89,7 +90,9 @@ class Original:
 
     def load_unet(self) -> VideoUNet:
         """The UNet with its query transformer; CheckpointError, listing tensors, where it is not whole."""
-        return unet_of(self.tensors, str(self.origin), other_lengths=self.told.get("other_lengths", "interpolate"))
+        unet = unet_of(self.tensors, str(self.origin), other_lengths=self.told.get("other_lengths", "interpolate"))
+        unet.register_to_config(sample_size=self.told.get("sample_size") or unet.config.sample_size)
+        return unet
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder; CheckpointError, listing tensors, where it is not whole."""
@@ -125,9 +128,10 @@ class Original:
 
         The log warns where that is odd or missing, and that of the published model is taken.
         """
-        saved = schedule_buffers.told(self.tensors, str(self.origin))
-        if "objective" in self.told:
-            return self._of_header(DDPM, "objective")
+        known = self._of_header(DDPM, "objective") if "objective" in self.told else None
+        saved = schedule_buffers.told(self.tensors, str(self.origin), known)
+        if known is not None:
+            return known
         if saved is not None:
             return saved
         usual = BY_RATE if self.has_image and not self.stride else DDPM("epsilon")
@@ -172,6 +176,7 @@ class Original:
         return DynamiCrafter(
             self.load_unet(), self.load_vae(), text, self.noise, self.clips, encoder, **statistics,
             base_scale=self.objective.base_scale, further=dict(self.told.get("further", {})),
+            moments=LatentMoments.told(self.told),
         )  # fmt: skip
 
 
@@ -187,6 +192,12 @@ def write(family: DynamiCrafter, file: Path) -> None:
     another model, naming the settings.
     """
     refuse_what_originals_lack(family.unet, LVDM.code)
+    context = family.unet.image_context
+    if context is not None and context.counted is not None:
+        raise CheckpointError(
+            f"the queries of {context.frames} frames weigh as {context.counted} groups, for which the original's format "
+            "has no place: train stage=context with image_context.frames of the clips of stage=adapt"
+        )
     tensors = tensors_of(family)
     told = _told(family)
     wrong = _differing(family, Original(file, {key: each.to("meta") for key, each in tensors.items()}, told=told))
@@ -231,6 +242,8 @@ def _told(family: DynamiCrafter) -> dict[str, Any]:
     return {
         "clips": asdict(family.clips), "objective": asdict(family.objective), "further": family.further,
         "other_lengths": context.other_lengths if context else "interpolate",
+        "sample_size": family.unet.config.sample_size,
+        "latent_moments": asdict(family.moments) if family.moments else None,
     }  # fmt: skip
 
 

@@ -53,6 +53,8 @@ class Clips:
     """pixels"""
     domain_adapter: str | None = None
     """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
+    number: float | None = None
+    """frames per second that the UNet is told unless asked otherwise, where they are not those above"""
 
 
 @dataclass
@@ -171,7 +173,8 @@ class VideoLDM(TextToVideo):
         """The frame rate (B, 1) of latents (B, F, C, h, w), in whole frames per second, where the UNet is told it."""
         if self.unet.spec.added_ids == 0:
             return None
-        fps = noisy.new_full((len(noisy),), self.clips.fps) if condition.fps is None else condition.fps
+        usual = self.clips.fps if self.clips.number is None else self.clips.number
+        fps = noisy.new_full((len(noisy),), usual) if condition.fps is None else condition.fps
         return fps.to(noisy).floor()[:, None]  # (B, 1)
 
     def added(self, condition: TextCondition, noisy: Tensor) -> dict[str, dict[str, Tensor]]:

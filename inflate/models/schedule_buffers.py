@@ -14,6 +14,8 @@ from inflate.objectives import DDPM, TRAIN_TIMESTEPS, schedule_signal
 log = logging.getLogger(__name__)
 
 SIGNAL, BETAS, SCALES = "alphas_cumprod", "betas", "scale_arr"
+INVERSE = "sqrt_recip_alphas_cumprod"
+"""Zeros where v is predicted, which divides by nothing."""
 SCALED = 1400
 """Length of the table of scales, of which sampling and training use the first 1,000."""
 ZERO = 1e-4
@@ -35,7 +37,7 @@ def buffers(objective: DDPM) -> dict[str, Tensor]:
         "sqrt_alphas_cumprod": signal.sqrt(),
         "sqrt_one_minus_alphas_cumprod": noise.sqrt(),
         "log_one_minus_alphas_cumprod": noise.log(),
-        "sqrt_recip_alphas_cumprod": inverse.sqrt(),
+        INVERSE: inverse.sqrt(),
         "sqrt_recipm1_alphas_cumprod": (inverse - 1.0).clamp(min=0.0).sqrt(),
         "posterior_variance": variance,
         "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
@@ -50,11 +52,12 @@ NAMES = frozenset(buffers(DDPM()))
 """The buffers that are known."""
 
 
-def told(tensors: Mapping[str, Tensor], origin: str) -> DDPM | None:
+def told(tensors: Mapping[str, Tensor], origin: str, known: DDPM | None = None) -> DDPM | None:
     """The objective that saved buffers tell of; None where they are not there.
 
-    v is predicted where the terminal SNR is zero, and the noise elsewhere. The log warns, naming the buffer and the
-    difference, of one that is not as that objective's. CheckpointError for one that is no such table.
+    v is predicted where the terminal SNR is zero or reciprocals are left out, and the noise elsewhere. The log warns,
+    naming the buffer and the difference, of one that is not as that objective's or, in place of it, as that of the
+    `known` one. CheckpointError for one that is no such table.
     """
     saved = {name: _table(name, tensors[name], origin) for name in sorted(NAMES & tensors.keys())}
     signal = saved.get(SIGNAL)
@@ -66,7 +69,8 @@ def told(tensors: Mapping[str, Tensor], origin: str) -> DDPM | None:
     scale = _rounded(saved[SCALES][-1]) if SCALES in saved else 1.0
     if not 0.0 < scale <= 1.0:
         raise CheckpointError(f"{origin}: its {SCALES} ends in {scale}, which is no share of clean latents")
-    objective = DDPM("v_prediction" if zero else "epsilon", zero, scale)
+    left_out = INVERSE in saved and not saved[INVERSE].any()
+    objective = known or DDPM("v_prediction" if zero or left_out else "epsilon", zero, scale)
     for name, difference in differing(saved, objective).items():
         log.warning("%s: its %s is up to %.1e from that of %s, which is used", origin, name, difference, objective)
     return objective

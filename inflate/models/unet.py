@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -77,6 +78,9 @@ INPUT_HEADS = 8
 
 SAVED_BEFORE = {"each_up_to": 1_000_000}
 """Values, other than today's defaults, that models had which were saved before their config named the setting."""
+
+OF_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
+"""What makes and reads an image's tokens, by our names."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from inflate.families import animatediff, svd_files, svd_keys
 from inflate.formats import ADAPTERS
 from inflate.layers.image_context import ImageContext
 from inflate.models import original_names
-from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
+from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
 from inflate.surgery import inflate_unet
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -193,10 +193,15 @@ def test_modelscopes_layers_have_their_names_in_diffusers(tmp_path: Path) -> Non
     assert "unet.down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1.to_q" in found
 
 
-@pytest.mark.parametrize("format", ["unet3d", "comfyui", "kohya"])
-def test_what_attends_to_an_image_has_no_name_elsewhere(format: str, tmp_path: Path) -> None:
-    video, _ = inflate_unet(tiny_unet(True, norm_num_groups=32), MODELSCOPE)
+@pytest.mark.parametrize(
+    ("format", "spec"),
+    [(format, spec) for spec in (MODELSCOPE, VIDEO_LDM) for format in ("unet3d", "svd", "comfyui", "kohya")
+     if (format, spec) not in (("unet3d", VIDEO_LDM), ("svd", MODELSCOPE))],
+)  # fmt: skip
+def test_what_attends_to_an_image_has_no_name_elsewhere(format: str, spec: TemporalSpec, tmp_path: Path) -> None:
+    video, _ = inflate_unet(tiny_unet(True, norm_num_groups=32), spec)
     video.add_image_context(ImageContext(embedding=8, width=8, depth=1, heads=1, head_width=8))
+    video.add_ids(1, video.config.block_out_channels[0])
     layers = "query_transformer.layers.0.attention.to_q", "mid_block.attentions.0.transformer_blocks.0.attn2.image.to_v"
     shapes = Network.of(video)
     assert set(layers) < set(names.names("inflate", shapes))

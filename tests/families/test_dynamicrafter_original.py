@@ -20,6 +20,7 @@ from inflate.families import dynamicrafter_original as original
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original
 from inflate.models import exchange, schedule_buffers, single_file_text
+from inflate.models.moments import LatentMoments
 from inflate.models.text_encoders import TextEncoders
 from inflate.models.unet import VIDEO_LDM
 from inflate.objectives import DDPM
@@ -126,15 +127,27 @@ def test_a_schedule_that_is_odd_or_missing_is_warned_of(changed: Changed, caplog
     assert "holds no noise schedule (alphas_cumprod)" in caplog.text
 
 
-def test_what_no_schedule_tells_stands_in_our_header(tmp_path: Path) -> None:
+def test_what_training_left_is_passed_over(changed: Changed) -> None:
+    tensors, file, _ = changed
+    torch.save({**tensors, "model_ema.decay": torch.zeros(()), "logvar": torch.zeros(1000)}, file)
+    found = Original.read(file)
+    assert {"model_ema.decay", "logvar"} <= found.idle.keys()
+    assert not {"model_ema.decay", "logvar"} & found.tensors.keys()
+
+
+def test_what_no_schedule_tells_stands_in_our_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     family = dynamicrafter(tmp_path, other_lengths="share")
     family.noise.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=False)
-    family.further = {"stage": "joint"}
+    family.further, family.clips = {"stage": "joint"}, replace(family.clips, height=None, width=None)
+    family.moments = LatentMoments((0.0, 1.0, 2.0, 3.0), (1.0, 1.0, 1.0, 2.0))
+    family.unet.register_to_config(sample_size=(5, 8))
     original.write(family, tmp_path / "model.safetensors")
     found = Original.read(tmp_path / "model.safetensors").load(tmp_path)
     assert found.objective == DDPM("v_prediction")
     assert found.unet.image_context == family.unet.image_context
     assert (found.clips, found.further) == (family.clips, family.further)
+    assert (found.moments, found.size) == (family.moments, family.size)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -177,8 +190,8 @@ def test_a_text_encoder_of_its_own_can_be_named(changed: Changed, family: Dynami
 
 def test_tensors_of_no_known_part_are_listed(changed: Changed) -> None:
     tensors, file, _ = changed
-    torch.save({**tensors, "model_ema.odd": torch.zeros(1)}, file)
-    with pytest.raises(CheckpointError, match=r"tensors of no known part: model_ema\.odd; nothing was loaded"):
+    torch.save({**tensors, "model_odd.ema": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match=r"tensors of no known part: model_odd\.ema; nothing was loaded"):
         Original.read(file)
 
 

@@ -18,7 +18,9 @@ V = DDPM("v_prediction", True, 0.7)
 NOISE = DDPM("epsilon")
 
 
-@pytest.mark.parametrize("objective", [V, NOISE, replace(V, base_scale=0.3), replace(V, base_scale=1.0)])
+@pytest.mark.parametrize(
+    "objective", [V, NOISE, replace(V, base_scale=0.3), replace(V, base_scale=1.0), DDPM("v_prediction")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_objective_is_told_by_its_buffers(
     objective: DDPM, dtype: torch.dtype, caplog: pytest.LogCaptureFixture

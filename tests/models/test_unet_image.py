@@ -197,7 +197,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     unet.set_query_transformer(unet.query_transformer.with_groups(5))
     unet.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["image_context"]
-    assert saved == {**GATED.to_dict(), "frames": 5}
+    assert saved == {**GATED.to_dict(), "frames": 5, "counted": GATED.frames}
     again = VideoUNet.from_pretrained(tmp_path)
     assert again.image_context == unet.image_context
     assert again.state_dict().keys() == unet.state_dict().keys()
@@ -206,7 +206,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_more_groups_of_queries_leave_the_output(tmp_path: Path) -> None:
-    unet = trained(context=ImageContext(**{**CONTEXT.to_dict(), "frames": 1}))
+    unet = trained(context=ImageContext(**{**CONTEXT.to_dict(), "frames": 1, "counted": 3}))
     expected = drawn(unet, image_features=features())
     unet.set_query_transformer(unet.query_transformer.with_groups(3))
     assert torch.equal(drawn(unet, image_features=features()), expected)
