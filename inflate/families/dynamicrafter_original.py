@@ -195,8 +195,8 @@ def write(family: DynamiCrafter, file: Path) -> None:
     context = family.unet.image_context
     if context is not None and context.counted is not None:
         raise CheckpointError(
-            f"the queries of {context.frames} frames weigh as {context.counted} groups, for which the original's format "
-            "has no place: train stage=context with image_context.frames of the clips of stage=adapt"
+            f"the queries of {context.frames} frames weigh as {context.counted} groups, for which the original's "
+            "format has no place: train stage=context with image_context.frames of the clips of stage=adapt"
         )
     tensors = tensors_of(family)
     told = _told(family)
