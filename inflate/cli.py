@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from inflate import __version__, shelves
 from inflate.adapter_cli import adapter_app
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
-from inflate.formats import WRITTEN
+from inflate.formats import WRITTEN, Published
 from inflate.options import ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
 from inflate.sample_cli import sampling_app
 
@@ -230,9 +230,10 @@ def convert_model(
     norm_per_frame: Annotated[
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
     ] = False,
-    interpolation: Annotated[
-        bool, typer.Option("--interpolation", help="The original's DynamiCrafter that was trained between two images.")
-    ] = False,
+    published: Annotated[
+        Published | None,
+        typer.Option("--published", help="Which DynamiCrafter the original's file is, where it looks like another."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,
 ) -> None:
     """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused.
@@ -241,7 +242,7 @@ def convert_model(
     """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame, interpolation)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame, published)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 

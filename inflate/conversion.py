@@ -23,7 +23,7 @@ from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
 from inflate.files import new_folder
-from inflate.formats import FILES, WRITTEN
+from inflate.formats import FILES, WRITTEN, Published
 from inflate.layers.branches import NormOver
 from inflate.models import folders
 from inflate.models.exchange import listing, read_headers
@@ -73,8 +73,9 @@ class Extra:
     norm_per_frame: bool = False
     """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
     were, although diffusers runs them with norms over the clip"""
-    interpolation: bool = False
-    """whether the original's file of DynamiCrafter is the one trained between two images, which it does not tell"""
+    published: Published | None = None
+    """which published DynamiCrafter the original's file is, where it does not tell: 512_interp is like 512, and without
+    a noise schedule 1024 is, too"""
 
     @property
     def norm_over(self) -> NormOver:
@@ -100,7 +101,7 @@ _OF_USE = {
     "prediction": ("stable-diffusion-file", *_ALONE.values(), *EXPORTS),
     "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
-    "interpolation": ("dynamicrafter-file",),
+    "published": ("dynamicrafter-file",),
 }
 """The formats that are read with an extra or, of exports, that become temporal layers alone with it."""
 
@@ -226,12 +227,12 @@ def _svd_file(folder: Path, target: Path, _: Extra) -> str:
 
 
 def _dynamicrafter(file: Path, target: Path, extra: Extra) -> str:
-    original = DynamiCrafterFile.read(file)
+    original = DynamiCrafterFile.read(file, published=extra.published)
     family = original.load(extra.tokenizer, extra.image_encoder)
-    if extra.interpolation:
-        family.clips = dynamicrafter_original.between_images(family.clips)
     family.save_pretrained(target)
     told = f"{target} is dynamicrafter, trained with {original.objective}"
+    if "clips" not in original.told:
+        told += f", its clips those of the published {original.published} (--published names another)"
     return f"{told}; left out, as nothing uses them: {listing(list(original.idle))}" if original.idle else told
 
 

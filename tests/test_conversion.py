@@ -245,19 +245,23 @@ def test_the_originals_svd_goes_to_a_folder_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", ["fps", "stride"])
 def test_the_originals_dynamicrafter_goes_to_a_folder_and_back(told: Told, tmp_path: Path) -> None:
-    family = dynamicrafter(tmp_path, told, 0.3 if told == "fps" else 1.0, gate=told == "stride")
+    family = dynamicrafter(tmp_path, told, 0.7 if told == "fps" else 1.0, gate=told == "stride")
     file, again = tmp_path / "model.ckpt", tmp_path / "again.safetensors"
     tensors = dynamicrafter_original.tensors_of(family)
     torch.save({"state_dict": tensors}, file)
     assert "holds no tokenizer" in refused("convert", file, tmp_path / "folder")
     said = converted(file, tmp_path / "folder", "--tokenizer", tmp_path)
-    assert f"is dynamicrafter, trained with {family.objective}; left out, as nothing uses them: embedder.model." in said
+    assert f"is dynamicrafter, trained with {family.objective}, its clips those of the published" in said
+    assert "; left out, as nothing uses them: embedder.model." in said
     assert equal(DynamiCrafter.load(tmp_path / "folder").unet.state_dict(), family.unet.state_dict())
     assert not DynamiCrafter.load(tmp_path / "folder").clips.interpolation
     if told == "fps":
-        converted(file, tmp_path / "folder", "--tokenizer", tmp_path, "--interpolation", "--overwrite")
+        converted(file, tmp_path / "folder", "--tokenizer", tmp_path, "--published", "512_interp", "--overwrite")
         clips = DynamiCrafter.load(tmp_path / "folder").clips
-        assert (clips.interpolation, clips.number) == (True, 5.0)
+        assert (clips.interpolation, clips.number, clips.height, clips.width) == (True, 5.0, 320, 512)
+        assert "is not the published 256" in refused(
+            "convert", file, tmp_path / "x", "--tokenizer", tmp_path, "--published", "256"
+        )
     assert "zeros are where" in converted(tmp_path / "folder", again)
     assert equal(load_file(again), tensors)
     assert "of which no unet3d is made" in refused("convert", tmp_path / "folder", tmp_path / "x", "--to", "unet3d")

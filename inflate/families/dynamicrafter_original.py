@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families.dynamicrafter import Clips, DynamiCrafter
+from inflate.formats import Published
 from inflate.layers.image_context import OtherLengths
 from inflate.models import exchange, folders, open_clip, original_names, schedule_buffers, single_file, single_file_text
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, encoder_folder, image_statistics, load_image_encoder
@@ -36,15 +37,14 @@ log = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64
 """Channels of a head of the published query transformers, which their tensors do not tell."""
-BY_STRIDE = Clips(height=256, width=256, told="stride", number=3.0)
-"""The clips of the published model that is told the stride."""
-BY_SCALE = {
-    0.7: Clips(height=320, width=512, number=24.0),
-    0.3: Clips(height=576, width=1024, number=10.0),
+_V = DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
+PUBLISHED: dict[Published, tuple[DDPM, Clips]] = {
+    "256": (DDPM("epsilon"), Clips(height=256, width=256, told="stride", number=3.0)),
+    "512": (_V, Clips(height=320, width=512, number=24.0)),
+    "1024": (replace(_V, base_scale=0.3), Clips(height=576, width=1024, number=10.0)),
+    "512_interp": (_V, Clips(height=320, width=512, number=5.0, interpolation=True)),
 }
-"""The clips of the others, by how far their clean latents are rescaled."""
-BY_RATE = DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
-"""The objective of the published models that are told the frame rate, for files without a schedule."""
+"""What the published models were trained with, and their clips."""
 
 Tensors = Mapping[str, Tensor]
 Kind = TypeVar("Kind")
@@ -63,10 +63,15 @@ class Original:
     """whether the UNet is told the stride"""
     told: Mapping[str, Any] = field(default_factory=dict)
     """what the header of a file of ours tells"""
+    named: Published | None = None
+    """which of the published models it is said to be"""
 
     @classmethod
-    def read(cls, file: Path, read: exchange.Read = exchange.read_saved) -> Self:
-        """The tensors of a file; CheckpointError, listing them, where some are of no known part."""
+    def read(cls, file: Path, read: exchange.Read = exchange.read_saved, published: Published | None = None) -> Self:
+        """The tensors of a file, which one of the `published` models it is where that is known.
+
+        CheckpointError, listing tensors, where some are of no known part, or where the file tells another model.
+        """
         saved = read(file)
         tensors = keys.plain(saved)
         surplus = [key for key in tensors if not key.startswith(keys.PARTS) and key not in schedule_buffers.NAMES]
@@ -81,7 +86,9 @@ class Original:
         stride = any(keys.STRIDE in key or key.endswith(keys.GATE) for key in saved)
         used = {key: tensor for key, tensor in tensors.items() if not key.startswith(keys.IDLE)}
         idle = {key: tensor for key, tensor in tensors.items() if key not in used}
-        return cls(file, used, idle, stride, exchange.told_by(file))
+        found = cls(file, used, idle, stride, exchange.told_by(file), published)
+        found.refuse_another()
+        return found
 
     @property
     def has_image(self) -> bool:
@@ -128,16 +135,45 @@ class Original:
 
         The log warns where that is odd or missing, and that of the published model is taken.
         """
-        known = self._of_header(DDPM, "objective") if "objective" in self.told else None
-        saved = schedule_buffers.told(self.tensors, str(self.origin), known)
-        if known is not None:
-            return known
+        saved = self._saved
+        if "objective" in self.told:
+            return self._of_header(DDPM, "objective")
         if saved is not None:
             return saved
-        usual = BY_RATE if self.has_image and not self.stride else DDPM("epsilon")
-        log.warning("%s holds no noise schedule (%s): %s is taken, that of the published model", self.origin,
-                    schedule_buffers.SIGNAL, usual)  # fmt: skip
+        usual = PUBLISHED[self.published][0] if self.has_image else DDPM("epsilon")
+        if self.named is None:
+            others = "; --published names another" if self.has_image else ""
+            log.warning("%s holds no noise schedule (%s): %s is taken, that of the published model%s", self.origin,
+                        schedule_buffers.SIGNAL, usual, others)  # fmt: skip
         return usual
+
+    @cached_property
+    def _saved(self) -> DDPM | None:
+        """What the saved schedule tells, if there is one; the log warns where it is odd."""
+        known = self._of_header(DDPM, "objective") if "objective" in self.told else None
+        return schedule_buffers.told(self.tensors, str(self.origin), known)
+
+    @property
+    def published(self) -> Published:
+        """Which of the published models it is, as far as can be known: that of two images is like the one of 512."""
+        if self.named is not None:
+            return self.named
+        if self.stride:
+            return "256"
+        return "1024" if self._saved is not None and self._saved.base_scale == 0.3 else "512"
+
+    def refuse_another(self) -> None:
+        """CheckpointError where a file tells another model than the one that it is said to be."""
+        if self.named is None:
+            return
+        if "clips" in self.told:
+            raise CheckpointError(f"{self.origin} tells what its clips are: leave published={self.named} out")
+        saved, (objective, clips) = self._saved, PUBLISHED[self.named]
+        if (clips.told == "stride") != self.stride or (saved is not None and saved != objective):
+            raise CheckpointError(
+                f"{self.origin} is not the published {self.named}: it is told the "
+                f"{'stride' if self.stride else 'frame rate'}, and its schedule is {saved or 'not saved'}"
+            )
 
     @property
     def noise(self) -> DDIMScheduler:
@@ -155,7 +191,7 @@ class Original:
         """What the clips were: as a file of ours tells, else those of the published model of the same schedule."""
         if "clips" in self.told:
             return self._of_header(Clips, "clips")
-        clips = BY_STRIDE if self.stride else BY_SCALE.get(self.objective.base_scale, BY_SCALE[0.7])
+        clips = PUBLISHED[self.published][1]
         groups = size_of(self.tensors, f"{keys.IMAGE_PROJ}latents", 1) // keys.QUERIES if self.has_image else 1
         return replace(clips, frames=groups) if groups > 1 else clips
 
@@ -178,11 +214,6 @@ class Original:
             base_scale=self.objective.base_scale, further=dict(self.told.get("further", {})),
             moments=LatentMoments.told(self.told),
         )  # fmt: skip
-
-
-def between_images(clips: Clips) -> Clips:
-    """The clips of the published model that was trained between two images; its file is like that of 512 pixels."""
-    return replace(clips, interpolation=True, number=5.0)
 
 
 def write(family: DynamiCrafter, file: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_foreign_file_tells_its_model_by_its_schedule(changed: Changed, family
     assert same(found, family)
     assert found.objective == family.objective
     assert (found.noise.config.timestep_spacing, found.noise.config.rescale_betas_zero_snr) == ("trailing", True)
-    assert found.clips == replace(original.BY_SCALE[0.7], frames=3)
+    assert found.clips == replace(original.PUBLISHED["512"][1], frames=3)
 
 
 def test_deepspeeds_checkpoint_and_half_precision_are_read(changed: Changed, family: DynamiCrafter) -> None:
@@ -125,6 +125,9 @@ def test_a_schedule_that_is_odd_or_missing_is_warned_of(changed: Changed, caplog
     torch.save({key: tensor for key, tensor in tensors.items() if key not in schedule_buffers.NAMES}, file)
     assert Original.read(file).objective == DDPM("v_prediction", True, 0.7)
     assert "holds no noise schedule (alphas_cumprod)" in caplog.text
+    assert "; --published names another" in caplog.text
+    large = Original.read(file, published="1024")
+    assert (large.objective.base_scale, large.clips.width, large.clips.number) == (0.3, 1024, 10.0)
 
 
 def test_what_training_left_is_passed_over(changed: Changed) -> None:
