@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from inflate import __version__, shelves
 from inflate.adapter_cli import adapter_app
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
-from inflate.formats import WRITTEN, Published
+from inflate.formats import WRITTEN
 from inflate.options import ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
 from inflate.sample_cli import sampling_app
 
@@ -231,7 +231,7 @@ def convert_model(
         bool, typer.Option("--norm-per-frame", help="Diffusers' motion modules that were converted from AnimateDiff's.")
     ] = False,
     published: Annotated[
-        Published | None,
+        Literal["256", "512", "1024", "512_interp"] | None,
         typer.Option("--published", help="Which DynamiCrafter the original's file is, where it looks like another."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,

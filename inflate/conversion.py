@@ -23,7 +23,7 @@ from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
 from inflate.files import new_folder
-from inflate.formats import FILES, WRITTEN, Published
+from inflate.formats import FILES, WRITTEN
 from inflate.layers.branches import NormOver
 from inflate.models import folders
 from inflate.models.exchange import listing, read_headers
@@ -73,7 +73,7 @@ class Extra:
     norm_per_frame: bool = False
     """whether diffusers' motion modules were trained with group norms per frame: those converted from AnimateDiff's own
     were, although diffusers runs them with norms over the clip"""
-    published: Published | None = None
+    published: dynamicrafter_original.Published | None = None
     """which published DynamiCrafter the original's file is, where it does not tell: 512_interp is like 512, and without
     a noise schedule 1024 is, too"""
 

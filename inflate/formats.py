@@ -1,7 +1,5 @@
 """The names of formats, without which `--help` could not list them."""
 
-from typing import Literal
-
 FORMATS = {
     "stable-diffusion-file": "Stable Diffusion, a single file",
     "stable-diffusion": "Stable Diffusion, diffusers' folder",
@@ -48,6 +46,3 @@ ADAPTERS = {
     "attention-processors": "diffusers before it used PEFT: ....lora.down.weight, ....lora.up.weight",
 }
 """Every format of an adapter's file, and what it is."""
-
-Published = Literal["256", "512", "1024", "512_interp"]
-"""The published DynamiCrafter models."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -20,7 +20,6 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families.dynamicrafter import Clips, DynamiCrafter
-from inflate.formats import Published
 from inflate.layers.image_context import OtherLengths
 from inflate.models import exchange, folders, open_clip, original_names, schedule_buffers, single_file, single_file_text
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, encoder_folder, image_statistics, load_image_encoder
@@ -37,6 +36,7 @@ log = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64
 """Channels of a head of the published query transformers, which their tensors do not tell."""
+Published = Literal["256", "512", "1024", "512_interp"]
 _V = DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
 PUBLISHED: dict[Published, tuple[DDPM, Clips]] = {
     "256": (DDPM("epsilon"), Clips(height=256, width=256, told="stride", number=3.0)),
