@@ -89,11 +89,14 @@ def shown(shots: Sequence[Shot], clips: Sequence[Pixels]) -> list[Pixels]:
 
 
 def page(video: str, shots: Sequence[Shot], parts: Sequence[Pixels], fps: float) -> str:
-    """The page that plays a video and lists its shots: when each is seen, and what it was drawn from."""
+    """The page that plays a video and lists its shots: when each is seen, and what it was drawn from.
+
+    Of an interrupted story, the first shots alone have their parts.
+    """
     head = ["", "seconds", "frames", "from", "to", "prompt", "seed"]
     rows = [
         [f"{number}", *_times(start, len(part), fps), *_ends(shot), html.escape(shot.prompt), f"{shot.seed}"]
-        for number, (start, part, shot) in enumerate(zip(_starts(parts), parts, shots, strict=False), 1)
+        for number, (start, part, shot) in enumerate(zip(_starts(parts), parts, shots[: len(parts)], strict=True), 1)
     ]
     return pages.page(video, pages.playing(video) + pages.table(head, rows))
 

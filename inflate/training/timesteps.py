@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from inflate.objectives import TRAIN_TIMESTEPS
@@ -22,4 +24,4 @@ def by_band(loss: Tensor, timestep: Tensor, bands: int) -> dict[str, Selected]:
 
 def _names(bands: int) -> list[str]:
     edges = [band * TRAIN_TIMESTEPS // bands for band in range(bands + 1)]
-    return [f"loss at timestep {low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"loss at timestep {low}-{high - 1}" for low, high in pairwise(edges)]
