@@ -145,7 +145,7 @@ def _first_frame(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _diffusers_cases(stem: str, unet: VideoUNet, recorded: Tensors, calls: list[str]) -> Iterator[Case]:
     """What diffusers' class makes, with the weights that we write for it, of every call that it takes."""
-    theirs = modelscope.to_diffusers(unet)
+    theirs = modelscope.to_i2vgen(unet)
     for call in calls:
         given = arguments_of(recorded, call, unet.dtype)
         if "image" in given:
@@ -270,7 +270,7 @@ def diffusers_key_cases(folder: Path, stem: str) -> Iterator[Case]:
     listed = read_json(folder / f"{stem}.json")
 
     def pass_through(tensors: Tensors) -> Tensors:
-        return modelscope.to_diffusers(_of_diffusers(tensors, stem)).state_dict()
+        return modelscope.to_i2vgen(_of_diffusers(tensors, stem)).state_dict()
 
     yield Case(stem, astray(listed, pass_through), EXACT)
 
@@ -289,7 +289,7 @@ def key_map_cases(folder: Path, stem: str) -> Iterator[Case]:
     listed = read_json(folder / "state_keys_vgen.json")
     numbers = {key: number for number, key in enumerate(theirs, start=1)}
     unet = modelscope.from_vgen({key: stand_in(listed[key], number) for key, number in numbers.items()}, stem)
-    made = modelscope.to_diffusers(unet).state_dict()
+    made = modelscope.to_i2vgen(unet).state_dict()
     found = {key: first_of(each) for key, each in made.items()}
     wanted = {
         key: numbers[name] for name, keys in theirs.items() for key in ([keys] if isinstance(keys, str) else keys)

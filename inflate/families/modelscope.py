@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import I2VGenXLUNet, UNet3DConditionModel
@@ -39,7 +39,7 @@ from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 
 log = logging.getLogger(__name__)
 
-Diffusers = UNet3DConditionModel | I2VGenXLUNet
+Diffusers = TypeVar("Diffusers", UNet3DConditionModel, I2VGenXLUNet)
 REFINEMENT = [2, 1]
 """Rows and columns that the downsampling of VGen's and ModelScope's UNets for refinement pads by, which no tensor
 tells."""
@@ -62,10 +62,30 @@ _ONE: dict[str, Any] = {
 
 
 def load_diffusers(folder: Path, read: exchange.Read = exchange.read_tensors, double_detail: bool = False) -> VideoUNet:
-    """The UNet in the folder of a UNet3DConditionModel or an I2VGenXLUNet, as `from_diffusers` gives it."""
+    """The UNet in the folder of a UNet3DConditionModel or an I2VGenXLUNet, as `from_diffusers` gives it.
+
+    The log warns of the latter where it may have half of its detail and this is not doubled. CheckpointError where it
+    is to be doubled and is known to be whole.
+    """
     kind = folders.unet_kind(folder, UNet3DConditionModel, I2VGenXLUNet)
     config = our_config(exchange.with_defaults(kind, folder), kind is I2VGenXLUNet)
+    _check_detail(folder, double_detail)
     return from_diffusers(exchange.read_weights(folder, read), *config, str(folder), double_detail)
+
+
+def _check_detail(folder: Path, double_detail: bool) -> None:
+    halved = is_halved(folder)
+    if double_detail and not halved:
+        raise CheckpointError(
+            f"{folder} is no I2VGenXLUNet with half of its detail: its config.json names another class, or tells by "
+            f"{DOUBLED} that it has all of it; do not double it"
+        )
+    if halved and not double_detail:
+        log.warning(
+            "%s: weights of an I2VGenXLUNet that were converted from VGen's by their names alone give the first "
+            "frame's detail half of its strength, and these do not tell that they were not; they are read as they are, "
+            "and --double-detail mends it", folder,
+        )  # fmt: skip
 
 
 def from_diffusers(
@@ -77,8 +97,8 @@ def from_diffusers(
 ) -> VideoUNet:
     """The UNet, of our configuration, of the tensors of one of diffusers' classes.
 
-    An I2VGenXLUNet may have its detail features at half strength (see `needs_doubling`): `double_detail` mends it.
-    CheckpointError, listing the tensors, where they do not fit.
+    `double_detail` mends an I2VGenXLUNet that has its detail features at half strength. CheckpointError, listing the
+    tensors, where they do not fit.
     """
     unet = exchange.build_unet(config, spec)
     wanted = exchange.shapes(unet)
@@ -88,24 +108,41 @@ def from_diffusers(
     return unet
 
 
-def needs_doubling(folder: Path) -> bool:
-    """Whether the UNet in a folder is an I2VGenXLUNet that does not say that VGen's doubling is in its weights."""
+def is_halved(folder: Path) -> bool:
+    """Whether the UNet in a folder is an I2VGenXLUNet that does not tell that VGen's doubling is in its weights: as far
+    as is known it then lacks it."""
     config = folders.read_json(folder / "config.json")
     return config.get("_class_name") == I2VGenXLUNet.__name__ and not config.get(DOUBLED)
 
 
-def to_diffusers(unet: VideoUNet) -> Diffusers:
-    """The same model as diffusers' class, which shares its memory; CheckpointError where that cannot represent it.
-
-    An I2VGenXLUNet, which is marked as having VGen's doubling in its weights, of a UNet that is told first frames; of
-    others a UNet3DConditionModel.
-    """
+def to_diffusers(unet: VideoUNet) -> UNet3DConditionModel:
+    """The same model as diffusers' class, which shares its memory; CheckpointError where that cannot represent it."""
     refuse_what_diffusers_lacks(unet)
+    config = {key: unet.config[key] for key in (*_ONE, "in_channels")}
+    with torch.device("meta"):
+        target = UNet3DConditionModel(**_their_config(unet), **config)
+    return _filled(target, unet)
+
+
+def to_i2vgen(unet: VideoUNet) -> I2VGenXLUNet:
+    """The same as diffusers' class of I2VGen-XL, whose configuration tells that it has VGen's doubling (`DOUBLED`)."""
+    refuse_what_i2vgen_lacks(unet)
+    with torch.device("meta"):
+        target = I2VGenXLUNet(**_their_config(unet), in_channels=unet.config.out_channels)
+    target.register_to_config(**{DOUBLED: True})
+    return _filled(target, unet)
+
+
+def _their_config(unet: VideoUNet) -> dict[str, Any]:
+    """What both of diffusers' classes are told."""
     config = {key: unet.config[key] for key in _BOTH}
     for side in ("down_block_types", "up_block_types"):
         config[side] = tuple(name.replace("2D", "3D") for name in unet.config[side])
-    config["attention_head_dim"] = head_widths(unet).pop()
-    target = _outline(unet, config)
+    return {**config, "attention_head_dim": head_widths(unet).pop()}
+
+
+def _filled(target: Diffusers, unet: VideoUNet) -> Diffusers:
+    """A model of diffusers' without memory, with the tensors of ours."""
     tensors = exchange.detached(unet)
     names = modelscope_keys.unet_to_diffusers(tensors)
     named = modelscope_keys.apart({names[key]: tensor for key, tensor in tensors.items()})
@@ -113,24 +150,12 @@ def to_diffusers(unet: VideoUNet) -> Diffusers:
     return target
 
 
-def _outline(unet: VideoUNet, config: Mapping[str, Any]) -> Diffusers:
-    """What a UNet becomes, without memory."""
-    with torch.device("meta"):
-        if unet.hierarchy is None:
-            own = {key: unet.config[key] for key in _ONE}
-            return UNet3DConditionModel(**config, **own, in_channels=unet.config.in_channels)
-        target = I2VGenXLUNet(**config, in_channels=unet.hierarchy.channels)
-    target.register_to_config(**{DOUBLED: True})
-    return target
-
-
 def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
-    """CheckpointError, naming the settings, where diffusers' class cannot represent a model."""
-    if unet.hierarchy is not None:
-        _refuse_what_i2vgen_lacks(unet, unet.hierarchy)
-        return
+    """CheckpointError, naming the settings, where UNet3DConditionModel cannot represent a model."""
     slots = replace(MODELSCOPE, cross_attention_resnet_eps=unet.config.norm_eps)
     target = "diffusers' UNet3DConditionModel"
+    if unet.hierarchy is not None:
+        raise CheckpointError(f"{target} has no place for: what encodes first frames; unet-i2vgen may have one")
     refuse_other_layers(unet, slots, target, {"class_embed_type": None})
     if unet.config[_PADDING] == REFINEMENT:
         # Its convolutions could pad so, but its upsampling would stretch what ours cuts.
@@ -140,10 +165,13 @@ def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
         )
 
 
-def _refuse_what_i2vgen_lacks(unet: VideoUNet, hierarchy: Hierarchy) -> None:
+def refuse_what_i2vgen_lacks(unet: VideoUNet) -> None:
+    """CheckpointError, naming the settings, where I2VGenXLUNet cannot represent a model."""
+    hierarchy, target = unet.hierarchy, "diffusers' I2VGenXLUNet"
+    if hierarchy is None:
+        raise CheckpointError(f"{target} is told first frames, and this UNet is not; unet3d may have a place for it")
     channels, width = unet.config.out_channels, unet.config.cross_attention_dim
     published = Hierarchy(channels, width, clip_tokens=channels, dropout=hierarchy.dropout)
-    target = "diffusers' I2VGenXLUNet"
     told = {"class_embed_type": "projection", "in_channels": 2 * channels}
     refuse_other_layers(unet, with_fps(unet.config.block_out_channels[0]), target, {**_ONE, **told})
     own, wanted = hierarchy.to_dict(), published.to_dict()
@@ -161,16 +189,32 @@ def refuse_what_vgen_lacks(unet: VideoUNet) -> None:
 
 
 def load_vgen(file: Path, read: exchange.Read = exchange.read_tensors, refinement: bool = False) -> VideoUNet:
-    """The UNet in a file under VGen's names, as `from_vgen` gives it, or of refinement where a file of ours says so."""
-    return from_vgen(read(file), str(file), refinement or exchange.told_by(file).get(_PADDING) == REFINEMENT)
+    """The UNet in a file under VGen's names, as `from_vgen` gives it, or of refinement where a file of ours says so.
+
+    CheckpointError where refinement is asked for and it says that it is not.
+    """
+    told = exchange.told_by(file).get(_PADDING)
+    if refinement and told not in (None, REFINEMENT):
+        raise CheckpointError(
+            f"{file} tells that it is text-to-video ({_PADDING} {told}): it is no model of refinement"
+        )
+    return from_vgen(read(file), str(file), refinement or told == REFINEMENT)
 
 
-def save_vgen(unet: VideoUNet, file: Path) -> None:
-    """Writes a .safetensors file under VGen's names, whose header tells the padding, which no tensor does.
+def tells_padding(file: Path, unet: VideoUNet) -> bool:
+    """Whether a file in VGen's names, of that UNet, tells of itself that it is text-to-video, or that it is refinement.
+
+    Others look the same; only text-to-video and models that are told first frames are told the frame rate.
+    """
+    return _PADDING in exchange.told_by(file) or unet.hierarchy is not None or unet.spec.added_ids > 0
+
+
+def save_vgen(unet: VideoUNet, file: Path, told: Mapping[str, Any] | None = None) -> None:
+    """Writes a .safetensors file under VGen's names, whose header tells the padding, which no tensor does, and more.
 
     CheckpointError where they have no place for a layer.
     """
-    exchange.save_file_telling(to_vgen(unet), file, {_PADDING: unet.config[_PADDING]})
+    exchange.save_file_telling(to_vgen(unet), file, {**(told or {}), _PADDING: unet.config[_PADDING]})
 
 
 def from_vgen(tensors: Mapping[str, Tensor], origin: str, refinement: bool = False) -> VideoUNet:

@@ -278,10 +278,10 @@ def test_diffusers_i2vgen_gives_its_outputs_and_goes_back_bit_for_bit(tmp_path):
     expected = by_diffusers(theirs, first_frames())
     assert expected.std() > 0.1
     torch.testing.assert_close(ours(**first_frames()).sample, expected, atol=2e-5, rtol=0)
-    back = modelscope.to_diffusers(ours)
+    back = modelscope.to_i2vgen(ours)
     assert equal(back.state_dict(), theirs.state_dict())
     assert json.loads(json.dumps(plain(back.config))) == json.loads(json.dumps(plain(theirs.config)))
-    assert modelscope.needs_doubling(tmp_path)
+    assert modelscope.is_halved(tmp_path)
     doubled = modelscope.load_diffusers(tmp_path, double_detail=True)
     assert torch.equal(doubled.conv_in.weight[:, 4:], 2 * ours.conv_in.weight[:, 4:])
     assert torch.equal(doubled.conv_in.weight[:, :4], ours.conv_in.weight[:, :4])
@@ -291,14 +291,14 @@ def test_diffusers_i2vgen_gives_its_outputs_and_goes_back_bit_for_bit(tmp_path):
 def test_our_i2vgen_is_marked_for_good(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     ours = told_first_frames()
-    modelscope.to_diffusers(ours).save_pretrained(tmp_path / "ours")
+    modelscope.to_i2vgen(ours).save_pretrained(tmp_path / "ours")
     loaded = I2VGenXLUNet.from_pretrained(tmp_path / "ours")
     assert caplog.messages == []
     torch.testing.assert_close(by_diffusers(loaded, first_frames()), ours(**first_frames()).sample, atol=2e-5, rtol=0)
     loaded.save_pretrained(tmp_path / "theirs")
     for folder in (tmp_path / "ours", tmp_path / "theirs"):
         assert read_json(folder / "config.json")[DOUBLED] is True
-        assert not modelscope.needs_doubling(folder)
+        assert not modelscope.is_halved(folder)
         assert equal(modelscope.load_diffusers(folder).state_dict(), ours.state_dict())
 
 
@@ -326,7 +326,7 @@ def test_i2vgens_tensors_that_do_not_match_are_listed(change, tmp_path):
 )
 def test_what_diffusers_i2vgen_cannot_represent_is_refused(build, message):
     with pytest.raises(CheckpointError, match=f"I2VGenXLUNet has no place for: {message}"):
-        modelscope.to_diffusers(build())
+        modelscope.to_i2vgen(build())
 
 
 @torch.no_grad()
@@ -334,7 +334,7 @@ def test_what_diffusers_i2vgen_cannot_represent_is_refused(build, message):
 def test_our_export_mends_what_renaming_alone_gets_wrong():
     recorded = load_file(FIXTURES / f"base_a{RECORDED}")
     call = arguments_of(recorded, "full", torch.float32)
-    theirs = modelscope.to_diffusers(modelscope.from_vgen(weights_of(FIXTURES / f"base_a{WEIGHTS}"), "base_a"))
+    theirs = modelscope.to_i2vgen(modelscope.from_vgen(weights_of(FIXTURES / f"base_a{WEIGHTS}"), "base_a"))
     assert difference(called_diffusers(theirs, call), call["out"]) < 1e-5
     theirs.conv_in.weight[:, 4:] /= 2  # as in VGen's file
     assert difference(called_diffusers(theirs, call), call["out"]) > 0.5
