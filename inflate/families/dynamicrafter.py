@@ -8,31 +8,27 @@ the condition, for training and for sampling.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, InflateError
 from inflate.layers.image_context import ImageContext
 from inflate.models import folders, temporal_layers
+from inflate.models.animators import Animator, AnimatorEncoders
+from inflate.models.conditions import Batched, left_out
 from inflate.models.image_encoders import (
-    CLIP_MEAN,
-    CLIP_STD,
-    image_statistics,
-    load_image_encoder,
     shown,
 )
 from inflate.models.moments import LatentMoments
-from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
-from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
+from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise
+from inflate.models.text_encoders import ZEROS, TextCondition
 from inflate.models.unet import VideoUNet, load_strictly
 from inflate.objectives import Predict
 
@@ -81,7 +77,7 @@ class Clips:
 
 
 @dataclass(frozen=True)
-class Condition:
+class Condition(Batched):
     """All that the UNet is given beside the noisy clips."""
 
     text: Tensor
@@ -110,28 +106,14 @@ class Condition:
         rates are probabilities, by default those of the published training; ConfigError where they exceed 1 together or
         one is negative, InflateError where the image is tokens already.
         """
-        if min(text, both, image) < 0 or text + both + image > 1:
-            raise ConfigError(f"drop rates {text}, {both} and {image} must be at least 0 and at most 1 in all")
         if self.tokens is not None:
             raise InflateError("image tokens cannot be left out: drop before they are made, of the image's features")
-        without_text = (draw < text + both)[:, None, None]
-        without_image = ((draw >= text) & (draw < text + both + image))[:, None, None]
+        without_text, without_image = left_out(draw, text, both, image)
         kept = torch.where(without_text, no_text.to(self.text), self.text)
         shown = self.image
         if shown is not None:
             shown = torch.where(without_image, no_image.to(shown), shown)
         return replace(self, text=kept, image=shown)
-
-    @classmethod
-    def cat(cls, conditions: Sequence[Condition]) -> Condition:
-        """Several conditions as one batch; InflateError where one lacks what another has."""
-        return cls(**{name.name: _joined([getattr(each, name.name) for each in conditions]) for name in fields(cls)})
-
-    def split(self, size: int) -> list[Condition]:
-        """This one as several, of at most so many clips each."""
-        given = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) is not None}
-        parts = zip(*(value.split(size) for value in given.values()), strict=True)
-        return [replace(self, **dict(zip(given, part, strict=True))) for part in parts]
 
 
 class ImageEncoding(Encoding):
@@ -155,52 +137,22 @@ class ImageEncoding(Encoding):
         return self.embed_image(torch.zeros(1, 3, size, size, device=self.image_encoder.device))
 
 
-@dataclass
-class Encoders(ImageEncoding):
+class Encoders(ImageEncoding, AnimatorEncoders):
     """The frozen networks without a UNet."""
 
-    vae: AutoencoderKL
-    text: TextEncoders
-    image_encoder: CLIPVisionModelWithProjection
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    """per channel, of the image encoder's inputs in [0, 1]"""
-    image_std: tuple[float, ...] = CLIP_STD
-    """per channel, of the image encoder's inputs in [0, 1]"""
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Those of an export of ours; CheckpointError where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        temporal_layers.entry(folder / folders.SETTINGS_FILE, FAMILY, "clips")
-        encoder = load_image_encoder(folder / "image_encoder")
-        statistics = image_statistics(folder / "feature_extractor")
-        return cls(load_vae(folder / "vae"), TextEncoders.load(folder), encoder, **statistics)
+    family = FAMILY
 
 
 @dataclass
-class DynamiCrafter(TextToVideo, ImageEncoding):
+class DynamiCrafter(Animator, ImageEncoding):
     """A model that animates an image by a prompt: its networks, its noise schedule, and what its clips were."""
 
     clips: Clips
-    image_encoder: CLIPVisionModelWithProjection
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    """per channel, of the image encoder's inputs in [0, 1]"""
-    image_std: tuple[float, ...] = CLIP_STD
-    """per channel, of the image encoder's inputs in [0, 1]"""
     moments: LatentMoments | None = None
     """of the scaled latents of training; none: not measured"""
-    further: dict[str, Any] = field(default_factory=dict)
-    """further entries of inflate.json, which stay with the model"""
 
     def __post_init__(self) -> None:
-        width, needed = self.text.width, self.unet.config.cross_attention_dim
-        if width != needed:
-            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
-        if self.unet.config.addition_embed_type is not None:
-            raise CheckpointError(
-                "the UNet adds a pooled text to its time embedding, as Stable Diffusion XL's does, which this family "
-                "does not know: use Stable Diffusion 1 or 2"
-            )
+        super().__post_init__()
         context = self.unet.image_context
         if context is None:
             raise CheckpointError("the UNet attends to no image: give it an image context")
@@ -215,8 +167,6 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
                 f"the UNet takes {self.unet.config.in_channels} channels: {channels} without and {2 * channels} with "
                 "the image's latent are known"
             )
-        if self.unet.spec.added_ids not in (0, 1):
-            raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -227,13 +177,12 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         encoders = Encoders.load(folder)
         unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         settings = folders.read_json(file)
-        statistics: dict[str, Any] = {"image_mean": encoders.image_mean, "image_std": encoders.image_std}
         base_scale = float(temporal_layers.entry(file, FAMILY, "objective").get("base_scale", 1.0))
         beside = {name: value for name, value in settings.items() if name not in _OWN_SETTINGS}
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
-            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **statistics, base_scale=base_scale,
-            moments=LatentMoments.told(settings), further=beside,
+            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics,
+            base_scale=base_scale, moments=LatentMoments.told(settings), further=beside,
         )  # fmt: skip
 
     @classmethod
@@ -256,16 +205,6 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
             model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
             base_scale=model.base_scale,
         )  # fmt: skip
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The UNet and the frozen networks."""
-        return *super().networks, self.image_encoder
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The networks by the names of their folders."""
-        return {**super().parts, "image_encoder": self.image_encoder}
 
     @property
     def takes_detail(self) -> bool:
@@ -316,21 +255,10 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
         image = condition.image.to(self.unet.dtype)
         return replace(condition, image=None, tokens=self.unet.image_tokens_of(image, frames))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes every part in its own sub-folder, and what the clips were to inflate.json; atomic.
-
-        CheckpointError, with nothing written, where the folder holds other files.
-        """
-        folders.write(Path(folder), self._write)
-
-    def _write(self, folder: Path) -> None:
-        parts = {"unet": self.unet, "vae": self.vae, "scheduler": self.noise, "image_encoder": self.image_encoder}
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
-        self.text.save_pretrained(folder)
-        processor = CLIPImageProcessorPil(image_mean=list(self.image_mean), image_std=list(self.image_std))
-        processor.save_pretrained(folder / "feature_extractor")
-        settings = {
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is kept of the model beside its parts, as JSON values."""
+        return {
             "family": FAMILY,
             "clips": asdict(self.clips),
             "objective": asdict(self.objective),
@@ -338,7 +266,6 @@ class DynamiCrafter(TextToVideo, ImageEncoding):
             ZEROS: self.text.zeros_for_empty,
             **self.further,
         }
-        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 _OWN_SETTINGS = ("family", "clips", "objective", "latent_moments", ZEROS)
@@ -395,10 +322,3 @@ def _image(condition: Condition, dtype: torch.dtype) -> dict[str, Tensor]:
     if condition.tokens is not None:
         return {"image_tokens": condition.tokens.to(dtype)}
     return {} if condition.image is None else {"image_features": condition.image.to(dtype)}
-
-
-def _joined(values: Sequence[Tensor | None]) -> Any:
-    given = [value for value in values if value is not None]
-    if given and len(given) < len(values):
-        raise InflateError("conditions with and without an image cannot be one batch")
-    return torch.cat(given) if given else None

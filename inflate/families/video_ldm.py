@@ -11,7 +11,6 @@ float16 (`force_upcast`): here every frozen network stays in float32, whatever p
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,9 +91,7 @@ class VideoLDM(TextToVideo):
     clips: Clips
 
     def __post_init__(self) -> None:
-        width, needed = self.text.width, self.unet.config.cross_attention_dim
-        if width != needed:
-            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+        super().__post_init__()
         check_added(self.unet, self.text.pooled_width)
         channels = self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
@@ -192,13 +189,6 @@ class VideoLDM(TextToVideo):
         shared = {key: value for key, value in self.noise.config.items() if key in SHARED_WITH_EULER}
         return EulerDiscreteScheduler.from_config(shared)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes every part in its own sub-folder, and what the clips were to inflate.json; atomic.
-
-        CheckpointError, with nothing written, where the folder holds other files.
-        """
-        folders.write(Path(folder), self._write)
-
     def over(
         self,
         image_model: str | Path,
@@ -236,7 +226,7 @@ class VideoLDM(TextToVideo):
         """
         born = self._of_image_model(image_model, tokenizer, prediction)
         trained = {"spec": self.unet.spec.to_dict(), "objective": asdict(self.objective)}
-        settings = {**self._settings(), **trained, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
+        settings = {**self._told(), **trained, **temporal_layers.sources(prediction, tokenizer=tokenizer)}
         temporal_layers.save(Path(folder), self.parts, born.parts, image_model, settings)
 
     @classmethod
@@ -274,14 +264,12 @@ class VideoLDM(TextToVideo):
         family.clips = clips
         return family
 
-    def _write(self, folder: Path) -> None:
-        for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
-            part.save_pretrained(folder / name)
-        self.text.save_pretrained(folder)
-        settings = {**self._settings(), "base_scale": self.base_scale, ZEROS: self.text.zeros_for_empty}
-        (folder / folders.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is kept of the model beside its parts, as JSON values."""
+        return {**self._told(), "base_scale": self.base_scale, ZEROS: self.text.zeros_for_empty}
 
-    def _settings(self) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
         return {"family": FAMILY, "clips": asdict(self.clips)}
 
 

@@ -40,6 +40,7 @@ from torch.nn import functional
 from inflate.layers.clip import Clip, ClipState
 from inflate.layers.convolution import convolutions_within, convolve
 from inflate.layers.frame_attention import FrameAttention
+from inflate.layers.freeu import FreeU, freed
 from inflate.layers.recompute import Compiled, Recompute, divide, run
 from inflate.layers.up_blocks import join
 
@@ -280,6 +281,8 @@ class VideoResnet(ResnetBlock2D):
     recompute: Recompute | None = None
     compiled: Compiled | None = None
     temporal: nn.Module | None
+    free: FreeU | None = None
+    """What FreeU does to features and skip connection before they are joined."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """(B*F,C,H,W) features, of which `skip` may be the last channels, and (B*F,E) embedding to (B*F,C',H',W')."""
@@ -292,6 +295,8 @@ class VideoResnet(ResnetBlock2D):
         return output
 
     def _both(self, hidden: Tensor, time: Tensor | None, skip: Tensor | None) -> Tensor:
+        if skip is not None and self.free is not None:
+            hidden, skip = freed(hidden, skip, self.free)
         joined = hidden if skip is None else join(hidden, skip)  # (B*F, C, H, W)
         hidden = self.image(joined, time)  # (B*F, C', H', W')
         state = self.clip.state
@@ -352,13 +357,14 @@ class VideoBlock(SpatialBlock):
 
     @staticmethod
     def _first_context(context: Any, state: ClipState) -> Tensor | None:
-        """The text (B,L,D) of the first frame of each clip; image adapters send it as the first of a pair."""
+        """The text (B,L,D) of the first frame of each clip, if any; image adapters send it as the first of a pair."""
         if isinstance(context, tuple):
             context = context[0]
         if context is None:
             return None
         first: Tensor = context.unflatten(0, (-1, state.frames))[:, 0]  # (B, L + image tokens, D)
-        return first[:, : first.shape[1] - state.image_tokens]
+        text = first[:, : first.shape[1] - state.image_tokens]  # (B, L, D)
+        return text if text.shape[1] else None
 
 
 class VideoTransformer(Transformer2DModel):
@@ -404,9 +410,11 @@ class VideoUpsample(Upsample2D):
 
     clip: Clip
     recompute: Recompute | None = None
+    spare_rows: int = 0
+    """Rows above and below that downsampling was given beyond its one of padding, and that are taken off again."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """(N,C,H,W) features to (N,C',2H,2W), or to `output_size`."""
+        """(N,C,H,W) features to (N,C',2H,2W), or to `output_size`; with spare rows, to two rows less for each."""
         learns = any(parameter.requires_grad for parameter in self.parameters())
         enlarge = partial(self.image, output_size=output_size)
         output: Tensor = run(self, enlarge, hidden_states) if learns else enlarge(hidden_states)
@@ -414,7 +422,11 @@ class VideoUpsample(Upsample2D):
 
     def image(self, hidden: Tensor, output_size: Any = None) -> Tensor:
         """The same, whatever is recomputed."""
-        output: Tensor = super().forward(hidden, output_size)
+        if self.spare_rows:
+            enlarged = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")  # (N, C, 2H, 2W)
+            output: Tensor = self.conv(enlarged[:, :, self.spare_rows : -self.spare_rows])
+            return output
+        output = super().forward(hidden, output_size)
         return output
 
 

@@ -41,11 +41,19 @@ def _upwards(
     """Features (N,C,h,w) through a block's layers, the last skip connection first, to (N,C',2h,2w) or, last, h, w."""
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     for resnet, attention, skip in zip(block.resnets, attentions, reversed(skips), strict=True):
+        hidden = fitting(hidden, skip)  # (N, C, h, w)
         hidden = resnet(hidden, time, skip)  # (N, C', h, w)
         hidden = hidden if attention is None else attention(hidden, return_dict=False, **attending)[0]
     for upsample in block.upsamplers or ():
         hidden = upsample(hidden, size)  # (N, C', 2h, 2w)
     return hidden
+
+
+def fitting(hidden: Tensor, skip: Tensor) -> Tensor:
+    """Features as large as a skip connection, of (N,C,h or h+1,w or w+1): upsampling with spare rows doubles odd sizes,
+    too, each of which downsampling had rounded up."""
+    height, width = skip.shape[2:]
+    return hidden if hidden.shape[2:] == skip.shape[2:] else hidden[:, :, :height, :width]
 
 
 def _is_free(block: nn.Module) -> bool:

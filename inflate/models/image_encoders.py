@@ -94,6 +94,14 @@ def shown(
     return ((small - centre) / spread).to(encoder.dtype)
 
 
+def central_square(images: Tensor) -> Tensor:
+    """The largest square (B, C, S, S) in the middle of images (B, C, H, W)."""
+    height, width = images.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, :, top : top + side, left : left + side]
+
+
 def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Images (B, C, H, W) at another size (h, w): a Gaussian blur as wide as the shrinking needs, then bicubic.
 

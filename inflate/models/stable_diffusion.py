@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class TextToVideo(Encoding):
     base_scale: float = field(default=1.0, kw_only=True)
     """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
 
+    def __post_init__(self) -> None:
+        width, needed = self.text.width, self.unet.config.cross_attention_dim
+        if width != needed:
+            raise CheckpointError(f"the text encoders have {width} dimensions but the UNet's context has {needed}")
+
     @property
     def objective(self) -> DDPM:
         """What the image model was trained with."""
@@ -104,6 +110,24 @@ class TextToVideo(Encoding):
         """The networks by the names of their folders."""
         text = {f"text_encoder{one}": each for one, each in zip(SUFFIXES, self.text.networks, strict=False)}
         return {"unet": self.unet, "vae": self.vae, **text}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes every part in its own sub-folder, and `settings` to inflate.json; atomic.
+
+        CheckpointError, with nothing written, where the folder holds other files.
+        """
+        folders.write(Path(folder), self._write)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is kept of the model beside its parts, as JSON values."""
+        raise NotImplementedError
+
+    def _write(self, folder: Path) -> None:
+        for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
+            part.save_pretrained(folder / name)
+        self.text.save_pretrained(folder)
+        (folder / folders.SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n")
 
 
 def load_vae(folder: Path) -> AutoencoderKL:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ from inflate.errors import CheckpointError, ConfigError, InflateError, SurgeryEr
 from inflate.layers.branches import FrameTransformer, NormOver, TemporalConvs, VideoConvIn, inflate_conv_in
 from inflate.layers.clip import Clip, ClipState
 from inflate.layers.convolution import convolutions_within
+from inflate.layers.freeu import FreeU
+from inflate.layers.hierarchy import FirstFrame, Hierarchy, Part, Told, weigh_image
 from inflate.layers.image_context import (
     DualAttention,
     ImageContext,
@@ -79,7 +81,7 @@ INPUT_HEADS = 8
 SAVED_BEFORE = {"each_up_to": 1_000_000}
 """Values, other than today's defaults, that models had which were saved before their config named the setting."""
 
-OF_IMAGE = re.compile(r"^query_transformer\.|\.attn2\.image\.")
+OF_IMAGE = re.compile(r"^query_transformer\.|^first_frame\.|\.attn2\.image\.")
 """What makes and reads an image's tokens, by our names."""
 
 
@@ -190,12 +192,14 @@ class VideoUNet(UNet2DConditionModel):
     _repeated_blocks = [VideoBlock.__name__]  # noqa: RUF012 -- diffusers reads a list
 
     query_transformer: QueryTransformer | None
+    first_frame: FirstFrame | None
 
     def __init__(
         self,
         *args: Any,
         temporal: dict[str, Any] | None = None,
         image_context: dict[str, Any] | None = None,
+        hierarchy: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
@@ -205,6 +209,8 @@ class VideoUNet(UNet2DConditionModel):
         self._insert(spec)
         if image_context is not None:
             self.add_image_context(ImageContext.from_dict(image_context))
+        if hierarchy is not None:
+            self._encode_first_frames(Hierarchy.from_dict(hierarchy))
 
     @classmethod
     def from_2d(cls, unet: UNet2DConditionModel, spec: TemporalSpec, in_channels: int | None = None) -> VideoUNet:
@@ -236,14 +242,42 @@ class VideoUNet(UNet2DConditionModel):
 
         Raises `SurgeryError` where it does already, or where there is no cross-attention.
         """
-        blocks = [block for _, block in cross_attentions(self)]
-        if self.query_transformer is not None or not blocks:
-            reason = "has no cross-attention" if not blocks else "attends to an image already"
-            raise SurgeryError(f"this UNet {reason}: an image context cannot be added")
+        blocks = self._blocks_without_image("an image context")
         width = int(self.config.cross_attention_dim)
         self.set_query_transformer(QueryTransformer(context, width))
         for block in blocks:
             attend_to_image(block, self.clip, context.gate)
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """Which parts of first frames this model is told; None where it is told none."""
+        return None if self.first_frame is None else self.first_frame.hierarchy
+
+    def add_hierarchy(self, hierarchy: Hierarchy) -> None:
+        """Let the model be told first frames, in place; born as it was where their tokens weigh nothing.
+
+        `conv_in` is widened by input channels for the detail encoder, whose weights are zero. Raises `SurgeryError`
+        where the model attends to an image already, or where there is no cross-attention.
+        """
+        self._encode_first_frames(hierarchy)
+        if hierarchy.detail_encoder:
+            self.widen(self.conv_in.in_channels + hierarchy.channels)
+
+    def _encode_first_frames(self, hierarchy: Hierarchy) -> None:
+        blocks = self._blocks_without_image("a hierarchy of first frames")
+        width, hidden = int(self.config.cross_attention_dim), self.time_embedding.linear_1.out_features
+        self.first_frame = like(FirstFrame(hierarchy, width, hidden), self.conv_in)
+        for block in blocks:
+            weigh_image(block, self.clip)
+        register(self, hierarchy=hierarchy.to_dict())
+
+    def _blocks_without_image(self, wanted: str) -> list[SpatialBlock]:
+        """The blocks with cross-attention; SurgeryError where there are none, or they attend to an image already."""
+        blocks = [block for _, block in cross_attentions(self)]
+        if self.query_transformer is not None or self.first_frame is not None or not blocks:
+            reason = "attends to an image already" if blocks else "has no cross-attention"
+            raise SurgeryError(f"this UNet {reason}: {wanted} cannot be added")
+        return blocks
 
     def set_query_transformer(self, query_transformer: QueryTransformer) -> None:
         """Put a query transformer in its place, for instance one with more groups of queries; stores its settings."""
@@ -268,7 +302,7 @@ class VideoUNet(UNet2DConditionModel):
     def image_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that make and read image tokens, by name."""
         places = [f"{name}.image." for name, module in self.named_modules() if isinstance(module, DualAttention)]
-        beginnings = ("query_transformer.", *places)
+        beginnings = ("query_transformer.", "first_frame.", *places)
         return {name: value for name, value in self.named_parameters() if name.startswith(beginnings)}
 
     def temporal_parameters(self) -> dict[str, nn.Parameter]:
@@ -301,6 +335,10 @@ class VideoUNet(UNet2DConditionModel):
         return_dict: bool = True,
         image_features: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        left_out: Collection[Part] = (),
+        image_share: float = 1.0,
         **kwargs: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict for clips (B,F,C,h,w) at `timestep` (scalar, (B,) or (B,F)).
@@ -308,16 +346,24 @@ class VideoUNet(UNet2DConditionModel):
         Context is (B,L,D) or, per frame, (B,F,L,D); `added_time_ids` (B, added ids); `image_only` bool (B,F) marks
         frames that no temporal layer may change, True leaves those layers out (`all_images`). A model with an image
         context takes the image's features (B,P,E) or, made of them by `image_tokens_of`, its tokens (B,T,D) or
-        (B,F,T,D); without either it attends to the text alone.
+        (B,F,T,D); without either it attends to the text alone. A model with a hierarchy takes the latents (B,C,h,w) and
+        CLIP's embeddings (B,1,E) of first frames, of which parts may be left out; text may then have no tokens.
+        `image_share`, 0 to 1, is what their tokens weigh beside the text's, whose attention they share: they may so
+        fade in while they learn; with 0 they are left out.
         Other arguments of the 2D UNet pass as they are, their batch being `B*F`. Raises `InflateError` where shapes
-        disagree. Source: Stable Video Diffusion (2023), appendix D; DynamiCrafter (2023), section 3.2.
+        disagree. Source: Stable Video Diffusion (2023), appendix D; DynamiCrafter (2023), section 3.2; I2VGen-XL
+        (2023), section 3.2.
         """
         if sample.ndim != 5:
             raise InflateError(f"sample must be (batch, frames, channels, height, width), got {tuple(sample.shape)}")
-        clips = sample.shape[:2]
+        clips, share = sample.shape[:2], _checked_share(image_share)
+        if self.first_frame is not None or image_latents is not None or image_embeddings is not None:
+            detail, tokens = self._told(image_latents, image_embeddings, clips, left_out)
+            sample = sample if detail is None else torch.cat([sample, detail.to(sample.dtype)], dim=2)
+            image_tokens = tokens if share is None or share else None
         context, added = self._context(encoder_hidden_states, image_features, image_tokens, clips)
         output = self._folded(
-            ClipState(clips[1], _frame_mask(image_only, clips), image_only is True, added),
+            ClipState(clips[1], _frame_mask(image_only, clips), image_only is True, added, share if added else None),
             sample.flatten(0, 1),  # (B*F, C, h, w)
             _per_frame(timestep, clips, sample.device),  # (B*F,)
             context,  # (B*F, L + T, D)
@@ -335,6 +381,22 @@ class VideoUNet(UNet2DConditionModel):
         learns = torch.is_grad_enabled() and any(one.requires_grad for one in self.temporal_parameters().values())
         return sample.new_ones(sample.shape[:2], dtype=torch.bool) if learns else True
 
+    def _told(
+        self,
+        latents: Tensor | None,
+        embeddings: Tensor | None,
+        clips: torch.Size,
+        left_out: Collection[Part],
+    ) -> Told:
+        """What the model is told of first frames, of as many clips."""
+        if self.first_frame is None:
+            raise InflateError("this UNet is told no first frames: leave out image_latents and image_embeddings")
+        for name, given in (("image_latents", latents), ("image_embeddings", embeddings)):
+            if given is not None and len(given) != clips[0]:
+                raise InflateError(f"{name} must be of {clips[0]} clips, got {tuple(given.shape)}")
+        told: Told = self.first_frame(latents, embeddings, clips[1], left_out)
+        return told
+
     def _context(
         self, text: Tensor, features: Tensor | None, tokens: Tensor | None, clips: torch.Size
     ) -> tuple[Tensor, int]:
@@ -344,9 +406,11 @@ class VideoUNet(UNet2DConditionModel):
             raise InflateError("image_features and image_tokens are both given: the tokens are made of the features")
         if features is not None:
             tokens = self.image_tokens_of(features, clips[1])
+        if tokens is None and context.shape[1] == 0:
+            raise InflateError("neither the text nor an image has a token: the UNet has nothing to attend to")
         if tokens is None:
             return context, 0
-        if self.query_transformer is None:
+        if self.query_transformer is None and self.first_frame is None:
             raise InflateError("this UNet attends to no image: leave image_tokens out")
         image = _frame_context(tokens, clips, "image_tokens")  # (B*F, T, D)
         return torch.cat([context, image.to(context.dtype)], dim=1), image.shape[1]
@@ -410,7 +474,7 @@ class VideoUNet(UNet2DConditionModel):
     def _insert(self, spec: TemporalSpec) -> None:
         """Give every layer of the 2D UNet its temporal child, and store the spec in the config."""
         self.clip = Clip()
-        self.query_transformer = None
+        self.query_transformer = self.first_frame = None
         if spec.input:
             inflate_conv_in(self.conv_in, self.clip, after_input(self))
         for block in self._blocks():
@@ -421,6 +485,7 @@ class VideoUNet(UNet2DConditionModel):
                 self._inflate(module, spec, module in motion)
             inflate_up_block(block)
         convolutions_within(self.conv_out)
+        self._spare_rows()
         register(self, temporal=spec.to_dict())
 
     def _inflate(self, module: nn.Module, spec: TemporalSpec, motion: bool) -> None:
@@ -459,6 +524,34 @@ class VideoUNet(UNet2DConditionModel):
         old.weight = nn.Parameter(torch.cat([old.weight.detach(), extra], 1), old.weight.requires_grad)
         old.in_channels = in_channels
         register(self, in_channels=in_channels)
+
+    def pad_rows(self, rows: int = 2) -> None:
+        """Let every downsampling be given so many rows of zeros above and below, in place, and upsampling take all but
+        one of each off again: with 2, as in the refinement of I2VGen-XL, latents of 720 pixels' height divide evenly.
+
+        Stable Diffusion has 1. Heights that do not divide are rounded up on the way down and cut on the way up.
+        """
+        register(self, downsample_padding=[rows, 1])
+        for module in self.modules():
+            if isinstance(module, Downsample2D):
+                module.padding = module.conv.padding = (rows, 1)
+        self._spare_rows()
+
+    def _spare_rows(self) -> None:
+        """Let upsampling take off the rows that downsampling was given."""
+        padding = self.config.downsample_padding
+        for module in self.modules():
+            if isinstance(module, VideoUpsample):
+                module.spare_rows = 0 if isinstance(padding, int) else padding[0] - 1
+
+    def set_freeu(self, layers: Sequence[FreeU]) -> None:
+        """Let FreeU act in the first residual blocks of the way up, one for each of its factors; with none, nowhere.
+
+        It is for sampling, and is not stored with the model.
+        """
+        blocks = [block for each in self.up_blocks for block in each.resnets]
+        for place, block in enumerate(blocks):
+            block.free = FreeU(*layers[place]) if place < len(layers) else None
 
     def _embed_ids(self, spec: TemporalSpec) -> None:
         """Add the embedding of the added ids, whose last layer is zero, as diffusers' class embedding."""
@@ -623,7 +716,7 @@ def keep_signature(kind: type, parent: type, *added: str) -> None:
     kind.__dict__["__init__"].__signature__ = own.replace(parameters=[*own.parameters.values(), *more])
 
 
-keep_signature(VideoUNet, UNet2DConditionModel, "temporal", "image_context")
+keep_signature(VideoUNet, UNet2DConditionModel, "temporal", "image_context", "hierarchy")
 
 
 def _per_frame(timestep: Tensor | float | int, clips: torch.Size, device: torch.device) -> Tensor:
@@ -644,6 +737,13 @@ def _frame_context(context: Tensor, clips: torch.Size, name: str) -> Tensor:
     raise InflateError(
         f"{name} must be ({clips[0]}, tokens, width) or {(*clips,)} + (tokens, width), got {tuple(context.shape)}"
     )
+
+
+def _checked_share(share: float) -> float | None:
+    """What tokens of an image weigh; None = as much as those of the text. InflateError where it is no share."""
+    if not 0 <= share <= 1:
+        raise InflateError(f"image_share is {share}: it must be 0 to 1")
+    return None if share == 1 else share
 
 
 def _frame_mask(image_only: Tensor | bool | None, clips: torch.Size) -> Tensor | None:

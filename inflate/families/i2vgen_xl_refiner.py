@@ -1,0 +1,130 @@
+"""The refinement stage of I2VGen-XL (Zhang et al., 2311.04145, section 3.2): a clip drawn anew, larger and sharper.
+
+The refiner is a text-to-video model of large clips that was trained on the lower noise levels alone. It never sees what
+it refines: a clip is enlarged, noised up to the highest of those levels, and drawn from there by its prompt (SDEdit).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from inflate.errors import CheckpointError, ConfigError
+from inflate.models import folders, temporal_layers
+from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
+from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
+from inflate.models.unet import VideoUNet, load_strictly
+from inflate.objectives import TRAIN_TIMESTEPS, Predict
+
+FAMILY = "i2vgen_xl_refiner"
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What the clips of training were, which sampling repeats."""
+
+    frames: int = 32
+    """length"""
+    fps: float = 8.0
+    """frames per second of the files that are written"""
+    height: int | None = None
+    """pixels; none: the size that the UNet's configuration names"""
+    width: int | None = None
+    """pixels"""
+    levels: int = 600
+    """how many noise levels, the lower ones, the model was trained on"""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or not 0 < self.fps < math.inf:
+            raise ConfigError(f"clips: frames ({self.frames}) and fps ({self.fps:g}) must be positive")
+        if not 1 <= self.levels <= TRAIN_TIMESTEPS:
+            raise ConfigError(f"clips.levels={self.levels}: noise levels are 1 to {TRAIN_TIMESTEPS}")
+
+
+@dataclass
+class Encoders(Encoding):
+    """The frozen networks without a UNet."""
+
+    vae: AutoencoderKL
+    text: TextEncoders
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Those of an export of ours; CheckpointError where a part is missing or not whole."""
+        folder = folders.resolve(path)
+        temporal_layers.entry(folder / folders.SETTINGS_FILE, FAMILY, "clips")
+        return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
+
+
+@dataclass
+class Refiner(TextToVideo):
+    """A model that refines clips by prompts: its networks, its noise schedule, and what its clips were."""
+
+    clips: Clips
+    further: dict[str, Any] = field(default_factory=dict)
+    """further entries of inflate.json, which stay with the model"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unet.config.addition_embed_type is not None or self.unet.hierarchy or self.unet.image_context:
+            raise CheckpointError(
+                "a refiner is told texts alone, but this UNet more: use that of a text-to-video model"
+            )
+        channels = self.vae.config.latent_channels
+        if self.unet.config.in_channels != channels:
+            raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
+        if self.unet.spec.added_ids:
+            raise CheckpointError("a refiner is not told the frame rate, but this UNet is: inflate it with added_ids=0")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Loads an export of ours; CheckpointError, listing the tensors, where a part is missing or not whole."""
+        folder = folders.resolve(path)
+        file = folder / folders.SETTINGS_FILE
+        clips, encoders = read_clips(file), Encoders.load(folder)
+        unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
+        further = {name: value for name, value in folders.read_json(file).items() if name not in _OWN_SETTINGS}
+        return cls(unet, encoders.vae, encoders.text, load_noise(folder / "scheduler"), clips, further=further)
+
+    def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it, for a condition.
+
+        `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
+        temporal layer is bypassed, as it is for a clip of one frame.
+        """
+        called = self.unet if unet is None else unet
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            marks = self.unet.all_images(noisy) if image_only or noisy.shape[1] == 1 else None
+            output: Tensor = called(noisy, timestep, condition.context.to(noisy), image_only=marks).sample
+            return output  # (B, F, C, h, w)
+
+        return predict
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is kept of the model beside its parts, as JSON values."""
+        return {
+            "family": FAMILY,
+            "clips": asdict(self.clips),
+            "objective": asdict(self.objective),
+            ZEROS: self.text.zeros_for_empty,
+            **self.further,
+        }
+
+
+_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
+
+
+def read_clips(file: Path) -> Clips:
+    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
+    try:
+        return Clips(**temporal_layers.entry(file, FAMILY, "clips"))
+    except TypeError as error:
+        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
