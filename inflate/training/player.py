@@ -56,12 +56,12 @@ class Player:
     loss: Callable[[Batch, Noise, int], tuple[Tensor, Mapping[str, Tensor | Selected]]]
     lr: float | None = None
     """Its learning rate; None = the run's."""
-    rates: Mapping[str, float] = field(default_factory=dict)
-    """By the name of a parameter in `network`, what its learning rate is multiplied by; 1 for those without a name."""
     start: int = 0
     """First step at which it acts."""
     remedy: str = ""
     """What to do where much time goes into its loss outside the trained networks, or into waiting for its clips."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a parameter in `network`, what its learning rate is multiplied by; 1 for those without a name."""
 
 
 class Task(Protocol):
