@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from parity_cases import (
     stand_in,
     weights_of,
 )
+from parity_i2vgenxl import BASE, REFINEMENT, sampling_cases
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,17 +39,14 @@ from inflate.layers.hierarchy import Hierarchy, with_places
 from inflate.models import exchange
 from inflate.models.original_video_names import VGEN, layout_of
 from inflate.models.unet import VideoUNet
-from inflate.objectives import DDPM
+from inflate.objectives import Predict
 
 DIFFUSERS = 1e-5
 PLAIN = "_nofreeu"
 """Ends the names of the refinement's calls without FreeU."""
 TRAINING, SAMPLING = "train", ("sample", "sdedit")
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "cosine": {"zero_terminal_snr": True, "schedule": "cosine"},
-    "logsnr_cosine_interp": {"schedule": "shifted_cosine"},
-}
-"""Settings of our objective by VGen's names of the noise schedules."""
+OBJECTIVES = {"cosine": BASE, "logsnr_cosine_interp": REFINEMENT}
+"""By VGen's names of the noise schedules."""
 
 
 def load_unet(folder: Path, stem: str) -> VideoUNet:
@@ -74,7 +73,7 @@ def load_unet(folder: Path, stem: str) -> VideoUNet:
 
 
 def unet_cases(folder: Path, stem: str) -> Iterator[Case]:
-    """Every recorded call of a UNet, what diffusers' class makes of it, what is between, and the losses.
+    """Every recorded call of a UNet, what diffusers' class makes of it, what is between, losses, and samplers' traces.
 
     ValueError for a call of no known kind.
     """
@@ -89,6 +88,7 @@ def unet_cases(folder: Path, stem: str) -> Iterator[Case]:
         yield from _diffusers_cases(stem, unet, recorded, calls)
         yield from _between_cases(stem, unet, recorded)
     yield from _training_cases(stem, unet, recorded, described)
+    yield from sampling_cases(folder, stem, partial(_told, unet))
 
 
 def _call_cases(folder: Path, stem: str, unet: VideoUNet, recorded: Tensors, calls: list[str]) -> Iterator[Case]:
@@ -126,6 +126,17 @@ def _called(unet: Any, noisy: Tensor, given: dict[str, Tensor]) -> Tensor:
     ids = given["fps"][:, None].to(noisy) if unet.spec.added_ids else None
     output: Tensor = unet(noisy.transpose(1, 2), given["t"], _text(given), ids, **beside).sample
     return output.transpose(1, 2)
+
+
+def _told(unet: VideoUNet, given: Tensors, freed: bool) -> Predict:
+    """The network of a sampler, which is told a condition, in float64."""
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        unet.set_freeu(PUBLISHED if freed else ())
+        clips = noisy.transpose(1, 2)
+        return _called(unet, clips, {**given, "x": clips, "t": timestep}).transpose(1, 2)
+
+    return predict
 
 
 def _text(given: dict[str, Tensor]) -> Tensor:
@@ -228,7 +239,7 @@ def _training_cases(stem: str, unet: VideoUNet, recorded: Tensors, described: di
     nn.Module.to(unet, torch.float64)
     unet.set_freeu(())
     given = arguments_of(recorded, TRAINING, torch.float64)
-    objective, clean, noise = DDPM("v_prediction", **SCHEDULES[schedule]), given["x0"], given["noise"]
+    objective, clean, noise = OBJECTIVES[schedule], given["x0"], given["noise"]
     noisy = objective.noisy(clean.transpose(1, 2), given["t"], noise.transpose(1, 2)).transpose(1, 2)
     yield Case(f"{name}.xt", difference(noisy, given["xt"]), SINGLE)
     target = objective.target(clean.transpose(1, 2), given["t"], noise.transpose(1, 2)).transpose(1, 2)
