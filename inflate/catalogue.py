@@ -226,10 +226,7 @@ def _unet3d(folder: Path) -> Found:
 
 
 def _vgen(file: Path) -> Found:
-    model = modelscope.load_vgen(file, exchange.read_headers)
-    facts, groups = _video_unet(model.unet)
-    beside = [] if model.tokens is None else list(model.tokens.state_dict().values())
-    return facts, {**groups, "conditioning": groups.get("conditioning", []) + beside}
+    return _video_unet(modelscope.load_vgen(file, exchange.read_headers))
 
 
 def _unet_motion(folder: Path) -> Found:
@@ -339,7 +336,7 @@ def _prediction(folder: Path) -> dict[str, str]:
 
 
 def _context(config: Mapping[str, Any]) -> dict[str, str]:
-    image = config.get("image_context")
+    image = config.get("image_context") or config.get("hierarchy")
     return {"context width": str(config["cross_attention_dim"]), **({"image": _listed(image)} if image else {})}
 
 

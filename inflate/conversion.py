@@ -18,7 +18,6 @@ from inflate.errors import CheckpointError, ConfigError
 from inflate.families import animatediff, dynamicrafter_original, modelscope, svd, video_ldm
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
@@ -279,13 +278,6 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
     return f"{target} goes over {extra.image_model}, in half precision"
 
 
-def _from_vgen(file: Path, _: Extra) -> VideoUNet:
-    model = modelscope.load_vgen(file)
-    if model.tokens is not None:
-        raise CheckpointError(f"{file} makes context tokens of an image, which no other format has a place for")
-    return model.unet
-
-
 def _parent(path: str | None) -> UNet2DConditionModel:
     """The UNet that motion modules alone belong over."""
     if path is None:
@@ -305,7 +297,7 @@ READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
     TEMPORAL: lambda folder, extra: EXPORTS[_export_of(folder)](folder, extra).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
-    "vgen": _from_vgen,
+    "vgen": lambda file, _: modelscope.load_vgen(file),
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),
     "motion-adapter": lambda folder, extra: animatediff.load_adapter(
         _parent(extra.image_model), folder, extra.norm_over
@@ -324,7 +316,7 @@ def _write_folder(model: VideoUNet, target: Path, as_written: Callable[[VideoUNe
 WRITERS: dict[str, Callable[[VideoUNet, Path], None]] = {
     "video-unet": lambda unet, target: _write_folder(unet, target, lambda same: same),
     "unet3d": lambda unet, target: _write_folder(unet, target, modelscope.to_diffusers),
-    "vgen": lambda unet, target: modelscope.save_vgen(ImageToVideo(unet, None), target),
+    "vgen": modelscope.save_vgen,
     "unet-motion": lambda unet, target: _write_folder(unet, target, animatediff.to_diffusers),
     "motion-adapter": animatediff.save_adapter,
     "motion-module": animatediff.save_original,

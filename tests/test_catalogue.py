@@ -26,10 +26,9 @@ from helpers import tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl
 from inflate import catalogue, formats
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
-from inflate.layers.conditioning import ImageTokens
+from inflate.layers.hierarchy import Hierarchy
 from inflate.models import image_stream
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 
@@ -97,7 +96,8 @@ def unet3d(folder: Path) -> Path:
 
 def vgen(folder: Path) -> Path:
     unet = VideoUNet.from_2d(tiny_unet_sd2(**HEADS, norm_num_groups=32), FPS)
-    modelscope.save_vgen(ImageToVideo(unet, ImageTokens(20, 24, 4, 32)), folder / "unet.safetensors")
+    unet.add_hierarchy(Hierarchy(embedding=20, detail_encoder=False, global_encoder=False))
+    modelscope.save_vgen(unet, folder / "unet.safetensors")
     return folder / "unet.safetensors"
 
 
@@ -179,7 +179,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     ),
     "temporal-layers": (temporal_layers, {}, BLOCKS - {"2D"}),
     "unet3d": (unet3d, {"context width": "32"}, SLOTS),
-    "vgen": (vgen, {"context width": "32"}, SLOTS | {"conditioning"}),
+    "vgen": (vgen, {"context width": "32"}, SLOTS | {"conditioning", "image"}),
     "unet-motion": (unet_motion, {"context width": "32"}, {"2D", "temporal: motion"}),
     "motion-adapter": (motion_adapter, {}, {"temporal: motion"}),
     "motion-module": (motion_module, {}, {"temporal: motion"}),

@@ -31,11 +31,9 @@ from inflate.conversion import READ_ONLY, READERS, TEMPORAL, WRITERS
 from inflate.errors import ConfigError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
 from inflate.families.dynamicrafter import DynamiCrafter, Told
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.formats import FILES, FORMATS, UNETS, WRITTEN
-from inflate.layers.conditioning import ImageTokens
 from inflate.models.folders import read_json
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VideoUNet
 from inflate.objectives import DDPM, EDM
@@ -365,9 +363,7 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
     assert not target.exists()
 
 
-def test_layers_beside_a_unet_and_a_missing_parent_are_refused(motion: VideoUNet, tmp_path: Path) -> None:
-    modelscope.save_vgen(ImageToVideo(modelscope_unet(), ImageTokens(20, 24, 4, 32)), tmp_path / "v.safetensors")
-    assert "makes context tokens of an image" in refused("convert", tmp_path / "v.safetensors", tmp_path / "target")
+def test_a_missing_parent_is_refused(motion: VideoUNet, tmp_path: Path) -> None:
     animatediff.save_adapter(motion, tmp_path / "adapter")
     assert "name its folder or file as --image-model" in refused("convert", tmp_path / "adapter", tmp_path / "target")
     assert not (tmp_path / "target").exists()

@@ -91,7 +91,7 @@ _READERS: dict[str, Callable[[Path, Read], UNet2DConditionModel]] = {
     "temporal-layers": _temporal_layers,
     "video-unet": _our_unet,
     "unet3d": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),
-    "vgen": lambda file, read: modelscope.load_vgen(file, read).unet,
+    "vgen": modelscope.load_vgen,
     "unet-motion": lambda folder, read: animatediff.load_diffusers(catalogue.unet_folder(folder), read=read),
 }
 """How the UNet of each format that has a whole one is read."""

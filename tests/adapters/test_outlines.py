@@ -14,7 +14,6 @@ from inflate import catalogue
 from inflate.adapters import outlines
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
@@ -61,7 +60,7 @@ def unet3d(folder: Path) -> Written:
 
 def vgen(folder: Path) -> Written:
     unet = _modelscope()
-    modelscope.save_vgen(ImageToVideo(unet, None), folder / "a.safetensors")
+    modelscope.save_vgen(unet, folder / "a.safetensors")
     return folder / "a.safetensors", unet
 
 
