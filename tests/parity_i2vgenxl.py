@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from parity_cases import EXACT, LOSS, RECORDED, SAMPLE, WEIGHTS, Case, Tensors, difference, read_json, relative
-from parity_i2vgenxl_unets import called, load_unet, unet_cases
+from parity_i2vgenxl_unets import BASE, REFINEMENT, called, load_unet, unet_cases
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from inflate.sampling.steps import guided
 
 PRECISE = 1e-12
 STOCHASTIC = 5e-4  # guidance by 9 in float32, over steps with fresh noise
-BASE, REFINEMENT = DDPM("v_prediction", True, schedule="cosine"), DDPM("v_prediction", schedule="shifted_cosine")
 CONDITION = ("y", "image", "local_image", "fps")
 """What a network is told, by its names in the recordings."""
 

@@ -28,7 +28,6 @@ from parity_cases import (
     stand_in,
     weights_of,
 )
-from parity_i2vgenxl import BASE, REFINEMENT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,7 +37,9 @@ from inflate.layers.hierarchy import Hierarchy, with_places
 from inflate.models import exchange
 from inflate.models.original_video_names import VGEN, layout_of
 from inflate.models.unet import VideoUNet
+from inflate.objectives import DDPM
 
+BASE, REFINEMENT = DDPM("v_prediction", True, schedule="cosine"), DDPM("v_prediction", schedule="shifted_cosine")
 DIFFUSERS = 1e-5
 PLAIN = "_nofreeu"
 """Ends the names of the refinement's calls without FreeU."""
