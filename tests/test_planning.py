@@ -75,7 +75,7 @@ def test_both_players_of_the_decoders_training_act() -> None:
 
 def test_a_decoder_is_trained_and_looked_at_in_less_memory_by_rows() -> None:
     planner = small(SVD, "svd_demo_decoder.yaml", "training.accumulate=1")
-    whole, rows = planner.cost({}), planner.cost({"memory.decode_rows": 32})
+    whole, rows = planner.cost({}), planner.cost({"memory.decode_rows": 8})
     assert all(rows.peaks[phase] < whole.peaks[phase] for phase in ("forward", "backward", "evaluate", "preview"))
     assert rows.peaks["backward"] - rows.weights < 0.7 * (whole.peaks["backward"] - whole.weights)
 
