@@ -105,8 +105,8 @@ def runner_of(folder: Path, stem: str) -> Runner | None:
         "edm": parity_svd.edm_cases,
         "disc": parity_svd.discriminator_cases,
         "msbase": parity_modelscope.modelscope_cases,
-        "base": parity_i2vgenxl_unets.unet_cases,
-        "refine": parity_i2vgenxl_unets.unet_cases,
+        "base": parity_i2vgenxl.model_cases,
+        "refine": parity_i2vgenxl.model_cases,
     }
     return exact.get(stem) or by_prefix.get(stem.split("_")[0])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from parity_cases import (
     stand_in,
     weights_of,
 )
-from parity_i2vgenxl import BASE, REFINEMENT, sampling_cases
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,8 +37,9 @@ from inflate.layers.hierarchy import Hierarchy, with_places
 from inflate.models import exchange
 from inflate.models.original_video_names import VGEN, layout_of
 from inflate.models.unet import VideoUNet
-from inflate.objectives import Predict
+from inflate.objectives import DDPM
 
+BASE, REFINEMENT = DDPM("v_prediction", True, schedule="cosine"), DDPM("v_prediction", schedule="shifted_cosine")
 DIFFUSERS = 1e-5
 PLAIN = "_nofreeu"
 """Ends the names of the refinement's calls without FreeU."""
@@ -88,7 +87,6 @@ def unet_cases(folder: Path, stem: str) -> Iterator[Case]:
         yield from _diffusers_cases(stem, unet, recorded, calls)
         yield from _between_cases(stem, unet, recorded)
     yield from _training_cases(stem, unet, recorded, described)
-    yield from sampling_cases(folder, stem, partial(_told, unet))
 
 
 def _call_cases(folder: Path, stem: str, unet: VideoUNet, recorded: Tensors, calls: list[str]) -> Iterator[Case]:
@@ -111,7 +109,7 @@ def _output(unet: VideoUNet, recorded: Tensors, call: str) -> Tensor:
     given = arguments_of(recorded, call, unet.dtype)
     freed = unet.hierarchy is None and not call.endswith(PLAIN)
     unet.set_freeu(PUBLISHED if freed else ())
-    return _called(unet, given["x"], given)
+    return called(unet, given["x"], given)
 
 
 def arguments_of(recorded: Tensors, call: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,7 +118,7 @@ def arguments_of(recorded: Tensors, call: str, dtype: torch.dtype) -> dict[str, 
     return {key: each.to(dtype) if each.is_floating_point() else each for key, each in found.items()}
 
 
-def _called(unet: Any, noisy: Tensor, given: dict[str, Tensor]) -> Tensor:
+def called(unet: Any, noisy: Tensor, given: Tensors) -> Tensor:
     """What a UNet of ours makes of clips (B, C, F, h, w) and of the other arguments of a call, likewise."""
     beside = _first_frame(given) if unet.hierarchy is not None else {}
     ids = given["fps"][:, None].to(noisy) if unet.spec.added_ids else None
@@ -128,25 +126,14 @@ def _called(unet: Any, noisy: Tensor, given: dict[str, Tensor]) -> Tensor:
     return output.transpose(1, 2)
 
 
-def _told(unet: VideoUNet, given: Tensors, freed: bool) -> Predict:
-    """The network of a sampler, which is told a condition, in float64."""
-
-    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-        unet.set_freeu(PUBLISHED if freed else ())
-        clips = noisy.transpose(1, 2)
-        return _called(unet, clips, {**given, "x": clips, "t": timestep}).transpose(1, 2)
-
-    return predict
-
-
-def _text(given: dict[str, Tensor]) -> Tensor:
+def _text(given: Tensors) -> Tensor:
     """The tokens of the prompts; where there are none, the first of those that stand for nothing."""
     if "y" in given:
         return given["y"]
     return given["zero_y"][:, :1].expand(len(given["x"]), -1, -1)
 
 
-def _first_frame(given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _first_frame(given: Tensors) -> dict[str, Tensor]:
     latents = given["local_image"]
     first = latents if latents.ndim == 4 else latents[:, :, 0]  # (B, C, h, w)
     embeddings = {"image_embeddings": given["image"]} if "image" in given else {}
@@ -245,7 +232,7 @@ def _training_cases(stem: str, unet: VideoUNet, recorded: Tensors, described: di
     target = objective.target(clean.transpose(1, 2), given["t"], noise.transpose(1, 2)).transpose(1, 2)
     if "target" in given:
         yield Case(f"{name}.target", difference(target, given["target"]), SINGLE)
-    losses = (_called(unet, noisy, given) - target).square().flatten(1).mean(1)
+    losses = (called(unet, noisy, given) - target).square().flatten(1).mean(1)
     yield Case(f"{name}.loss", relative(losses.detach(), given["loss_per_sample"]), LOSS)
     losses.mean().backward()
     yield from _gradient_cases(name, unet, given, described["cases"][TRAINING])

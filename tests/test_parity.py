@@ -18,7 +18,7 @@ from inflate.models.unet import TemporalSpec
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
-I2VGENXL, DYNAMICRAFTER = FIXTURES.parent / "i2vgenxl", FIXTURES.parent / "dynamicrafter"
+FOLDERS = [FIXTURES.parent / name for name in ("svd", "dynamicrafter", "i2vgenxl")]
 recorded = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings in {FIXTURES}")
 
 
@@ -26,7 +26,7 @@ def recordings() -> list[tuple[Path, str]]:
     """Every recording; without recordings one that is none, for pytest to skip."""
     if not FIXTURES.is_dir():
         return [(FIXTURES, "none")]
-    return [(folder, stem) for folder in (FIXTURES, DYNAMICRAFTER, I2VGENXL) for stem in parity.stems(folder)]
+    return [(folder, stem) for folder in FOLDERS for stem in parity.stems(folder)]
 
 
 @recorded
@@ -41,7 +41,7 @@ def test_recordings(folder: Path, stem: str) -> None:
 def test_models_that_are_not_built_fail_unless_others_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(I2VGENXL / "state_keys_modelscope_i2v.json", tmp_path)
+    shutil.copy(FOLDERS[2] / "state_keys_modelscope_i2v.json", tmp_path)
     (tmp_path / "mystery_a.json").write_text("{}")
     assert parity.main([str(tmp_path), "state_keys_modelscope_i2v"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 cases"
