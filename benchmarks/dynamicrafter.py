@@ -20,9 +20,10 @@ fades there). The same of that cross-fade of both ends' pixels, as it is and as 
 
 `steering`: the same first frame with captions that differ in the direction alone, one of each of --ways: of --count
 scenes whose motion is `told` by the caption alone (datasets/build_demo.py --told), and of as many where the image has
-`shown` it. How many samples move as asked, of the latter by whether the image shows the same. `chance` is how often the
-motions found agree with what is asked of any sample, `as the real clip` how often a sample moves so, despite
-what is asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with nothing.
+`shown` it. How many samples move as asked, by shape and, of the latter, by whether the image shows the same. `chance`
+is how often the motions found agree with what is asked of any sample, `as the real clip` how often a sample moves so,
+despite what is asked. A clip that stands still, or without a shape of its caption's colour in frame 0, agrees with
+nothing.
 
 Writes OUT/NAME.json and contact sheets OUT/NAME-*.png; with --runs, the held-out losses of each stage's run in
 OUT/stages.json and OUT/STAGE.png.
@@ -263,6 +264,7 @@ def steered(found: dict[str, list[str]], scenes: Scenes) -> Result:
     samples = [(way, name, scene) for way, names in found.items() for name, scene in zip(names, scenes, strict=True)]
     kinds: dict[str, list[bool]] = {}
     for way, name, scene in samples:
+        kinds.setdefault(scene.shape, []).append(name == way)
         if not scene.told:
             kinds.setdefault(f"image shows {'the same' if scene.motion == way else 'another'}", []).append(name == way)
     always = [all(names[place] == way for way, names in found.items()) for place in range(len(scenes))]

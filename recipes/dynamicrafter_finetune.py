@@ -41,6 +41,7 @@ from inflate.training.card import ANIMATION_USE, STREAM_USE, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import image_text_encoder
+from inflate.training.held_out import of_size
 from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
@@ -123,7 +124,7 @@ def make_task(
     save_decoding(family.vae, config.memory)
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
-    family.clips = settings.clips(family.clips, config.data.main, batches[0])
+    family.clips = settings.clips(family.clips, config.data.main, of_size(batches, config.data.main))
     adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
     task = ImageTextToVideoTask(
         family, config.stage, settings, batches, config.sampling, training.lr, training.seed, known,

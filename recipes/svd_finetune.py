@@ -38,7 +38,7 @@ from inflate.training.checkpoint import writing
 from inflate.training.decoder import Decoder, DecoderTask
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import clip_encoder
-from inflate.training.held_out import join
+from inflate.training.held_out import join, of_size
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
@@ -187,7 +187,7 @@ def make_task(
     )  # fmt: skip
     save_memory(family.unet, config.memory)
     family.frames, family.height, family.width = main.frames, main.height, main.width
-    family.fps = float(task.shown[0]["fps"][0])
+    family.fps = float(of_size(task.shown, main)["fps"][0])
     family.motion = MotionBuckets.fit(dataset.motion_scores())
     return task
 

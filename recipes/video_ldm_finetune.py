@@ -35,6 +35,7 @@ from inflate.training.card import TEXT_USE, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import TextClipEncoder
+from inflate.training.held_out import of_size
 from inflate.training.inputs import check_inputs, refuse_draws
 from inflate.training.loop import Result, fit
 from inflate.training.memory_settings import Memory
@@ -117,7 +118,7 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     save_decoding(family.vae, config.memory)
     batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
-    family.clips = Clips(main.frames, float(batches[0]["fps"][0]), main.height, main.width)
+    family.clips = Clips(main.frames, float(of_size(batches, main)["fps"][0]), main.height, main.width)
     place, over = (FAMILY, config.model.path, config.training.seed), config.model.image_model
     adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
     task = TextToVideoTask(

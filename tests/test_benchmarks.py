@@ -117,6 +117,7 @@ def test_who_steers_is_told_of_clips_that_follow_the_caption_the_image_or_nothin
     assert by_image["image shows the same"] == {"as asked": 1, "of": 1, "share": 1}
     assert by_image["image shows another"] == {"as asked": 0, "of": 1, "share": 0}
     assert by_image["images that follow every caption"] == "0 of 3"
+    assert by_image["dart"] == {"as asked": 1, "of": 2, "share": 0.5}
     still = steered({way: each[:, :1].expand_as(each) for way, each in following.items()})
     assert (still["as asked"], still["chance"], still["as the real clip"]) == (0, 0, 0)
 

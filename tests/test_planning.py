@@ -20,7 +20,7 @@ from inflate.families.video_ldm import VideoLDM
 from inflate.fitting import refusal
 from inflate.models import exchange, folders, image_stream
 from inflate.models.folders import SHIPPED
-from inflate.planning import Planner, assignments
+from inflate.planning import Planner, assignments, largest
 from inflate.training import ladder, stages
 from inflate.training.cards import Card
 from inflate.training.cost import Cost
@@ -57,6 +57,14 @@ def test_a_cache_takes_the_encoders_from_the_step() -> None:
     assert cached.frozen == 0
     assert cached.peaks["evaluate"] > cached.peaks["update"]
     assert cached.gradients == 4 * cached.trained
+
+
+def test_a_mixture_costs_what_its_largest_batch_does() -> None:
+    mixture = "data.buckets=[2x32x32@4fps:5,4x32x32@8fps:1,2x64x64@8fps:1,1x32x32:9]"
+    joint = small(VIDEO_LDM, "video_ldm_pocket.yaml", "stage=joint", mixture)
+    assert str(largest(joint.config())) == "2x64x64@8fps:1"
+    assert str(largest(joint.config({"data.tokens": 2 * 64}))) == "2x32x32@4fps:5", "batches of all are equally large"
+    assert joint.smaller({}) == []
 
 
 def test_both_players_of_the_decoders_training_act() -> None:

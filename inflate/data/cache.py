@@ -1,9 +1,9 @@
 """Clips encoded once: what frozen networks make of their frames, kept in a `Store` and read instead of the files.
 
-An entry belongs to one clip as one selection of windows shows it. Its key is a hash of all that its content follows
-from: the file's bytes, the frames of every window and their rates, the size, the caption where it is encoded, the
-networks' weights and settings, the precision, and VERSION. What changes makes another key, so a cache is never stale:
-only entries of files and settings that are used now are found. Rows of its tensors are
+An entry belongs to one clip in one size, as one selection of windows shows it. Its key is a hash of all that its
+content follows from: the file's bytes, the frames of every window and their rates, the size, the caption where it is
+encoded, the networks' weights and settings, the precision, and VERSION. What changes makes another key, so a cache is
+never stale: only entries of files and settings that are used now are found. Rows of its tensors are
 
     frames      every frame that some window shows, once, however many windows show it: `latents`, `frame_...`
     starts      every frame that some window begins with, with what is particular to the window: `motion`
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,6 +83,12 @@ class Sight:
 
     frames: list[int]
     fps: float
+
+
+def by_size(row: Checked) -> list[Checked]:
+    """A clip for each size that its windows have, with those windows: what an entry holds."""
+    sizes = dict.fromkeys(window.bucket.size for window in row.windows)
+    return [replace(row, windows=tuple(one for one in row.windows if one.bucket.size == size)) for size in sizes]
 
 
 def sights(row: Checked, settings: Data) -> list[Sight]:
@@ -185,29 +191,40 @@ class ClipCache:
         return self._files[clip.name]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A clip in one size: its windows there, the key of its entry, and the frames that are the rows of it."""
+
+    row: Checked
+    key: str
+    shown: Numbers
+
+
 class EncodedClips:
     """The entries of a run's clips, read sample by sample."""
 
     def __init__(self, cache: ClipCache, rows: Sequence[Checked], settings: Data, encoder: Encoder) -> None:
         """Find every clip's entry; DataError naming those that have none, and why."""
         self.store = cache.store
-        self.keys: dict[str, str] = {}
-        self._shown: dict[str, Numbers] = {}
-        for row in rows:
-            seen = sights(row, settings)
-            self.keys[row.clip.name] = cache.key(row, seen, encoder)
-            self._shown[row.clip.name] = np.array(shown(seen), np.int64)
-        missing = [row for row in rows if self.keys[row.clip.name] not in self.store]
+        self._held: dict[tuple[str, video.Size], Held] = {}
+        missing = {}
+        for part in (part for row in rows for part in by_size(row)):
+            seen = sights(part, settings)
+            held = Held(part, cache.key(part, seen, encoder), np.array(shown(seen), np.int64))
+            self._held[part.clip.name, part.windows[0].bucket.size] = held
+            if held.key not in self.store:
+                missing[part.clip.name] = part
         if missing:
-            raise DataError(_missing(cache, missing, len(rows)))
+            raise DataError(_missing(cache, [*missing.values()], len(rows)))
 
     def read(self, row: Checked, window: Window, start: int, frames: Sequence[int]) -> dict[str, Tensor]:
         """All of one sample by name: what belongs to its frames (F, ...), to its start, and to its caption.
 
         DataError for what is damaged.
         """
-        key, at = self.keys[row.clip.name], _row_of(row, window, start)
-        places = [int(place) for place in np.searchsorted(self._shown[row.clip.name], frames)]
+        held = self._held[row.clip.name, window.bucket.size]
+        key, at = held.key, _row_of(held.row, window, start)
+        places = [int(place) for place in np.searchsorted(held.shown, frames)]
         names = self.store.entries[key].checks.keys()
         framed = {name for name in names if name == "latents" or name.startswith(FRAME)}
         others = {
@@ -217,7 +234,8 @@ class EncodedClips:
 
     def motion(self, row: Checked, window: Window, start: int) -> float:
         """The motion score of a window."""
-        return float(self.store.rows(self.keys[row.clip.name], "motion", [_row_of(row, window, start)])[0])
+        held = self._held[row.clip.name, window.bucket.size]
+        return float(self.store.rows(held.key, "motion", [_row_of(held.row, window, start)])[0])
 
 
 def _row_of(row: Checked, window: Window, start: int) -> int:
@@ -233,7 +251,9 @@ def _every(row: Checked) -> list[Window]:
 
 @dataclass
 class Filled:
-    """What became of the used clips: their keys, and how many entries were there, were made, and of how many frames."""
+    """What became of the used clips, each in every size of its windows: their keys, and how many entries were there,
+    were made, and of how many frames.
+    """
 
     keys: list[str] = field(default_factory=list)
     found: int = 0
@@ -248,9 +268,9 @@ def fill(
 
     Raises DataError where a file cannot be read or the cache cannot be written.
     """
-    done = Filled()
+    done, parts = Filled(), [part for row in rows for part in by_size(row)]
     try:
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(parts, 1):
             seen = sights(row, settings)
             key = cache.key(row, seen, encoder)
             done.keys.append(key)
@@ -263,7 +283,7 @@ def fill(
                 cache.store.put(key, tensors, {**facts, "encoder": dict(encoder.identity)})
                 done.made, done.frames = done.made + 1, done.frames + len(shown(seen))
             if progress is not None:
-                progress(number, len(rows))
+                progress(number, len(parts))
     finally:
         cache.store.flush()
     return done

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inflate.data import video
-from inflate.data.buckets import Schedule
+from inflate.data.buckets import Mixture, Schedule
 from inflate.data.cache import ClipCache, EncodedClips, Encoder
 from inflate.data.digest import digest
 from inflate.data.motion import motion_score
@@ -29,7 +29,7 @@ Pixels = npt.NDArray[np.uint8]
 _ORDER, _START, _STRIDE = 0, 1, 3
 """Purposes that keep the random streams of one seed apart; `buckets.py` has another."""
 _ORDERS_KEPT = 8
-"""Orders of epochs that are remembered: the buckets of a run need not be in the same one."""
+"""Orders of epochs that are remembered at least: the buckets of a run need not be in the same one."""
 
 
 Frames = Literal["all", "first", "none"]
@@ -72,7 +72,8 @@ class ClipDataset:
     once, and `dataset[n]` depends on the settings, the seed and n alone; the start of a random window, and its stride
     up to `data.stride_to`, are drawn from (seed, n). Without `shuffle` each place shows its own window.
 
-    `numbers(step, ...)` says which samples form an optimiser step: all of one bucket, as `buckets.Schedule` has it.
+    `numbers(step, ...)` says which samples form an optimiser step: all of one bucket, as `buckets.Schedule` has it, or
+    for a mixture `buckets.Mixture`, in which a bucket may be in a later epoch than another.
     With one bucket they are the numbers in turn. A run that resumes at a step, on any number of reading processes, sees
     what it would have seen.
     """
@@ -141,7 +142,9 @@ class ClipDataset:
         batch: clips per forward pass, where `data.tokens` does not say how many of each bucket.
         """
         samples = tuple(lanes * self.settings.batch(bucket, batch) for bucket in self.buckets)
-        bucket, turn = Schedule(self.seed, tuple(map(len, self._places)), samples).step(step)
+        shares = tuple(bucket.share for bucket in self.buckets if bucket.share is not None)
+        schedule = Mixture(self.seed, shares) if shares else Schedule(self.seed, tuple(map(len, self._places)), samples)
+        bucket, turn = schedule.step(step)
         places = self._places[bucket]
         epochs, turns = np.divmod(np.arange(turn * samples[bucket], (turn + 1) * samples[bucket]), len(places))
         return [int(number) for number in epochs * len(self) + places[turns]]
@@ -153,9 +156,15 @@ class ClipDataset:
         return {"windows": windows, "data.window": self.settings.window, "data.tokens": str(self.settings.tokens)}
 
     def motion_scores(self) -> npt.NDArray[np.float64]:
-        """The motion score of each usable video's middle window (N,), for fitting motion buckets; images have none."""
-        middles = [(row, row.windows[(len(row.windows) - 1) // 2]) for row in self.rows]
-        scores = [self._middle_score(row, window) for row, window in middles if window.bucket.frames > 1]
+        """The motion score of each usable video's middle window (N,), for fitting motion buckets; images have none.
+
+        In a mixture, that of its middle window in each bucket.
+        """
+        scores = []
+        for row in self.rows:
+            for bucket in dict.fromkeys(window.bucket for window in row.windows if window.bucket.frames > 1):
+                taken = [window for window in row.windows if window.bucket == bucket]
+                scores.append(self._middle_score(row, taken[(len(taken) - 1) // 2]))
         return np.asarray(scores, np.float64)
 
     def digest(self) -> str:
@@ -179,7 +188,8 @@ class ClipDataset:
             generator, order = np.random.default_rng([self.seed, _ORDER, epoch]), np.empty(len(self), np.int64)
             for places in self._places:
                 order[places] = places[generator.permutation(len(places))]
-            for old in list(itertools.islice(self._orders, max(0, len(self._orders) - _ORDERS_KEPT + 1))):
+            most = max(_ORDERS_KEPT, 2 * len(self.buckets))
+            for old in list(itertools.islice(self._orders, max(0, len(self._orders) - most + 1))):
                 del self._orders[old]
             self._orders[epoch] = order
         return self._orders[epoch]
@@ -227,7 +237,7 @@ class ClipDataset:
     def _read(self, row: Checked, window: Window, numbers: Sequence[int]) -> Pixels:
         """Frames of a clip at its bucket's size (N, H, W, 3)."""
         decoded = self._decoded.frames.get(row.clip.name)
-        if decoded is not None:
+        if decoded is not None and decoded.shape[1:3] == window.bucket.size:
             return np.asarray(decoded[numbers])
         return video.read(row.clip.media, numbers, row.probe, window.bucket.size)
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from inflate.data import video
-from inflate.data.buckets import Bucket, candidates, largest, nearest
+from inflate.data.buckets import Bucket, candidates, is_mixture, largest, nearest
 from inflate.data.isolation import Helpers
 from inflate.data.settings import Data
 from inflate.data.sources import Clip
-from inflate.data.windows import Window, frames_of, left_over, windows
+from inflate.data.windows import Window, frames_of, left_over, missed, windows
 from inflate.errors import DataError
 from inflate.tables import aligned
 
@@ -41,9 +41,58 @@ class Checked:
     probe: video.Probe | None
     """None if the clip does not decode"""
     windows: tuple[Window, ...]
-    """its samples in an epoch, all of one bucket; none if it is dropped"""
+    """its samples in an epoch, all of one bucket unless those are a mixture; none if it is dropped"""
     reason: str
     """why the clip is dropped; empty if it is used"""
+    missed: Mapping[Bucket, str] = field(default_factory=dict)
+    """the buckets of a mixture that a used clip does not serve in, being too short or slow for them, and why"""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What decides whether a run may start, of all clips or of one process's."""
+
+    clips: int
+    dropped: list[tuple[str, str]]
+    """names of clips, with the reason"""
+    missed: list[tuple[Bucket, str, str]]
+    """buckets of a mixture, names of clips that are left out of them, with the reason"""
+    filled: frozenset[Bucket]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Findings]) -> Findings:
+        """Those of the clips of all parts together."""
+        return cls(
+            sum(part.clips for part in parts),
+            [one for part in parts for one in part.dropped],
+            [one for part in parts for one in part.missed],
+            frozenset(bucket for part in parts for bucket in part.filled),
+        )
+
+    def refuse(self, settings: Data) -> None:
+        """Raise DataError, listing the clips, if too many are dropped, or a bucket of a mixture has none."""
+        if len(self.dropped) == self.clips or len(self.dropped) > settings.max_dropped * self.clips:
+            raise DataError(
+                f"{settings.path}: {len(self.dropped)} of {self.clips} clips are unusable, data.max_dropped "
+                f"allows {settings.max_dropped:.0%}\n{_listed(self.dropped)}\n"
+                "mend or remove them, or raise data.max_dropped; `inflate data check` lists every clip"
+            )
+        for bucket in settings.sizes if is_mixture(settings.sizes) else ():
+            if bucket not in self.filled:
+                faults = [(name, reason) for one, name, reason in self.missed if one == bucket]
+                raise DataError(
+                    f"data.buckets: no clip of {settings.path} fills {bucket}, so that it cannot have its share of the "
+                    f"steps: leave it out, or let it ask for less\n{_listed(faults) or 'none has its shape'}"
+                )
+
+    def tell(self) -> None:
+        """Log the first of the clips that are dropped, or left out of a bucket of a mixture, with the reasons."""
+        left_out = [(name, f"left out of {bucket}: {reason}") for bucket, name, reason in self.missed]
+        for what, faults in (("dropped", self.dropped), ("used, but", left_out)):
+            for name, reason in faults[:_SHOWN]:
+                log.warning("%s: %s: %s", what, name, reason)
+            if len(faults) > _SHOWN:
+                log.warning("... and %d more", len(faults) - _SHOWN)
 
 
 @dataclass(frozen=True)
@@ -61,6 +110,16 @@ class Preflight:
     def dropped(self) -> list[Checked]:
         return [row for row in self.rows if row.reason]
 
+    @property
+    def findings(self) -> Findings:
+        """What of it decides whether a run may start."""
+        return Findings(
+            len(self.rows),
+            [(row.clip.name, row.reason) for row in self.dropped],
+            [(bucket, row.clip.name, reason) for row in self.used for bucket, reason in row.missed.items()],
+            frozenset(window.bucket for row in self.used for window in row.windows),
+        )
+
     def summary(self) -> str:
         """One line on all clips, then one per bucket: clips, windows, drops, enlargements."""
         count = sum(len(row.windows) for row in self.used)
@@ -75,38 +134,31 @@ class Preflight:
     def tell(self) -> None:
         """Log the summary, and the first of the dropped clips with their reasons."""
         log.info("%s", self.summary())
-        for row in self.dropped[:_SHOWN]:
-            log.warning("dropped: %s: %s", row.clip.name, row.reason)
-        if len(self.dropped) > _SHOWN:
-            log.warning("... and %d more", len(self.dropped) - _SHOWN)
+        self.findings.tell()
 
     def refuse(self) -> None:
-        """Raise DataError, listing the dropped clips, if they are more than `max_dropped` of all, or all."""
-        refuse_dropped(self.settings, [(row.clip.name, row.reason) for row in self.dropped], len(self.rows))
+        """Raise DataError if too many clips are dropped, or a bucket of a mixture has none."""
+        self.findings.refuse(self.settings)
 
     def _bucket_line(self, bucket: Bucket) -> str:
-        rows = [row for row in self.used if row.windows[0].bucket == bucket]
+        counts = [sum(window.bucket == bucket for window in row.windows) for row in self.used]
+        rows = [row for row, count in zip(self.used, counts, strict=True) if count]
         if not rows:
             return f"bucket {bucket}: no clip"
         clips = "1 clip" if len(rows) == 1 else f"{len(rows)} clips"
-        text = f"bucket {bucket}: {_windows(sum(len(row.windows) for row in rows))} of {clips}"
+        text = f"bucket {bucket}: {_windows(sum(counts))} of {clips}"
+        if left_out := sum(bucket in row.missed for row in self.used):
+            text += f", {left_out} left out"
         if self.settings.tokens is not None:
             text += f", {bucket.batch(self.settings.tokens)} in a batch"
         small = sum(_is_enlarged(row, bucket) for row in rows)
         return text + (f", {small} enlarged to {bucket.width}x{bucket.height}" if small else "")
 
 
-def refuse_dropped(settings: Data, dropped: Sequence[tuple[str, str]], whole: int) -> None:
-    """Raise DataError, listing the dropped clips by name and reason, if too many of the `whole` are dropped, or all."""
-    if len(dropped) < whole and len(dropped) <= settings.max_dropped * whole:
-        return
-    shown = "\n".join(f"{name}: {reason}" for name, reason in dropped[:_SHOWN])
-    more = f"\n... and {len(dropped) - _SHOWN} more" if len(dropped) > _SHOWN else ""
-    raise DataError(
-        f"{settings.path}: {len(dropped)} of {whole} clips are unusable, data.max_dropped "
-        f"allows {settings.max_dropped:.0%}\n{shown}{more}\n"
-        "mend or remove them, or raise data.max_dropped; `inflate data check` lists every clip"
-    )
+def _listed(faults: Sequence[tuple[str, str]]) -> str:
+    """A line for each of the first clips, by name and reason."""
+    shown = "\n".join(f"{name}: {reason}" for name, reason in faults[:_SHOWN])
+    return shown + (f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
 
 
 def preflight(
@@ -173,8 +225,8 @@ def _checked(
         taken = windows(found, settings)
     except DataError as error:
         return Checked(clip, found, (), str(error).removeprefix(f"{clip.media}: ")), None
-    fits = frames is not None and frames.shape[1:3] == taken[0].bucket.size
-    return Checked(clip, found, tuple(taken), ""), frames if fits else None
+    fits = frames is not None and any(frames.shape[1:3] == window.bucket.size for window in taken)
+    return Checked(clip, found, tuple(taken), "", missed(found, settings)), frames if fits else None
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -201,11 +253,15 @@ def _lines(row: Checked, settings: Data) -> Iterator[tuple[str, ...]]:
         yield *clip, "-", f"dropped: {row.reason}"
     for window in row.windows:
         yield *clip, str(window.bucket), f"used: {_place(window, probe, settings)}{_rest(window, row, settings)}"
+    for bucket, reason in row.missed.items():
+        yield *clip, str(bucket), f"left out: {reason}"
 
 
 def _place(window: Window, probe: video.Probe, settings: Data) -> str:
     if probe.is_image:
         return "the image"
+    if window.bucket.is_still and len(window.starts) > 1:
+        return f"one frame of {len(window.starts)}"
     first, last = (_ends(frames_of(window, start, probe, settings)) for start in (window.starts[0], window.starts[-1]))
     place = f"frames {first}"
     if len(window.starts) > 1:
@@ -220,7 +276,8 @@ def _ends(shown: Sequence[int]) -> str:
 
 def _rest(window: Window, row: Checked, settings: Data) -> str:
     """What the last window of a clip leaves over, where the way of sampling is meant to show all of it."""
-    if row.probe is None or window is not row.windows[-1] or settings.window not in ("chunk", "slide", "full"):
+    taken = [one for one in row.windows if one.bucket == window.bucket]
+    if row.probe is None or window is not taken[-1] or settings.window not in ("chunk", "slide", "full"):
         return ""
-    count = left_over(row.windows, row.probe, settings)
+    count = left_over(taken, row.probe, settings)
     return f"; {count} left over" if count else ""

@@ -35,7 +35,9 @@ class Data:
     """Whether a clip without a caption is an error, or has the empty caption."""
     buckets: list[str] = field(default_factory=list)
     """Sizes to train in, as FxHxW (14x576x1024) or WxH@F (1024x576@14); they replace frames, height and width. A clip
-    goes to the nearest aspect, then to the most frames that it fills; images go to buckets of one frame."""
+    goes to the nearest aspect, then to the most frames that it fills; images go to buckets of one frame. A bucket may
+    have a rate of its own in place of data.fps (14x576x1024@8fps), and all may have a share of the optimiser steps
+    (32x256x448@16fps:5): a clip then serves in every bucket that it fills, single frames of videos as images."""
     frames: int = 14
     """Frames per window."""
     height: int = 576
@@ -109,11 +111,19 @@ class Data:
             raise ConfigError(
                 "data.window=uniform spreads the frames over each clip: data.fps must be null and data.stride 1"
             )
+        if self.window == "uniform" and any(bucket.fps for bucket in self.sizes):
+            raise ConfigError(
+                "data.window=uniform spreads the frames over each clip: leave the rates out of data.buckets"
+            )
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
         """The buckets; without `buckets` the one of frames, height and width."""
         return parse_buckets(self.buckets) or (Bucket(self.frames, self.height, self.width),)
+
+    def rate(self, bucket: Bucket) -> float | None:
+        """Frames per second that clips are resampled to in a bucket; None for each clip's own."""
+        return None if bucket.is_still else bucket.fps or self.fps
 
     @property
     def main(self) -> Bucket:
@@ -131,14 +141,16 @@ class Data:
     def evaluation(self) -> Data:
         """The same settings for the held-out clips, with one fixed window each: the centre's, where there are several.
 
-        They are not cached: previews compare pixels.
+        Buckets have no shares there: each clip is in one, that of most frames. They are not cached: previews compare
+        pixels.
 
         Raises ConfigError without any held-out clips.
         """
         if self.held_out is None:
             raise ConfigError("data.held_out: names no clips to evaluate on; give a sub-folder or split")
         window = "centre" if self.window in WINDOWED else self.window
+        buckets = [str(replace(bucket, share=None)) for bucket in parse_buckets(self.buckets)]
         return replace(
             self, split=self.held_out, window=window, hop=None, stride_to=None, cache=None, cache_draws=0,
-            cache_dtype="float32",
+            cache_dtype="float32", buckets=buckets,
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from inflate.data import video
 from inflate.data.cache import ClipCache, Filled, fill
 from inflate.data.clips import ClipDataset, Item
 from inflate.data.pixels import to_uint8, unit
-from inflate.data.preflight import Preflight, Progress, preflight, refuse_dropped
+from inflate.data.preflight import Findings, Preflight, Progress, preflight
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
@@ -34,7 +33,6 @@ from inflate.training.memory_settings import Memory
 from inflate.training.processes import join_processes, together
 from inflate.training.text_to_video import Stage
 
-logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
@@ -125,14 +123,13 @@ def mend(cache: ClipCache, say: Say) -> None:
 
 
 def check(cache: ClipCache, clips: Sequence[Clip], data: Data, progress: Progress | None) -> Preflight:
-    """The check of this process's clips; DataError in every process where too many of all are unusable."""
+    """The check of this process's clips; DataError in every process where all processes' together are unusable."""
     with together():
         found, _ = preflight(clips, data, progress, cache.probe, cache.note)
-    dropped = gather_object([(row.clip.name, row.reason) for row in found.dropped])
-    whole = sum(gather_object([len(clips)]))
-    refuse_dropped(data, dropped, whole)
-    for name, reason in dropped if join_processes().is_main_process else ():
-        logger.warning("dropped: %s: %s", name, reason)
+    findings = Findings.joined(gather_object([found.findings]))
+    findings.refuse(data)
+    if join_processes().is_main_process:
+        findings.tell()
     return found
 
 

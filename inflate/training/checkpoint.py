@@ -83,9 +83,8 @@ def own_contents(one: Trainee) -> Contents | None:
     place, count = place_of(like)
     if like.device_mesh.get_rank() != place:
         return None
-    state = one.optimizer.state_dict()["state"]
     weights = one.parameters | (one.buffers() if place == 0 else {})
-    return Contents(one.player.name, weights, one.average, state, f".{place + 1}-of-{count}")
+    return Contents(one.player.name, weights, one.average, one.states(), f".{place + 1}-of-{count}")
 
 
 def contents(one: Trainee) -> Contents:
@@ -95,16 +94,12 @@ def contents(one: Trainee) -> Contents:
     there, 16 with an average, until they are written. All is gathered before anything is written, so that a full disk
     leaves no process waiting for a tensor.
     """
-    state = one.optimizer.state_dict()["state"]
+    names = one.places()
     return Contents(
         one.player.name,
         {name: whole(tensor, one.spread.get(name)) for name, tensor in (one.parameters | one.buffers()).items()},
         {name: whole(tensor, one.spread.get(name)) for name, tensor in one.average.items()},
-        {
-            place: _whole_state(values, one, name)
-            for place, name in enumerate(one.places())
-            if (values := state.get(place))
-        },
+        {place: _whole_state(values, one, names[place]) for place, values in one.states().items()},
     )
 
 
@@ -358,9 +353,7 @@ def _load_trainee(folder: Path, one: Trainee) -> list[Callable[[], None]]:
         if place in saved[0]:
             values = _joined_state([each[place] for each in saved])
             state[place] = _own_state(values, one.spread[name]) if name in one.spread else values
-    # the groups hold settings, and those are the present run's
-    groups = one.optimizer.state_dict()["param_groups"]
-    return [*steps, lambda: one.optimizer.load_state_dict({"state": state, "param_groups": groups})]
+    return [*steps, lambda: one.load_states(state)]
 
 
 def _files(folder: Path, name: str, kind: str) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from inflate.data.buckets import Bucket
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 
@@ -38,6 +39,12 @@ def same_size(batches: list[Batch], most: int) -> Iterator[list[int]]:
     for size in dict.fromkeys(sizes):
         places = [place for place, one in enumerate(sizes) if one == size]
         yield from (places[start : start + most] for start in range(0, len(places), most))
+
+
+def of_size(batches: list[Batch], bucket: Bucket) -> Batch:
+    """The first clip of a bucket's size, whose rate an export remembers; the first of all where none has it."""
+    size = (bucket.frames, *bucket.size)
+    return next((batch for batch in batches if size_of(batch) == size), batches[0])
 
 
 def join(batches: list[Batch]) -> Batch:

@@ -211,7 +211,7 @@ class Run:
             state.step += 1
         report.clock.begin("other")
         report.add(terms)
-        report.tick(state.step, {one.player.name: one.rate(state.step - 1) for one in acting})
+        report.tick(state.step, {name: rate for one in acting for name, rate in one.rates(state.step - 1).items()})
 
     def keep_up(self) -> None:
         """Do what is due after a step; what is due at the end is done at the end."""

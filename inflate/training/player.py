@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -59,6 +60,8 @@ class Player:
     """First step at which it acts."""
     remedy: str = ""
     """What to do where much time goes into its loss outside the trained networks, or into waiting for its clips."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a parameter in `network`, what its learning rate is multiplied by; 1 for those without a name."""
 
 
 class Task(Protocol):
@@ -119,15 +122,20 @@ class Trainee:
 
     def _adamw(self) -> torch.optim.Optimizer:
         """PyTorch's AdamW, fused on a GPU, or our own for what PyTorch's has not."""
-        settings, parameters = self.settings, self.parameters.values()
-        decays, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-        split = [(decays, settings.weight_decay), (others, 0.0)]
-        groups = [{"params": group, "weight_decay": decay} for group, decay in split if group]
+        settings, parameters, groups = self.settings, self.parameters.values(), self._groups()
         cuda = any(p.is_cuda for p in parameters)
         eight_bits, narrow = settings.optimizer == "adamw8bit", any(p.dtype == torch.bfloat16 for p in parameters)
         if eight_bits or narrow or settings.step_in_backward:
             return AdamW(groups, self.parameters, self.lr, settings.betas, eight_bits, settings.seed, self.spread)
         return torch.optim.AdamW(groups, lr=self.lr, betas=settings.betas, fused=cuda or None)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters apart by their weight decay and by what multiplies their learning rate."""
+        found: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name in self.places():
+            parameter, rate = self.parameters[name], self.player.rates.get(name, 1.0)
+            found.setdefault((self.settings.weight_decay if parameter.ndim >= 2 else 0.0, rate), []).append(parameter)
+        return [{"params": group, "weight_decay": decay, "multiplier": rate} for (decay, rate), group in found.items()]
 
     def prepare(self, accelerator: Any) -> None:
         """Move to the device, wrap for precision and processes, and start the average at the present weights."""
@@ -159,9 +167,23 @@ class Trainee:
         return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
 
     def places(self) -> list[str]:
-        """The names of the parameters, by their places in the optimiser's state."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+        """The names of the parameters, by their places in a checkpoint of the optimiser's state: matrices and
+        convolutions first, whatever groups the optimiser has.
+        """
+        return sorted(self.parameters, key=lambda name: self.parameters[name].ndim < 2)
+
+    def states(self) -> dict[int, Mapping[str, Any]]:
+        """What the optimiser keeps for each parameter that it has updated, by the places of `places`."""
+        states = self.optimizer.state
+        return {n: states[p] for n, p in enumerate(map(self.parameters.__getitem__, self.places())) if states.get(p)}
+
+    def load_states(self, states: Mapping[int, Any]) -> None:
+        """Take such over; the groups, which hold settings, remain the present run's."""
+        present = {id(self.parameters[name]): place for place, name in enumerate(self.places())}
+        order = [present[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {number: states[place] for number, place in enumerate(order) if place in states}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def gradient_norm(self, accelerator: Any) -> Tensor:
         """Norm of all gradients as one vector, unscaled; the gradients stay as they are.
@@ -192,7 +214,7 @@ class Trainee:
     def begin(self, step: int) -> None:
         """Let the optimiser's next steps be of this step's learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = group["multiplier"] * self.rate(step)
 
     def update(self, step: int, norm: Tensor) -> None:
         """Clip, step the optimiser and forget the gradients, unless the backward pass did; move the average."""
@@ -209,6 +231,12 @@ class Trainee:
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
         return self.lr * rate(self.settings, step, self.player.start)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """The learning rate at a step, by the player's name, and the multiplied ones of some of its parameters."""
+        multipliers = sorted({group["multiplier"] for group in self.optimizer.param_groups} - {1.0})
+        named = {f"{self.player.name} x{each:g}": each * self.rate(step) for each in multipliers}
+        return {self.player.name: self.rate(step), **named}
 
     def shown(self) -> dict[str, Tensor]:
         """What the bare module lacks when it is looked at: sharded weights, averages in place of trained ones."""
@@ -306,6 +334,8 @@ def check_players(players: Sequence[Player], settings: Training) -> None:
     names = [player.name for player in players]
     if not names or len(set(names)) < len(names):
         raise TrainingError(f"players {names}: a task needs at least one player, each with its own name")
+    for player in players:
+        check_rates(player)
     if settings.precision == "fp16" and len(names) > 1:
         raise TrainingError("training.precision=fp16 cannot scale the losses of several players; use bf16 or no")
     if settings.step_in_backward and len(names) > 1:
@@ -315,6 +345,18 @@ def check_players(players: Sequence[Player], settings: Training) -> None:
     trained = [p for player in players for p in player.network.parameters() if p.requires_grad]
     if len({id(p) for p in trained}) < len(trained):
         raise TrainingError(f"players {names} train the same weights; freeze them in all but one")
+
+
+def check_rates(player: Player) -> None:
+    """Raise TrainingError for a rate of what is no parameter of the player's network, or one that nothing learns at."""
+    unknown = sorted(player.rates.keys() - {name for name, _ in player.network.named_parameters()})
+    if unknown:
+        raise TrainingError(f"player '{player.name}' has a rate for {unknown[0]}, which is no parameter of its network")
+    for name, multiplier in player.rates.items():
+        if not (math.isfinite(multiplier) and multiplier > 0):
+            raise TrainingError(
+                f"player '{player.name}': {name} cannot learn at {multiplier} times the rate; freeze what is to stay"
+            )
 
 
 def check_shardable(players: Sequence[Player], settings: Training, sharding: Sharding | None) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from inflate.data.buckets import Bucket, Schedule, candidates, largest, nearest, parse_buckets
+from inflate.data.buckets import Bucket, Mixture, Schedule, candidates, largest, nearest, of_its_shape, parse_buckets
 from inflate.data.settings import Data
 from inflate.errors import ConfigError
 
@@ -18,7 +18,30 @@ def test_both_spellings_name_the_same_bucket():
     assert Bucket.parse("1024x576@14") == Bucket.parse(str(WIDE)) == WIDE
 
 
-@pytest.mark.parametrize("text", ["14x576", "x", "1024x576@", "1024x576x14@2", "-1x2x3", "14 576 1024", "fourteen"])
+def test_a_rate_and_a_share_stand_behind_either_spelling():
+    texts = ["32x256x448@16fps:5", "448x256@16@8fps:12", "8x256x448@7.5fps:1", "1x256x448:1"]
+    found = parse_buckets(texts)
+    assert [(one.frames, one.fps, one.share) for one in found] == [(32, 16, 5), (16, 8, 12), (8, 7.5, 1), (1, None, 1)]
+    assert {one.size for one in found} == {(256, 448)}
+    assert [str(one) for one in found] == [texts[0], "16x256x448@8fps:12", *texts[2:]]
+    assert parse_buckets(["14x8x16@8fps", "14x8x16@4fps", "14x8x16"])[1] == Bucket(14, 8, 16, 4.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "14x576",
+        "x",
+        "1024x576@",
+        "1024x576x14@2",
+        "-1x2x3",
+        "14 576 1024",
+        "fourteen",
+        "4x8x8@8",
+        "4x8x8:-1",
+        "4x8x8:0.5",
+    ],
+)
 def test_a_wrong_spelling_is_named_with_its_place_and_both_forms(text):
     with pytest.raises(ConfigError) as caught:
         Data(buckets=["1x8x8", text])
@@ -32,6 +55,13 @@ def test_a_wrong_spelling_is_named_with_its_place_and_both_forms(text):
     [
         (["0x8x8"], "1 of 1, '0x8x8': frames, height and width are 1 or more"),
         (["4x8x16", "16x8@4"], "is entry 1 again"),
+        (["4x8x16@8fps:1", "4x8x16@4fps:1", "16x8@4@8fps:5"], "3 of 3, '16x8@4@8fps:5': is entry 1 again"),
+        (["4x8x16:1", "1x8x16"], "2 of 2, '1x8x16': either every bucket has a share of the steps, such as 1x8x16:1"),
+        (["4x8x16", "1x8x16:1"], "2 of 2, '1x8x16:1': either every bucket has a share"),
+        (["4x8x16:0"], "a share is a whole number from 1 to 1000; leave out a bucket that is to have none"),
+        (["4x8x16:1001"], "a share is a whole number from 1 to 1000"),
+        (["4x8x16@0fps"], "a rate is more than 0"),
+        (["1x8x16@1fps:1"], "a single frame has no rate: leave it out"),
     ],
 )
 def test_impossible_and_repeated_buckets_are_named(texts, reason):
@@ -49,6 +79,20 @@ def test_images_and_videos_have_buckets_of_their_own():
     assert candidates([WIDE, STILL], image=False) == [WIDE]
     assert candidates([STILL], image=False) == [STILL]
     assert candidates([WIDE], image=True) == []
+
+
+def test_in_a_mixture_videos_may_go_to_buckets_of_one_frame_too():
+    mixture = parse_buckets(["8x8x16:1", "1x8x16:1"])
+    assert candidates(mixture, image=False) == [*mixture]
+    assert candidates(mixture, image=True) == [mixture[1]]
+    assert [one.is_still for one in (*mixture, STILL)] == [False, True, False]
+
+
+def test_the_shape_decides_among_buckets_of_one_length_and_rate():
+    texts = ["8x8x16@4fps:1", "8x16x8@4fps:1", "8x16x8@8fps:1", "1x8x8:1", "1x8x16:1", "4x16x32:1", "4x8x16:1"]
+    mixture = parse_buckets(texts)
+    wide = [str(bucket) for bucket in of_its_shape(mixture, 1920, 1080)]
+    assert wide == [texts[0], texts[2], texts[4], texts[5], texts[6]]
 
 
 def test_the_nearest_aspect_is_measured_by_its_logarithm():
@@ -116,3 +160,30 @@ def test_the_buckets_of_an_epoch_are_mixed():
 
 def test_a_far_step_is_found_at_once():
     assert Schedule(0, (1000, 3), (2, 64)).step(10**9)[0] in (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- shares
+
+
+def test_every_bucket_of_a_mixture_has_its_share_of_the_steps():
+    shares = (1, 1, 1, 5)
+    drawn = [Mixture(3, shares).step(number)[0] for number in range(8000)]
+    assert Counter(drawn) == {0: 1000, 1: 1000, 2: 1000, 3: 5000}
+    assert all(Counter(drawn[first : first + 8]) == dict(enumerate(shares)) for first in range(0, 8000, 8))
+    # Within a round each place is any bucket's: 1000 rounds, 5/8 of 1000 of them, standard deviation 15.
+    assert all(abs(sum(drawn[place::8][n] == 3 for n in range(1000)) - 625) < 75 for place in range(8))
+
+
+def test_the_steps_of_a_mixture_take_each_buckets_samples_in_turn():
+    turns: dict[int, list[int]] = {}
+    for number in range(500):
+        bucket, turn = Mixture(1, (2, 3, 1)).step(number)
+        turns.setdefault(bucket, []).append(turn)
+    assert all(taken == list(range(len(taken))) for taken in turns.values())
+
+
+def test_a_step_of_a_mixture_is_a_function_of_seed_and_number_alone():
+    forwards = [Mixture(1, (1, 1, 1, 5)).step(number) for number in range(64)]
+    assert [Mixture(1, (1, 1, 1, 5)).step(number) for number in reversed(range(64))] == forwards[::-1]
+    assert [Mixture(2, (1, 1, 1, 5)).step(number) for number in range(64)] != forwards
+    assert Mixture(1, (1, 1000)).step(10**12)[0] in (0, 1)

@@ -99,6 +99,47 @@ def test_samples_of_a_cache_are_those_of_the_files(changes: dict[str, Any], fold
     assert [encoded.numbers(step, 2, 1) for step in range(9)] == [plain.numbers(step, 2, 1) for step in range(9)]
 
 
+MIXTURES: list[dict[str, Any]] = [
+    {"buckets": ["8x32x32@8fps:5", "4x32x32@4fps:1", "2x16x16@8fps:1", "1x32x32:1"]},
+    {"buckets": ["4x32x32:1", "4x16x16:2", "1x16x16:1"], "window": "slide", "hop": 1},
+    {"buckets": ["3x32x32@4fps:1", "3x32x32@8fps:1", "1x32x32:1"], "stride_to": 2},
+]
+
+
+@pytest.mark.parametrize("changes", MIXTURES, ids=str)
+def test_samples_of_a_mixture_are_those_of_the_files(changes: dict[str, Any], folder: Path) -> None:
+    settings, encoder = small(folder, **changes), Means()
+    done = cached(settings, encoder)
+    plain, encoded = ClipDataset(small(folder, **changes, cache=None), seed=3), ClipDataset(settings, seed=3)
+    encoded.read_encoded(encoder, "first")
+    lengths = set()
+    for number in range(3 * len(plain)):
+        ours, theirs = dict(encoded[number]), dict(plain[number])
+        lengths.add(ours["latents"].shape[0])
+        assert (ours["name"], ours["fps"]) == (theirs["name"], theirs["fps"])
+        assert torch.equal(ours["motion"], theirs["motion"])
+        assert torch.equal(ours["latents"], theirs["pixels"].mean(dim=(2, 3)))
+        assert torch.equal(ours["first"], theirs["pixels"][0])
+        assert torch.equal(ours["context"], 2 * theirs["pixels"][0].mean(dim=(1, 2)))
+    assert lengths == {bucket.frames for bucket in settings.sizes}
+    assert np.array_equal(encoded.motion_scores(), plain.motion_scores())
+    assert [encoded.numbers(step, 2, 1) for step in range(9)] == [plain.numbers(step, 2, 1) for step in range(9)]
+    assert cached(settings, Means()).found == done.made == sum(len(module.by_size(row)) for row in encoded.rows)
+
+
+def test_buckets_of_one_size_share_what_is_encoded(folder: Path) -> None:
+    encoder = Means()
+    done = cached(small(folder, buckets=["8x32x32@8fps:5", "4x32x32@4fps:1", "1x32x32:1"]), encoder)
+    assert (done.made, encoder.frames) == (5, 9 + 10 + 11 + 12 + 1)
+
+
+def test_a_bucket_that_is_added_to_a_mixture_is_missed_in_its_cache(folder: Path) -> None:
+    cached(small(folder, buckets=["8x32x32@8fps:5", "1x32x32:1"]), Means())
+    dataset = ClipDataset(small(folder, buckets=["8x32x32@8fps:5", "1x32x32:1", "4x16x16:1"]))
+    with pytest.raises(DataError, match=r"4 of 5 clips are not in it\n.*: encoded for other windows, sizes"):
+        dataset.read_encoded(Means(), "none")
+
+
 def test_windows_that_begin_with_one_held_frame_each_have_their_own_motion(make_clip: Any, tmp_path: Path) -> None:
     """Frame 3 stays for 0.8 s, and several windows of even time begin while it does."""
     stamps = [0, 100, 200, 300, *range(1100, 2100, 100)]

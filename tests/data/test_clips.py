@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clip_files import busy, cut, numbered
+from clip_files import busy, cut, damage, numbered
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -397,6 +397,130 @@ def test_a_decoded_clip_of_another_size_than_its_bucket_is_read_again(make_clip,
     assert dataset[0]["pixels"].shape == (4, 3, 16, 32)
 
 
+# ---------------------------------------------------------------------------------------------------- mixtures
+
+MIXTURE = ["8x32x32@8fps:5", "4x32x32@4fps:1", "2x16x16@8fps:1", "1x32x32:1"]
+
+
+@pytest.fixture
+def rates(make_clip, tmp_path):
+    """Clips of 16, 12 and 9 frames at 8 per second, one too slow for that, and an image."""
+    for name, frames, fps in (("a", 16, 8), ("b", 12, 8), ("c", 9, 8), ("slow", 12, 6)):
+        make_clip(f"clips/{name}.mp4", numbered(frames, 32, 32), fps=fps)
+    Image.fromarray(numbered(21, 32, 32)[20]).save(tmp_path / "clips" / "still.png")
+    return tmp_path / "clips"
+
+
+def in_mixture(path, seed=0, **changes):
+    return ClipDataset(small(path, **({"buckets": MIXTURE} | changes)), seed=seed)
+
+
+def test_every_clip_serves_in_all_buckets_of_a_mixture_that_it_fills(rates):
+    dataset = in_mixture(rates)
+    served = {row.clip.name: [window.bucket.frames for window in row.windows] for row in dataset.rows}
+    every = [8, 4, 2, 1]
+    assert served == {"a.mp4": every, "b.mp4": every, "c.mp4": every, "slow.mp4": [4, 1], "still.png": [1]}
+    assert dataset.preflight.summary().splitlines() == [
+        "5 clips: 5 used with 15 windows, 0 dropped",
+        "bucket 8x32x32@8fps:5: 3 windows of 3 clips, 1 left out",
+        "bucket 4x32x32@4fps:1: 4 windows of 4 clips",
+        "bucket 2x16x16@8fps:1: 3 windows of 3 clips, 1 left out",
+        "bucket 1x32x32:1: 5 windows of 5 clips",
+    ]
+
+
+def test_the_table_says_which_buckets_of_a_mixture_a_clip_is_left_out_of(rates, caplog):
+    lines = in_mixture(rates).preflight.table().splitlines()
+    slow = [" ".join(line.split()) for line in lines if line.startswith("slow")]
+    assert [line.removeprefix("slow.mp4 12 6 32x32 ") for line in slow[1:]] == [
+        "1x32x32:1 used: one frame of 12",
+        "8x32x32@8fps:5 left out: 6 frames per second, bucket 8x32x32@8fps:5 asks for 8: frames would repeat",
+        "2x16x16@8fps:1 left out: 6 frames per second, bucket 2x16x16@8fps:1 asks for 8: frames would repeat",
+    ]
+    assert "used, but: slow.mp4: left out of 8x32x32@8fps:5: 6 frames per second" in caplog.text
+
+
+def test_samples_of_a_mixture_have_the_length_rate_and_frames_of_their_bucket(rates):
+    dataset = in_mixture(rates)
+    seen: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+    for number in range(40 * len(dataset)):
+        item = dataset[number]
+        frames, numbers = len(item["pixels"]), shown(item)
+        told = {8: 8.0, 4: 4.0, 2: 8.0, 1: 1.0}[frames]
+        step = {8: 1.0, 4: 6 / 4 if item["name"] == "slow.mp4" else 2.0, 2: 1.0, 1: 0.0}[frames]
+        assert float(item["fps"]) == told
+        assert item["pixels"].shape[-1] == (16 if frames == 2 else 32)
+        expected = numbers[0] + step * np.arange(frames)
+        assert np.abs(np.array(numbers) - expected).max() <= (0.5 if item["name"] == "slow.mp4" else 0)
+        seen.setdefault((item["name"], frames), set()).add(tuple(numbers))
+    assert len(seen) == 3 * 4 + 2 + 1
+    assert seen["c.mp4", 1] == {(n,) for n in range(9)}, "any frame of a video may be an image"
+    assert seen["c.mp4", 8] == {tuple(range(start, start + 8)) for start in (0, 1)}
+    assert seen["still.png", 1] == {(20,)}
+
+
+def test_decoded_clips_serve_buckets_of_their_size_and_others_are_read_again(rates):
+    memory, fresh = in_mixture(rates), in_mixture(rates, memory_megabytes=0)
+    assert len(memory._decoded.frames) == 5
+    for number in range(2 * len(memory)):
+        assert torch.equal(memory[number]["pixels"], fresh[number]["pixels"])
+
+
+def test_steps_of_a_mixture_have_their_shares_and_visit_every_window_of_a_bucket_in_turn(rates):
+    dataset = in_mixture(rates, seed=2)
+    visited: dict[int, list[str]] = {}
+    lengths = Counter()
+    for step in range(80):
+        items = [dataset.windows[dataset._place(number)] for number in dataset.numbers(step, 2, 2)]
+        [frames] = {window.bucket.frames for _, window in items}
+        lengths[frames] += 1
+        visited.setdefault(frames, []).extend(row.clip.name for row, _ in items)
+    assert lengths == {8: 50, 4: 10, 2: 10, 1: 10}
+    for frames, count in ((8, 3), (4, 4), (2, 3), (1, 5)):
+        passes = [visited[frames][first : first + count] for first in range(0, 40 - count, count)]
+        assert all(len(set(names)) == count for names in passes)
+        assert len({tuple(names) for names in passes}) > 1
+
+
+def test_tokens_decide_the_batch_of_each_bucket_of_a_mixture(rates):
+    dataset = in_mixture(rates, tokens=8 * 16)
+    sizes = {}
+    for step in range(16):
+        numbers = dataset.numbers(step, 3, 7)
+        sizes[len(dataset[numbers[0]]["pixels"])] = len(numbers)
+    assert sizes == {8: 3, 4: 3 * 2, 2: 3 * 16, 1: 3 * 8}
+
+
+def test_a_bucket_of_a_mixture_that_no_clip_fills_is_refused_with_the_reasons(rates):
+    with pytest.raises(DataError) as caught:
+        in_mixture(rates, buckets=[*MIXTURE, "16x32x32@16fps:2"])
+    message = str(caught.value)
+    assert "data.buckets: no clip of" in message
+    assert "fills 16x32x32@16fps:2, so that it cannot have its share of the steps: leave it out" in message
+    assert "\na.mp4: 8 frames per second, bucket 16x32x32@16fps:2 asks for 16: frames would repeat" in message
+    with pytest.raises(DataError, match=r"fills 4x64x32:1, .*\nnone has its shape"):
+        in_mixture(rates, buckets=["4x32x32:1", "1x32x32:1", "4x64x32:1"])
+
+
+def test_a_clip_that_fills_no_bucket_of_a_mixture_is_dropped(rates):
+    table = rows_of(rates, buckets=["9x32x32@8fps:1", "12x32x32@8fps:3"], max_dropped=0.5)
+    assert {row.clip.name: row.reason.split(":")[0] for row in table.dropped} == {
+        "slow.mp4": "6 frames per second, bucket 9x32x32@8fps",
+        "still.png": "an image, and no bucket has one frame",
+    }
+    assert [len(row.missed) for row in table.used] == [0, 0, 1]
+
+
+def test_a_fingerprint_tells_other_shares_and_rates(rates):
+    first = in_mixture(rates).fingerprint()
+    for text in ("8x32x32@8fps:4", "8x32x32@7fps:5"):
+        assert in_mixture(rates, buckets=[text, *MIXTURE[1:]]).fingerprint() != first
+
+
+def test_motion_scores_of_a_mixture_are_of_each_video_in_each_bucket_of_videos(rates):
+    assert in_mixture(rates).motion_scores().shape == (3 * 3 + 1,)
+
+
 # ---------------------------------------------------------------------------------------------------- preflight
 
 
@@ -439,6 +563,53 @@ def test_every_clip_is_listed_with_its_windows_or_the_reason(mixed):
 def test_random_windows_are_listed_as_a_range(folder):
     line = rows_of(folder).table().splitlines()[1]
     assert line.endswith("4x32x32  used: frames 0-3 to 4-7, one of 5 at 8 fps")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_no_clip_that_cannot_be_used_reaches_a_batch_not_even_as_a_grey_one(mixed, make_clip, workers, seconds, caplog):
+    """Whole or torn, in this process or in a helper, what is no clip is named, and never stands in for one."""
+    for name in ("good", "phone"):
+        make_clip(f"clips/{name}.mp4", busy(10, 32, 32), rotation=90 if name == "phone" else 0)
+    damage(make_clip("clips/scratched.mp4", busy(30)))
+    changes = {"fps": 8.0, "max_dropped": 0.9, "memory_megabytes": 0, "seconds_per_clip": seconds}
+    for buckets in ([], ["4x32x32@8fps:1", "1x32x32:1"]):
+        dataset = ClipDataset(small(mixed, buckets=buckets, **changes))
+        numbers = [dataset.numbers(step, 1, 2) for step in range(8)]
+        for batch in DataLoader(dataset, batch_sampler=numbers, collate_fn=collate, num_workers=workers):
+            assert set(batch["name"]) <= {"good.mp4", "phone.mp4", *(["short.mp4", "slow.mp4"] if buckets else [])}
+            for name, pixels in zip(batch["name"], batch["pixels"], strict=True):  # (F, 3, H, W)
+                if name in ("good.mp4", "phone.mp4"):
+                    assert float(pixels.std(dim=(1, 2, 3)).min()) > 0.1, "every frame shows the clip's noise"
+                else:
+                    assert shown({"pixels": pixels})[0] in range(10), "a frame that was painted"
+        unusable = {"still", "torn", "scratched", "empty", "notes", "song", "void"} | (
+            set() if buckets else {"short", "slow"}
+        )
+        assert {row.clip.name.split(".")[0] for row in dataset.preflight.dropped} == unusable
+        assert all(f"dropped: {row.clip.name}: {row.reason}" in caplog.text for row in dataset.preflight.dropped)
+
+
+def test_a_clip_that_no_longer_decodes_ends_the_run_and_is_named(make_clip, tmp_path):
+    torn = make_clip("clips/a.mp4", busy(30))
+    dataset = ClipDataset(small(tmp_path / "clips", memory_megabytes=0, window="chunk"), shuffle=False)
+    damage(torn)
+    read = []
+    with pytest.raises(DataError, match=r"a\.mp4: (corrupt|truncated|frame \d+ no longer decodes)"):
+        read += [dataset[number] for number in range(len(dataset))]
+    assert all(float(item["pixels"].std(dim=(1, 2, 3)).min()) > 0.1 for item in read)
+
+
+@pytest.mark.parametrize("extra", range(5))
+@pytest.mark.parametrize("rate", [None, 8.0])
+@pytest.mark.parametrize("window", ["random", "head", "centre", "chunk"])
+def test_the_last_frame_of_a_window_at_the_clips_own_rate_is_a_real_one(make_clip, tmp_path, extra, rate, window):
+    make_clip("clips/a.mp4", numbered(16 + extra, 32, 32))
+    dataset = ClipDataset(small(tmp_path / "clips", frames=16, fps=rate, window=window), shuffle=False)
+    for number in range(4):
+        frames = shown(dataset[number])
+        assert frames == list(range(frames[0], frames[0] + 16))
+        assert frames[-1] <= 15 + extra
 
 
 def test_too_many_drops_are_refused_with_their_reasons(mixed):

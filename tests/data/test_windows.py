@@ -8,7 +8,7 @@ import pytest
 from inflate.data.buckets import Bucket
 from inflate.data.settings import Data
 from inflate.data.video import Probe
-from inflate.data.windows import frames_of, left_over, windows
+from inflate.data.windows import frames_of, left_over, missed, windows
 from inflate.errors import ConfigError, DataError
 
 
@@ -136,3 +136,116 @@ def test_a_sample_may_draw_a_wider_stride_as_far_as_its_clip_is_long():
     with pytest.raises(ConfigError, match=r"data\.stride_to: strides are drawn.*not head"):
         Data(stride_to=6, window="head")
     assert Data(stride_to=6, held_out="held_out").evaluation().stride_to is None
+
+
+# ---------------------------------------------------------------------------------------------------- rates, mixtures
+
+MIXTURE = ["16x32x64@16fps:5", "8x32x64@8fps:1", "4x32x64@4fps:1", "1x32x64:1"]
+
+
+def taken(found: Probe, **settings: object) -> dict[int, list[tuple[float, list[int]]]]:
+    """By the bucket's frames: the rate told and the frames shown, of each window at its first start."""
+    data = Data(**({"buckets": MIXTURE, "window": "head"} | settings))  # type: ignore[arg-type]
+    every: dict[int, list[tuple[float, list[int]]]] = {}
+    for one in windows(found, data):
+        every.setdefault(one.bucket.frames, []).append((one.fps, frames_of(one, one.starts[0], found, data)))
+    return every
+
+
+def test_a_clip_serves_in_every_bucket_of_a_mixture_with_its_length_and_rate():
+    assert taken(clip(32, fps=32)) == {
+        16: [(16, list(range(0, 32, 2)))], 8: [(8, list(range(0, 32, 4)))], 4: [(4, list(range(0, 32, 8)))],
+        1: [(1, [0])],
+    }  # fmt: skip
+
+
+def test_windows_of_a_mixture_are_even_in_time():
+    for times in ([n / 30 for n in range(60)], [0.0, *(0.1 + n / 30 for n in range(60))]):
+        found = clip(len(times), times=times)
+        for frames, [(fps, numbers)] in taken(found).items():
+            offsets = np.array(times)[numbers] - times[numbers[0]]
+            assert np.abs(offsets - np.arange(frames) / fps).max() <= 0.1 + 1e-9, "no older than what is on screen"
+            assert len(numbers) == frames
+
+
+def test_what_a_clip_lacks_leaves_it_out_of_a_bucket_alone():
+    data = Data(buckets=MIXTURE)
+    slow, short = clip(8, fps=8), clip(12, fps=32)
+    assert [one.bucket.frames for one in windows(slow, data)] == [8, 4, 1]
+    assert missed(slow, data) == {
+        data.sizes[0]: "8 frames per second, bucket 16x32x64@16fps:5 asks for 16: frames would repeat"
+    }
+    assert [one.bucket.frames for one in windows(short, data)] == [1]
+    assert {str(bucket): reason for bucket, reason in missed(short, data).items()} == {
+        text: f"too short: 0.375 s, a window of {text[: text.index('x')]} frames ({text}) takes 1 s"
+        for text in MIXTURE[:3]
+    }
+    assert missed(clip(32, fps=32), data) == {}
+    assert missed(slow, Data(buckets=["16x32x64", "8x32x64"])) == {}
+    with pytest.raises(DataError, match=r"too short: 0.375 s, a window of 4 frames \(4x32x64@4fps:1\) takes 1 s"):
+        windows(short, Data(buckets=MIXTURE[:3]))
+
+
+def test_an_image_serves_in_the_still_buckets_of_a_mixture():
+    assert taken(clip(1)) == {1: [(1, [0])]}
+    assert missed(clip(1), Data(buckets=MIXTURE)) == {}
+    with pytest.raises(DataError, match="an image, and no bucket has one frame: add one such as 1x32x64"):
+        windows(clip(1), Data(buckets=MIXTURE[:3]))
+
+
+def test_any_frame_of_a_video_may_be_an_image_whatever_its_rate():
+    data = Data(buckets=MIXTURE, fps=60.0, stride=2)
+    [still] = [one for one in windows(clip(5, fps=2), data) if one.bucket.is_still]
+    assert (still.starts, still.fps, still.stride) == (range(5), 1.0, 1)
+    assert [frames_of(still, start, clip(5, fps=2), data) for start in still.starts] == [[n] for n in range(5)]
+
+
+@pytest.mark.parametrize("window", ["random", "head", "centre", "chunk", "slide", "full"])
+def test_a_bucket_of_a_rate_is_cut_as_at_data_fps(window):
+    found = clip(61, fps=30)
+    own, general = (
+        Data(buckets=["8x32x64@8fps"], window=window, fps=3.0), Data(buckets=["8x32x64"], window=window, fps=8.0)
+    )  # fmt: skip
+    ours, theirs = (windows(found, data) for data in (own, general))
+    assert [(one.starts, one.offset, one.fps) for one in ours] == [(one.starts, one.offset, one.fps) for one in theirs]
+    assert frames_of(ours[-1], ours[-1].starts[-1], found, own) == frames_of(
+        theirs[-1], theirs[-1].starts[-1], found, general
+    )
+
+
+def test_without_shares_a_clip_goes_to_one_bucket_whose_rate_it_has():
+    data = Data(buckets=["16x32x64@16fps", "16x32x64@8fps", "4x32x64@4fps"])
+    assert [str(one.bucket) for one in windows(clip(60, fps=30), data)] == ["16x32x64@16fps"]
+    assert [str(one.bucket) for one in windows(clip(60, fps=8), data)] == ["16x32x64@8fps"]
+    assert [str(one.bucket) for one in windows(clip(8, fps=8), data)] == ["4x32x64@4fps"]
+
+
+def test_held_out_clips_of_a_mixture_are_in_one_bucket_each():
+    held_out = Data(buckets=MIXTURE, held_out="test").evaluation()
+    assert held_out.buckets == ["16x32x64@16fps", "8x32x64@8fps", "4x32x64@4fps", "1x32x64"]
+    assert [one.bucket.frames for one in windows(clip(40, fps=30), held_out)] == [16]
+    assert [one.bucket.frames for one in windows(clip(40, fps=8), held_out)] == [8]
+    assert [one.bucket.frames for one in windows(clip(1), held_out)] == [1]
+
+
+def test_uniform_windows_take_no_rate():
+    with pytest.raises(ConfigError, match=r"data\.window=uniform.*leave the rates out of data\.buckets"):
+        Data(buckets=MIXTURE, window="uniform")
+    spread = taken(clip(31, fps=30), window="uniform", buckets=["4x32x64:3", "1x32x64:1"])
+    assert spread == {4: [(3, [0, 10, 20, 30])], 1: [(1, [15])]}
+
+
+# ---------------------------------------------------------------------------------------------------- the last frame
+
+
+@pytest.mark.parametrize("fps", [8.0, 24.0, 24_000 / 1001, 29.97])
+@pytest.mark.parametrize("extra", range(6))
+def test_a_window_at_the_clips_own_rate_has_its_frames_in_turn_and_no_other(fps, extra):
+    """Whatever is asked for: no rate, the clip's own, or the one that it is called by."""
+    found = clip(16 + extra, fps)
+    for asked in (None, fps, float(round(fps))):
+        data = Data(frames=16, height=32, width=64, fps=asked)
+        [window] = windows(found, data)
+        assert window.starts == range(extra + 1)
+        for start in window.starts:
+            assert frames_of(window, start, found, data) == list(range(start, start + 16))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from inflate.data.clips import ClipDataset, Data, collate
+from inflate.data.demo_clips import build
 from inflate.errors import DataError, InflateError, TrainingError, text_of
 from inflate.training import checkpoint
 from inflate.training.decoder import Decoder, DecoderTask
@@ -93,6 +96,71 @@ def test_processes_see_different_clips_and_noise_and_stay_equal_at_every_step(tm
     assert second["log"] == []
     assert (first["looked"], second["looked"]) == (["evaluate", "preview", "evaluate", "preview", "export"], [])
     assert [p.name for p in checkpoint.numbered(tmp_path / "run")] == [f"checkpoint-{n}" for n in range(1, 6)]
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+class Lengths:
+    """Learns one number from clips of any length, and keeps the length, rate and names of every batch."""
+
+    frozen: Sequence[nn.Module] = ()
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(1, 1)
+        self.players = [Player("map", self.network, self.loss)]
+        self.seen: list[tuple[int, float, str]] = []
+
+    def loss(self, batch: Any, noise: Any, step: int) -> Any:
+        frames, names = batch["pixels"].shape[1], ", ".join(batch["name"])
+        assert float(batch["pixels"].std(dim=(1, 2, 3, 4)).min()) > 0
+        [rate] = {float(rate) for rate in batch["fps"]}
+        self.seen.append((frames, rate, names))
+        return self.players[0].network(batch["pixels"].mean(dim=(1, 2, 3, 4))[:, None]).square().squeeze(1), {}
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+    def preview(self, folder: Path) -> None:
+        (folder / "weight.txt").write_text(str(weights(self)))  # type: ignore[arg-type]
+
+    def export(self, folder: Path) -> None:
+        (folder / "weight.txt").write_text(str(weights(self)))  # type: ignore[arg-type]
+
+
+MIXTURE = ["8x64x64@8fps:5", "4x64x64@4fps:1", "2x64x64@8fps:1", "1x64x64:1"]
+
+
+def learnt_of_a_mixture(clips: Path, output: Path, **run: Any) -> list[tuple[int, float, str]]:
+    """What each forward pass of this process saw, and the weights that came of it at the end."""
+    data = Data(str(clips), split="train", buckets=MIXTURE, seconds_per_clip=None)
+    task, shape = Lengths(), {"steps": 24, "batch": 2, "accumulate": 2}
+    fit(task, ClipDataset(data, seed=5), settings(output, **(shape | run)), collate)
+    return [*task.seen, (0, 0.0, str(weights(task)))]  # type: ignore[arg-type]
+
+
+def test_all_processes_and_passes_draw_the_same_bucket_of_a_mixture_and_do_so_again(tmp_path: Path) -> None:
+    clips = build(tmp_path / "clips", clips=5, held_out=1)
+    first, second = launch(learnt_of_a_mixture, clips, tmp_path / "run")
+    sizes = [(frames, rate) for frames, rate, _ in first[:-1]]
+    assert sizes == [(frames, rate) for frames, rate, _ in second[:-1]]
+    assert sizes[::2] == sizes[1::2], "the accumulated passes of a step"
+    assert Counter(sizes[::2]) == {(8, 8.0): 15, (4, 4.0): 3, (2, 8.0): 3, (1, 1.0): 3}
+    assert first[-1] == second[-1], "the weights"
+    assert [names for *_, names in first] != [names for *_, names in second]
+    parts = [learnt_of_a_mixture(clips, tmp_path / "parts", batch=4, steps=steps, **run) for steps, run in RESUMED]
+    alone = [seen for part in parts for seen in part[:-1]]
+    assert [seen[:2] for seen in alone] == sizes, "in one process, in readers, resumed within a round and a pass"
+    assert [set(names.split(", ")) for *_, names in alone] == [
+        {*one.split(", "), *other.split(", ")} for (*_, one), (*_, other) in zip(first[:-1], second[:-1], strict=True)
+    ]
+
+
+RESUMED: list[tuple[int, dict[str, Any]]] = [
+    (5, {}),
+    (11, {"resume": "latest", "workers": 1}),
+    (24, {"resume": "latest"}),
+]
 
 
 # --- the same trajectory on any number of processes -------------------------------------------------------------------

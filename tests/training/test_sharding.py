@@ -284,6 +284,7 @@ LANES = 6
 def learn(output: Path, steps: int, **changes: Any) -> list[float]:
     """The weights after going on to so many steps, by this process or with others, who then share the weights."""
     count, task = join_processes().num_processes, Layered()
+    task.players[0].rates = {"0.weight": 0.2, "3.bias": 3.0}
     own = {"steps": steps, "accumulate": LANES // count, "ema": 0.9, "resume": "latest"}
     fit(task, Points(torch.float64), settings(output, **own | changes))
     return weights(task)
