@@ -39,6 +39,8 @@ class Clips:
     """pixels"""
     levels: int = 600
     """how many noise levels, the lower ones, the model was trained on"""
+    negative: str = ""
+    """prompt that stood for none in training, and that guidance leads away from"""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or not 0 < self.fps < math.inf:
