@@ -2,7 +2,8 @@
 
 EDM is the continuous-noise objective of Karras et al., 2206.00364, in the preconditioning of Stable Video Diffusion
 (2311.15127, appendix D): a v-prediction, so that both the published video models and a v-predicting image model fit.
-DDPM is the one that Stable Diffusion itself was trained with, on its thousand timesteps.
+DDPM is the one that Stable Diffusion itself was trained with, on its thousand timesteps; I2VGen-XL (2311.04145) took
+other schedules.
 """
 
 import functools
@@ -19,8 +20,19 @@ from inflate.errors import ConfigError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
+Schedule = Literal["scaled_linear", "cosine", "shifted_cosine"]
+"""scaled_linear = Stable Diffusion's (VGen's linear_sd); cosine = that of 2102.09672, equation 17; shifted_cosine = a
+cosine of log SNR shifted towards noise (2301.11093, section 3.1), by more the noisier"""
+
 TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
+COSINE_OFFSET, COSINE_BETA_LIMIT = 0.008, 0.999
+LOG_SNR_LIMIT = 15.0
+"""The log SNR of the shifted cosine goes from this to its negative before it is shifted."""
+SHIFT_SCALES = 2.0, 4.0
+"""Sides of the image relative to one without shift, at the first and at the last timestep of the shifted cosine."""
+PURE_NOISE = 1e-4
+"""A clip with a smaller share of signal is as good as pure noise; Stable Diffusion's last timestep has 5e-3."""
 RESCALED_TIMESTEPS = 399
 """Timesteps over which `DDPM.base_scale` is reached."""
 
@@ -34,27 +46,52 @@ class Scalings(NamedTuple):
     c_noise: Tensor
 
 
-@functools.cache
-def schedule_signal(zero_terminal_snr: bool) -> Tensor:
-    """The 1,000 shares of signal in the variance, descending, of Stable Diffusion's scaled-linear schedule (float64).
+def schedule_signal(zero_terminal_snr: bool, schedule: Schedule = "scaled_linear") -> Tensor:
+    """The 1,000 shares of signal in the variance, descending, of a noise schedule (float64).
 
     Like the original implementations, and unlike diffusers, which differs by up to 5e-7, this rounds nothing on the
     way. With `zero_terminal_snr` the schedule is stretched as in 2305.08891, algorithm 1, so that the last is 0.
     """
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
-    signal = torch.cumprod(1.0 - betas, dim=0)
-    return _zero_terminal(signal) if zero_terminal_snr else signal
+    return _tables(zero_terminal_snr, schedule)[0]
+
+
+def schedule_sigmas(zero_terminal_snr: bool, schedule: Schedule = "scaled_linear") -> Tensor:
+    """The 1,000 noise levels sigma / alpha, ascending, of a noise schedule (float64).
+
+    Those of pure noise, which would be infinite, are 4,096, the value that diffusers' EulerDiscreteScheduler uses.
+    """
+    return _tables(zero_terminal_snr, schedule)[1]
 
 
 @functools.cache
-def schedule_sigmas(zero_terminal_snr: bool) -> Tensor:
-    """The 1,000 noise levels, ascending, of Stable Diffusion's scaled-linear schedule (float64).
+def _tables(zero_terminal_snr: bool, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Shares of signal and noise levels of a schedule."""
+    kinds = {"scaled_linear": _scaled_linear, "cosine": _cosine, "shifted_cosine": _shifted_cosine}
+    signal = kinds[schedule]()
+    if zero_terminal_snr:
+        signal = _zero_terminal(signal)
+    limited = signal.clamp(min=2.0**-24)
+    return signal, ((1.0 - limited) / limited).sqrt()
 
-    The last of a stretched schedule, which would be infinite, is 4,096, the value that diffusers'
-    EulerDiscreteScheduler uses.
-    """
-    signal = schedule_signal(zero_terminal_snr).clamp(min=2.0**-24)
-    return ((1.0 - signal) / signal) ** 0.5
+
+def _scaled_linear() -> Tensor:
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _cosine() -> Tensor:
+    time = torch.linspace(0.0, 1.0, TRAIN_TIMESTEPS + 1, dtype=torch.float64)
+    share = ((time + COSINE_OFFSET) / (1.0 + COSINE_OFFSET) * math.pi / 2).cos() ** 2
+    betas = (1.0 - share[1:] / share[:-1]).clamp(max=COSINE_BETA_LIMIT)
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _shifted_cosine() -> Tensor:
+    time = torch.linspace(0.0, 1.0, TRAIN_TIMESTEPS, dtype=torch.float64)
+    first, last = (math.atan(math.exp(-0.5 * limit)) for limit in (LOG_SNR_LIMIT, -LOG_SNR_LIMIT))
+    log_snr = -2.0 * (first + time * (last - first)).tan().log()
+    less, more = (2.0 * math.log(scale) for scale in SHIFT_SCALES)
+    return torch.sigmoid(log_snr - less - (more - less) * time)
 
 
 def _zero_terminal(signal: Tensor) -> Tensor:
@@ -147,7 +184,8 @@ class DDPM:
     """Stable Diffusion's own objective: a timestep drawn evenly, and the mean squared error of the noise or of v.
 
     Timesteps are whole numbers in [0, 999], (B,) for all frames of a clip or (B, F) for each of its own. ConfigError
-    where the noise is to be predicted from pure noise: there its error says nothing of the clip.
+    where the noise is to be predicted from pure noise, for there its error says nothing of the clip, and where a
+    schedule that ends in as good as that is to be stretched.
     """
 
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
@@ -157,12 +195,36 @@ class DDPM:
     base_scale: float = 1.0
     """factor of clean latents from timestep 399 on, reached evenly from 1 at timestep 0 (DynamiCrafter's dynamic
     rescale); 1: they stay as they are"""
+    schedule: Schedule = "scaled_linear"
+    """how the share of signal falls from timestep to timestep"""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.base_scale <= 1.0:
             raise ConfigError(f"base_scale is {self.base_scale}: it must be above 0 and at most 1, which is no rescale")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ConfigError("zero terminal SNR needs a model that predicts v: pure noise is its own prediction")
+        if self.zero_terminal_snr and self.schedule == "shifted_cosine":
+            raise ConfigError("the shifted cosine has no zero terminal SNR: it ends in noise as it is; leave that out")
+
+    @property
+    def signal(self) -> Tensor:
+        """The 1,000 shares of signal in the variance, descending (float64)."""
+        return schedule_signal(self.zero_terminal_snr, self.schedule)
+
+    @property
+    def betas(self) -> Tensor:
+        """The 1,000 shares of the variance that each timestep makes noise (float64)."""
+        return 1.0 - self.signal / torch.cat([self.signal.new_ones(1), self.signal[:-1]])
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The 1,000 noise levels sigma / alpha, ascending and finite (float64)."""
+        return schedule_sigmas(self.zero_terminal_snr, self.schedule)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the last timestep is pure noise, or as good as that."""
+        return bool(self.signal[-1] < PURE_NOISE)
 
     def timestep(self, uniform: Tensor) -> Tensor:
         """Timesteps from draws in [0, 1); same shape."""
@@ -204,7 +266,7 @@ class DDPM:
 
     def _shares(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of timesteps, each (B, 1 or F, 1, 1, 1)."""
-        signal = schedule_signal(self.zero_terminal_snr)
+        signal = self.signal
         roots = torch.stack([signal.sqrt(), (1.0 - signal).sqrt()])
         alpha, sigma = roots.to(like.dtype).to(like.device)[:, timestep.to(like.device)]
         return _per_frame(alpha, like), _per_frame(sigma, like)

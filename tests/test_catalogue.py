@@ -156,7 +156,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     "dynamicrafter-file": (
         dynamicrafter_file,
         {
-            "objective": "prediction=v_prediction, zero_terminal_snr=True, base_scale=0.7",
+            "objective": "prediction=v_prediction, zero_terminal_snr=True, base_scale=0.7, schedule=scaled_linear",
             "clips": "frames=3, fps=8.0, height=16, width=16, told=fps, number=5.0",
             "image": "embedding=1280, width=32, depth=2, heads=2, head_width=64, queries=16, frames=3, "
             "other_lengths=interpolate",
@@ -166,7 +166,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     "dynamicrafter": (
         dynamicrafter_folder,
         {
-            "objective": "prediction=epsilon, base_scale=1.0",
+            "objective": "prediction=epsilon, base_scale=1.0, schedule=scaled_linear",
             "clips": "frames=3, fps=8.0, height=16, width=16, told=stride, number=5.0",
             "prediction": "epsilon",
         },
@@ -174,7 +174,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     ),
     "videocrafter-file": (
         videocrafter_file,
-        {"objective": "prediction=epsilon, base_scale=0.7", "context width": "64"},
+        {"objective": "prediction=epsilon, base_scale=0.7, schedule=scaled_linear", "context width": "64"},
         SLOTS | {"conditioning", "VAE", "text encoder", "schedule"},
     ),
     "temporal-layers": (temporal_layers, {}, BLOCKS - {"2D"}),

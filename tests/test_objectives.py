@@ -11,6 +11,7 @@ from inflate.objectives import (
     BETA_START,
     DDPM,
     EDM,
+    Schedule,
     _place_of_float64,
     hinge_discriminator_loss,
     hinge_generator_loss,
@@ -94,6 +95,59 @@ def test_schedule_is_that_of_the_original_implementations() -> None:
     assert plain.tolist() == pytest.approx(recorded, rel=1e-12)
     recorded = [0.99915, 0.9982334461401823, 1.967888056621292e-07, 0.0]
     assert stretched.tolist() == pytest.approx(recorded, rel=1e-9, abs=0)
+
+
+PUBLISHED: dict[Schedule, DDPM] = {
+    "cosine": DDPM("v_prediction", True, schedule="cosine"),
+    "shifted_cosine": DDPM("v_prediction", schedule="shifted_cosine"),
+}
+
+
+def test_the_cosine_is_the_closed_form_until_its_betas_are_limited() -> None:
+    time = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    angle = (torch.stack([time, torch.zeros(1000)]) + 0.008) / 1.008 * math.pi / 2
+    shares = (angle[0].cos() / angle[1].cos()) ** 2
+    plain = DDPM(schedule="cosine")
+    torch.testing.assert_close(plain.signal[:999], shares[:999], rtol=1e-9, atol=0)
+    assert float(plain.signal[999] / plain.signal[998]) == pytest.approx(0.001)
+    recorded = [0.9999587157751777, 0.9999125736533471, 2.277811478992018e-06, 0.0]
+    assert PUBLISHED["cosine"].signal[[0, 1, 998, 999]].tolist() == pytest.approx(recorded, rel=1e-9, abs=0)
+
+
+def test_the_shifted_cosine_goes_through_the_log_snr_of_its_ends_and_middle() -> None:
+    """15, 0 and -15, less twice the log of the scales 2, 3 and 4; in the middle, between two timesteps, of both."""
+    signal = PUBLISHED["shifted_cosine"].signal
+    log_snr = signal.log() - (1 - signal).log()
+    first, last = 15 - 2 * math.log(2), -15 - 2 * math.log(4)
+    assert log_snr[[0, 999]].tolist() == pytest.approx([first, last], abs=1e-9)
+    assert float(log_snr[499:501].mean()) == pytest.approx(-(math.log(2) + math.log(4)), abs=1e-9)
+    assert (1 - signal[[300, 599, 699]]).sqrt().tolist() == pytest.approx([0.782569, 0.972363, 0.987880], abs=1e-6)
+    assert float((1 - signal[-1]).sqrt().float()) == 1.0
+
+
+@pytest.mark.parametrize("objective", [DDPM(), DDPM(schedule="cosine"), *PUBLISHED.values()], ids=str)
+def test_every_schedule_falls_strictly_and_has_finite_noise_levels(objective: DDPM) -> None:
+    assert bool((objective.signal.diff() < 0).all())
+    assert bool((objective.sigmas.diff() > 0).all())
+    assert float(objective.sigmas[-1]) <= 4096
+    torch.testing.assert_close(torch.cumprod(1 - objective.betas, 0), objective.signal, rtol=1e-9, atol=1e-20)
+    assert objective.ends_in_noise == (objective.schedule != "scaled_linear")
+
+
+def test_the_shifted_cosine_is_not_stretched() -> None:
+    with pytest.raises(ConfigError, match="it ends in noise as it is"):
+        DDPM("v_prediction", True, schedule="shifted_cosine")
+
+
+@pytest.mark.parametrize("objective", PUBLISHED.values(), ids=str)
+def test_the_loss_on_other_schedules_is_the_squared_error_of_v(objective: DDPM) -> None:
+    clean, noise, steps = clip(0), clip(1), torch.tensor([0, 599, 999])
+    alpha, sigma = (
+        root[steps][:, None, None, None, None] for root in (objective.signal**0.5, (1 - objective.signal) ** 0.5)
+    )
+    error = network(alpha * clean + sigma * noise, steps) - (alpha * noise - sigma * clean)
+    loss = objective.loss(network, clean, steps, noise)
+    torch.testing.assert_close(loss, error.square().mean((2, 3, 4)), atol=0, rtol=1e-12)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -196,7 +250,9 @@ def test_clean_latents_are_rescaled_before_noising_and_in_the_target() -> None:
     assert DDPM("epsilon", base_scale=0.7).target(clean, steps, noise) is noise
 
 
-@pytest.mark.parametrize("told", [DDPM(base_scale=0.7), DDPM("v_prediction", True, base_scale=0.7)])
+@pytest.mark.parametrize(
+    "told", [DDPM(base_scale=0.7), DDPM("v_prediction", True, base_scale=0.7), *PUBLISHED.values()], ids=str
+)
 def test_a_right_prediction_separates_clean_latents_from_noise(told: DDPM) -> None:
     clean, noise, steps = clip(0), clip(1), torch.tensor([[0, 133], [399, 400], [999, 20]])
     prediction = told.target(clean, steps, noise)

@@ -27,10 +27,10 @@ from inflate.models.moments import LatentMoments
 from inflate.models.original_names import size_of
 from inflate.models.original_video_names import FPS, LVDM, layout_of, refuse_what_originals_lack, with_fps
 from inflate.models.single_file_writing import differing, vae_tensors
-from inflate.models.stable_diffusion import noise_of
+from inflate.models.stable_diffusion import noise_for
 from inflate.models.text_encoders import TextEncoders
 from inflate.models.unet import MODELSCOPE, VideoUNet
-from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS
+from inflate.objectives import DDPM
 
 log = logging.getLogger(__name__)
 
@@ -178,13 +178,7 @@ class Original:
     @property
     def noise(self) -> DDIMScheduler:
         """The noise schedule, as a DDIM sampler's settings: its steps begin where those of the original do."""
-        objective = self.objective
-        settings = {
-            "num_train_timesteps": TRAIN_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END,
-            "beta_schedule": "scaled_linear", "prediction_type": objective.prediction,
-            "rescale_betas_zero_snr": objective.zero_terminal_snr, "steps_offset": 1, "set_alpha_to_one": False,
-        }  # fmt: skip
-        return noise_of(settings, self.origin)
+        return noise_for(self.objective)
 
     @property
     def clips(self) -> Clips:

@@ -35,6 +35,8 @@ from inflate.models.unet import VideoUNet, load_strictly
 from inflate.objectives import Predict
 
 FAMILY = "i2vgen_xl"
+NEGATIVE = "Distorted, discontinuous, Ugly"
+"""How the prompt begins that stood for none in the training of the released weights (`Clips.negative`)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Clips:
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
     """pixels"""
+    prompts: bool = True
+    """whether the UNet is told prompts; otherwise the image alone"""
+    negative: str = ""
+    """prompt that stood for none in training, and that guidance leads away from"""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or not 0 < self.fps < math.inf:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inflate.errors import CheckpointError
-from inflate.objectives import DDPM, TRAIN_TIMESTEPS, schedule_signal
+from inflate.objectives import DDPM, PURE_NOISE, TRAIN_TIMESTEPS
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +18,12 @@ INVERSE = "sqrt_recip_alphas_cumprod"
 """Zeros where v is predicted, which divides by nothing."""
 SCALED = 1400
 """Length of the table of scales, of which sampling and training use the first 1,000."""
-ZERO = 1e-4
-"""A share of signal at the last timestep below this is a zero terminal SNR; Stable Diffusion's own is 5e-3."""
 
 
 def buffers(objective: DDPM) -> dict[str, Tensor]:
     """What is saved of an objective's schedule, in float32."""
-    signal = schedule_signal(objective.zero_terminal_snr).double()
-    before = torch.cat([signal.new_ones(1), signal[:-1]])
-    betas, noise = 1.0 - signal / before, 1.0 - signal
+    signal, betas = objective.signal, objective.betas
+    before, noise = torch.cat([signal.new_ones(1), signal[:-1]]), 1.0 - signal
     variance = betas * (1.0 - before) / noise
     # Predicting v, the code leaves zeros for what would be infinite.
     inverse = torch.zeros_like(signal) if objective.prediction == "v_prediction" else 1.0 / signal
@@ -65,7 +62,7 @@ def told(tensors: Mapping[str, Tensor], origin: str, known: DDPM | None = None) 
         signal = torch.cumprod(1.0 - saved[BETAS].double(), dim=0)
     if signal is None:
         return None
-    zero = bool(signal[-1] < ZERO)
+    zero = bool(signal[-1] < PURE_NOISE)
     scale = _rounded(saved[SCALES][-1]) if SCALES in saved else 1.0
     if not 0.0 < scale <= 1.0:
         raise CheckpointError(f"{origin}: its {SCALES} ends in {scale}, which is no share of clean latents")

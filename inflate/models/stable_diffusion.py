@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,18 +12,26 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 
-from inflate.errors import CheckpointError
+from inflate.errors import CheckpointError, ConfigError
 from inflate.models import folders
 from inflate.models.text_encoders import SUFFIXES, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
-from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS
+from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Schedule, schedule_signal
 
 SHARED_WITH_EULER = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
-    "steps_offset", "rescale_betas_zero_snr",
+    "steps_offset", "rescale_betas_zero_snr", "trained_betas",
 )  # fmt: skip
-_DDIM_SETTINGS = (*SHARED_WITH_EULER, "set_alpha_to_one")
+_STEPS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+_PUBLISHED_STEPS = {"steps_offset": 1, "set_alpha_to_one": False}
+_SETTINGS: dict[Schedule, dict[str, Any]] = {
+    "scaled_linear": {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+"""Of the schedules that diffusers knows; the shifted cosine it is told beta by beta."""
+_ROUNDING = 1e-5
+"""By how much shares of signal may differ from a schedule's, whose betas were computed in float32."""
 
 
 class Encoding:
@@ -72,8 +80,7 @@ class TextToVideo(Encoding):
     @property
     def objective(self) -> DDPM:
         """What the image model was trained with."""
-        config = self.noise.config
-        return DDPM(config.prediction_type, config.rescale_betas_zero_snr, self.base_scale)
+        return replace(objective_of(self.noise.config, "the noise schedule"), base_scale=self.base_scale)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -142,15 +149,59 @@ def load_noise(folder: Path) -> DDIMScheduler:
 
 
 def noise_of(config: Mapping[str, Any], origin: Path) -> DDIMScheduler:
-    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not SD's.
+    """The noise schedule of a scheduler's settings, as a DDIM sampler's; CheckpointError where it is not known.
 
-    With zero terminal SNR sampling begins at the last timestep, which other spacings leave out.
+    How steps are taken is as it says of Stable Diffusion's schedule, and as published of the others.
     """
-    betas = tuple(config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
-    if betas != (BETA_START, BETA_END, "scaled_linear", TRAIN_TIMESTEPS):
-        raise CheckpointError(f"{origin} has betas {betas}; only Stable Diffusion's schedule is known")
-    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise CheckpointError(f"{origin} predicts {config['prediction_type']}; only epsilon and v_prediction are known")
-    spacing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
-    known = {key: value for key, value in config.items() if key in _DDIM_SETTINGS}
-    return DDIMScheduler.from_config({**known, **spacing, "clip_sample": False})
+    objective = objective_of(config, origin)
+    if objective.schedule != "scaled_linear":
+        return noise_for(objective)
+    return noise_for(objective, {key: value for key, value in config.items() if key in _STEPS})
+
+
+def noise_for(objective: DDPM, steps: Mapping[str, Any] = _PUBLISHED_STEPS) -> DDIMScheduler:
+    """An objective's noise schedule, as the settings of a DDIM sampler that takes `steps` so.
+
+    Of Stable Diffusion's schedule with zero terminal SNR, sampling begins at the last timestep, which other spacings
+    leave out; the published steps of the cosine begin below it.
+    """
+    last = objective.schedule == "scaled_linear" and objective.zero_terminal_snr
+    spacing = {"timestep_spacing": "trailing"} if last else {}
+    schedule = _SETTINGS.get(objective.schedule) or {"trained_betas": objective.betas.tolist()}
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS, prediction_type=objective.prediction,
+        rescale_betas_zero_snr=objective.zero_terminal_snr, clip_sample=False, **schedule, **{**steps, **spacing},
+    )  # fmt: skip
+
+
+def objective_of(config: Mapping[str, Any], origin: Path | str) -> DDPM:
+    """What a scheduler's settings say that a model was trained with; CheckpointError where that is not known."""
+    prediction, zero = config.get("prediction_type", "epsilon"), bool(config.get("rescale_betas_zero_snr"))
+    if prediction not in ("epsilon", "v_prediction"):
+        raise CheckpointError(f"{origin} predicts {prediction}; only epsilon and v_prediction are known")
+    try:
+        return DDPM(prediction, zero, schedule=_schedule_of(config, origin))
+    except ConfigError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _schedule_of(config: Mapping[str, Any], origin: Path | str) -> Schedule:
+    betas = {name: config.get(name) for name in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")}
+    if betas["num_train_timesteps"] == TRAIN_TIMESTEPS:
+        if config.get("trained_betas") is not None:
+            return _shifted_cosine_of(config["trained_betas"], origin)
+        for schedule, settings in _SETTINGS.items():
+            if settings.items() <= betas.items():
+                return schedule
+    raise CheckpointError(
+        f"{origin} has betas {(*betas.values(),)}; only Stable Diffusion's schedule and squaredcos_cap_v2, both of "
+        f"{TRAIN_TIMESTEPS} timesteps, are known"
+    )
+
+
+def _shifted_cosine_of(betas: Sequence[float], origin: Path | str) -> Schedule:
+    ours = schedule_signal(False, "shifted_cosine")
+    signal = torch.cumprod(1.0 - ours.new_tensor(betas), dim=0)
+    if signal.shape != ours.shape or not torch.allclose(signal, ours, rtol=0.0, atol=_ROUNDING):
+        raise CheckpointError(f"{origin} has trained_betas, of which only those of the shifted cosine are known")
+    return "shifted_cosine"

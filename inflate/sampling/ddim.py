@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.models.moments import LatentMoments
-from inflate.objectives import DDPM, TRAIN_TIMESTEPS, Predict, schedule_signal
+from inflate.objectives import DDPM, TRAIN_TIMESTEPS, Predict
 from inflate.sampling.steps import Progress
 
 Spacing = Literal["leading", "trailing"]
@@ -73,7 +73,7 @@ class DDIM:
         of leading ones, where the count divides the schedule; of trailing ones, mostly (61 gives them 62).
         """
         count = torch.arange(self.steps, 0, -1)
-        trailing = self.objective.zero_terminal_snr if self.spacing is None else self.spacing == "trailing"
+        trailing = self.objective.ends_in_noise if self.spacing is None else self.spacing == "trailing"
         if trailing:
             return (self._span * count.double() / self.steps).round().long() - 1
         offset = 1 if self.steps < self._span else 0
@@ -90,7 +90,7 @@ class DDIM:
     def begin(self, noise: Tensor, moments: LatentMoments) -> Tensor:
         """Latents (B, F, C, h, w) as they are likely at the first timestep, from standard normal ones of that shape."""
         first = self.timesteps()[0]
-        signal = schedule_signal(self.objective.zero_terminal_snr)[first]
+        signal = self.objective.signal[first]
         scale = self.objective.rescale(first.double())
         return moments.start(noise, float((1.0 - signal).sqrt()), float(signal.sqrt() * scale))
 
@@ -119,7 +119,7 @@ class DDIM:
 
 def table(objective: DDPM, timesteps: Tensor, eta: float) -> Table:
     """What steps over the timesteps (S,), descending, do, in float64; the last ends at timestep 0's share of signal."""
-    signal = schedule_signal(objective.zero_terminal_snr)
+    signal = objective.signal
     before, after = signal[timesteps], torch.cat([signal[timesteps[1:]], signal[:1]])
     less = (1.0 - after) / (1.0 - before)
     sigma = eta * (less * (1.0 - before / after)).sqrt()

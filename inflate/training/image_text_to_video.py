@@ -21,7 +21,8 @@ from inflate.models import image_stream
 from inflate.models.moments import LatentMoments
 from inflate.models.unet import VideoUNet
 from inflate.models.visits import away, visiting
-from inflate.sampling.dynamicrafter import Sampling, decoded, sample
+from inflate.sampling.animators import decoded
+from inflate.sampling.dynamicrafter import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.captions import encoded_text, text_of
 from inflate.training.economy import as_loaded

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inflate.models.visits import waiting_on
-from inflate.objectives import schedule_sigmas, schedule_signal
+from inflate.objectives import Schedule, schedule_signal
 from inflate.training.memory import fused_attention
 
 DEVICE = torch.device("cpu")
@@ -38,8 +39,8 @@ class Paper:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let networks on paper be used; tensors that have nothing to do with them keep their values."""
-        for zero_terminal in (False, True):  # kept for good by whoever asks first: not without values
-            schedule_signal(zero_terminal), schedule_sigmas(zero_terminal)
+        for each in product((False, True), get_args(Schedule)):
+            schedule_signal(*each)  # kept for good by whoever asks first: not without values
         with ExitStack() as stack:
             if self.gpu:
                 stack.enter_context(fused_attention(on_paper))
