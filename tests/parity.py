@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import parity_dynamicrafter
+import parity_i2vgenxl
 import parity_modelscope
 import parity_svd
 from parity_cases import EXACT, RECORDED, RECORDED64, WEIGHTS, Case, Runner
@@ -89,6 +90,7 @@ def runner_of(folder: Path, stem: str) -> Runner | None:
         "state_keys_svd_sgm": parity_svd.sgm_key_cases,
         "state_keys_svd_diffusers": parity_svd.diffusers_key_cases,
         "key_map_svd_sgm_to_diffusers": parity_svd.key_map_cases,
+        "schedules": parity_i2vgenxl.schedule_cases,
         "state_keys_modelscope_i2v": parity_modelscope.vgen_key_cases,
         "state_keys_modelscope_v2v": parity_modelscope.vgen_key_cases,
         "state_keys_vgen_sr600": parity_modelscope.vgen_key_cases,

@@ -1,4 +1,4 @@
-"""DDIM (2010.02502): steps over a few timesteps of a DDPM objective's schedule, with fresh noise by choice.
+"""DDIM (2010.02502): steps over a few timesteps of a DDPM objective's schedule, with fresh noise by choice, and back.
 
 Nothing here is a difference of nearly equal numbers, so that every count of steps is finite at every `eta`; the usual
 formula takes the root of a negative rounding error where the first step leaves pure noise.
@@ -23,7 +23,7 @@ class Table(NamedTuple):
     """What each step does, every entry of shape (S,), in the order of the steps."""
 
     timestep: Tensor
-    """descending"""
+    """descending; ascending of an inversion"""
     signal: Tensor
     """share of signal in the variance before the step"""
     signal_after: Tensor
@@ -85,7 +85,7 @@ class DDIM:
 
     def rows(self) -> list[Table]:
         """The table step by step, every entry a scalar."""
-        return [Table(*row) for row in zip(*self.table(), strict=True)]
+        return _rows(self.table())
 
     def begin(self, noise: Tensor, moments: LatentMoments) -> Tensor:
         """Latents (B, F, C, h, w) as they are likely at the first timestep, from standard normal ones of that shape."""
@@ -103,18 +103,65 @@ class DDIM:
         list of steps, as tqdm does.
         """
         for step in (progress or list)(self.rows()):
-            timestep = step.timestep.to(latents.device).expand(len(latents))
-            prediction = predict(latents, timestep)  # (B, F, C, h, w)
-            latents = self.step(step, latents, prediction, noise)
+            latents = self.step(step, latents, predict(latents, _told(step, latents)), noise)
         return latents
 
     def step(self, step: Table, latents: Tensor, prediction: Tensor, noise: Iterator[Tensor]) -> Tensor:
         """The latents after a step, a row of the table, from those before it and the network's prediction."""
-        timestep = step.timestep.to(latents.device).expand(len(latents))
-        clean, direction = self.objective.separate(latents, timestep, prediction)
-        root = float(step.signal_after.sqrt() * step.rescale)
-        after = root * clean + float(step.direction) * direction
+        after = _moved(self.objective, step, latents, prediction)
         return after + float(step.sigma) * next(noise) if self.eta else after
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How clean latents become noise, by DDIM's steps backwards: what VGen's refinement begins from.
+
+    It takes them on the plain cosine, by the negative prompt and without guidance. ConfigError where that cannot be.
+    """
+
+    objective: DDPM = DDPM("v_prediction", schedule="cosine")
+    """what the network predicts, and on which schedule"""
+    levels: int = 700
+    """timesteps that noise is added over: the latents end at the last of them"""
+    steps: int = 30
+    """share of the levels that each step goes over, rounded down to timesteps. That may leave room for one step more:
+    30 of 700 levels are 31, of 23 timesteps each, the last of which is cut short"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.levels <= TRAIN_TIMESTEPS:
+            raise ConfigError(f"levels is {self.levels}: there are 1 to {TRAIN_TIMESTEPS} timesteps")
+        if not 1 <= self.steps <= self.levels:
+            raise ConfigError(f"steps is {self.steps}: there are 1 to {self.levels}, the levels to add noise over")
+
+    @property
+    def _stride(self) -> int:
+        return self.levels // self.steps
+
+    def timesteps(self) -> Tensor:
+        """The timesteps that the network is called at, ascending from 0, at which clean latents are taken to be."""
+        return torch.arange(0, self.levels, self._stride)
+
+    def table(self) -> Table:
+        """What the steps do, in float64."""
+        timesteps = self.timesteps()
+        ends = (timesteps + self._stride).clamp(max=self.levels - 1)
+        before, after = self.objective.signal[timesteps], self.objective.signal[ends]
+        scale = self.objective.rescale(ends.double()) / self.objective.rescale(timesteps.double())
+        return Table(timesteps, before, after, (1.0 - after).sqrt(), torch.zeros_like(after), scale)
+
+    def rows(self) -> list[Table]:
+        """The table step by step, every entry a scalar."""
+        return _rows(self.table())
+
+    def draw(self, predict: Predict, latents: Tensor, progress: Progress | None = None) -> Tensor:
+        """The latents (B, F, C, h, w) at the last of the levels that clean ones come from; `progress` as for DDIM."""
+        for step in (progress or list)(self.rows()):
+            latents = self.step(step, latents, predict(latents, _told(step, latents)))
+        return latents
+
+    def step(self, step: Table, latents: Tensor, prediction: Tensor) -> Tensor:
+        """The latents after a step, a row of the table, from those before it and the network's prediction."""
+        return _moved(self.objective, step, latents, prediction)
 
 
 def table(objective: DDPM, timesteps: Tensor, eta: float) -> Table:
@@ -126,6 +173,20 @@ def table(objective: DDPM, timesteps: Tensor, eta: float) -> Table:
     direction = ((1.0 - after) * (1.0 - eta**2 + eta**2 * less * before / after)).sqrt()
     scale = objective.rescale(timesteps.double())
     return Table(timesteps, before, after, direction, sigma, torch.cat([scale[1:], scale[-1:]]) / scale)
+
+
+def _rows(steps: Table) -> list[Table]:
+    return [Table(*row) for row in zip(*steps, strict=True)]
+
+
+def _told(step: Table, latents: Tensor) -> Tensor:
+    return step.timestep.to(latents.device).expand(len(latents))
+
+
+def _moved(objective: DDPM, step: Table, latents: Tensor, prediction: Tensor) -> Tensor:
+    """The latents after a step without its fresh noise."""
+    clean, direction = objective.separate(latents, _told(step, latents), prediction)
+    return float(step.signal_after.sqrt() * step.rescale) * clean + float(step.direction) * direction
 
 
 def standard_normal(seeds: Sequence[int], shape: Sequence[int], like: Tensor) -> Iterator[Tensor]:

@@ -29,6 +29,17 @@ class Noise:
         draws = [torch.randn(shape, generator=generator) for generator in self._generators(purpose)]
         return torch.stack(draws).to(self.device)  # (B, *shape)
 
+    def offset(self, purpose: str, strength: float, *shape: int) -> Tensor:
+        """Normal draws (B, *shape) of clips (F, C, h, w), and in each frame and channel one more, `strength` times.
+
+        That moves whole frames' colours (I2VGen-XL: 0.1), which noise without it leaves to be guessed. The draws are
+        `normal`'s of that purpose; the shared ones have a purpose of their own.
+        """
+        draws = self.normal(purpose, *shape)
+        if not strength:
+            return draws
+        return draws + strength * self.normal(f"{purpose} offset", *shape[:-2], 1, 1)
+
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Draws from [0, 1), (B, *shape), float32, on the device."""
         draws = [torch.rand(shape, generator=generator) for generator in self._generators(purpose)]

@@ -1,4 +1,4 @@
-"""DDIM: the original's tables, any count of steps, diffusers' steps, and the data in the end."""
+"""DDIM: the original's tables, any count of steps, diffusers' steps, the data in the end, and the way back."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from inflate.errors import ConfigError
 from inflate.models.moments import LatentMoments
+from inflate.models.stable_diffusion import noise_for
 from inflate.objectives import BETA_END, BETA_START, DDPM
-from inflate.sampling.ddim import DDIM, Spacing, standard_normal
+from inflate.sampling.ddim import DDIM, Inversion, Spacing, standard_normal
 
 PLAIN, STRETCHED = DDPM(), DDPM("v_prediction", zero_terminal_snr=True, base_scale=0.7)
+COSINE, SHIFTED = DDPM("v_prediction", True, schedule="cosine"), DDPM("v_prediction", schedule="shifted_cosine")
 SHAPE = (2, 3, 4, 2, 2)
 
 
@@ -51,7 +53,7 @@ def test_steps_of_the_published_samplers() -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("objective", [PLAIN, STRETCHED], ids=["plain", "zero"])
+@pytest.mark.parametrize("objective", [PLAIN, STRETCHED, COSINE, SHIFTED], ids=["plain", "zero", "cosine", "shifted"])
 def test_every_count_of_steps_is_finite_and_descends_through_the_schedule(objective: DDPM, spacing: Spacing) -> None:
     for steps in range(1, 1001):
         for eta in (0.0, 0.37, 1.0):
@@ -66,7 +68,8 @@ def test_every_count_of_steps_is_finite_and_descends_through_the_schedule(object
 def test_spacing_is_the_objectives_unless_asked_and_may_start_below_the_last_step() -> None:
     assert DDIM(PLAIN, 4).timesteps().tolist() == [751, 501, 251, 1]
     assert DDIM(PLAIN, 4, spacing="trailing").timesteps().tolist() == [999, 749, 499, 249]
-    assert DDIM(STRETCHED, 4).timesteps().tolist() == [999, 749, 499, 249]
+    for objective in (STRETCHED, COSINE, SHIFTED):
+        assert DDIM(objective, 4).timesteps().tolist() == [999, 749, 499, 249]
     assert DDIM(STRETCHED, 4, spacing="leading").timesteps().tolist() == [751, 501, 251, 1]
     assert DDIM(STRETCHED, 5, start=899).timesteps().tolist() == [899, 719, 539, 359, 179]
     assert DDIM(PLAIN, 5, start=899).timesteps().tolist() == [721, 541, 361, 181, 1]
@@ -91,6 +94,18 @@ def test_steps_are_those_of_diffusers(objective: DDPM, eta: float) -> None:
         latents, prediction, noise = normal(0), normal(1), normal(2)
         wanted = theirs.step(prediction, row.timestep, latents, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(ours.step(row, latents, prediction, iter([noise])), wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_published_steps_of_i2vgen_xl_are_those_of_diffusers_told_our_schedule() -> None:
+    """They begin at 981 of noise that is pure, and end at the first timestep's share of signal."""
+    theirs, ours = noise_for(COSINE), DDIM(COSINE, 50, 0.0, "leading")
+    theirs.set_timesteps(50)
+    assert ours.timesteps().tolist() == theirs.timesteps.tolist() == list(range(981, 0, -20))
+    assert float(ours.table().signal_after[-1]) == float(COSINE.signal[0])
+    for row in ours.rows():
+        latents, prediction = normal(0), normal(1)
+        wanted = theirs.step(prediction, row.timestep, latents).prev_sample
+        torch.testing.assert_close(ours.step(row, latents, prediction, no_noise()), wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -165,3 +180,63 @@ def test_a_start_below_the_last_timestep_has_the_moments_of_noised_clips(objecti
     found = LatentMoments.of(sampler.begin(second, LatentMoments.of(clips)))
     assert found.mean == pytest.approx(expected.mean, abs=0.02)
     assert found.variance == pytest.approx(expected.variance, rel=0.03)
+
+
+def test_the_published_inversion_takes_one_step_more_and_ends_at_the_last_level() -> None:
+    table = Inversion().table()
+    assert table.timestep.tolist() == list(range(0, 700, 23))
+    assert len(table.timestep) == 31
+    plain = DDPM(schedule="cosine").signal
+    torch.testing.assert_close(table.signal_after, torch.cat([plain[23:700:23], plain[699:700]]))
+    assert float(table.signal_after[-1].sqrt()) == pytest.approx(0.4507, abs=5e-5)
+    assert Inversion(steps=3).timesteps().tolist() == [0, 233, 466, 699]
+    assert Inversion(levels=1, steps=1).timesteps().tolist() == [0]
+
+
+@pytest.mark.parametrize("objective", [DDPM(schedule="cosine"), STRETCHED, COSINE, SHIFTED], ids=str)
+def test_every_inversion_is_finite(objective: DDPM) -> None:
+    for levels, steps in [
+        (1, 1),
+        (2, 2),
+        (600, 7),
+        (700, 30),
+        *((1000, steps) for steps in (1, 2, 30, 333, 999, 1000)),
+    ]:
+        sampler = Inversion(objective, levels, steps)
+        assert all(bool(entries.isfinite().all()) for entries in sampler.table())
+        last = sampler.draw(lambda noisy, timestep: torch.tanh(noisy), normal(0))
+        assert bool(last.isfinite().all())
+
+
+@pytest.mark.parametrize("steps", [1, 5, 30])
+def test_a_network_that_says_one_noise_is_followed_there_and_back_exactly(steps: int) -> None:
+    objective, clean, noise = DDPM(schedule="cosine"), normal(0), normal(1)
+    there = Inversion(objective, 700, steps).draw(lambda noisy, timestep: noise, clean)
+    back = DDIM(objective, 9, 0.0, "trailing", start=699).draw(lambda noisy, timestep: noise, there, no_noise())
+    torch.testing.assert_close(back, clean, atol=1e-10, rtol=1e-10)
+
+
+def test_there_and_back_by_the_network_of_gaussian_clips_comes_closer_the_smaller_the_steps() -> None:
+    """Whose prediction is linear in its input: the error is of the first order, as each step's is of the second."""
+    objective, clean = Inversion().objective, normal(0)
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        signal = objective.signal[timestep[0]]
+        return (signal * (1 - signal)).sqrt() * (1 - 0.25) / (0.25 * signal + 1 - signal) * noisy
+
+    errors = []
+    for steps in (25, 50, 100):
+        there = Inversion(steps=steps).draw(predict, clean)
+        back = DDIM(objective, steps, 0.0, "trailing", start=699).draw(predict, there, no_noise())
+        errors.append(float((back - clean).norm() / clean.norm()))
+    assert errors[0] < 0.15
+    assert [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([2, 2], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [({"levels": 0}, "levels is 0"), ({"levels": 1001}, "1 to 1000"), ({"steps": 0}, "steps is 0"),
+                        ({"levels": 9, "steps": 10}, "there are 1 to 9")],
+)  # fmt: skip
+def test_what_cannot_be_inverted_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Inversion(**wrong)

@@ -29,6 +29,27 @@ def test_draws_have_the_right_distribution() -> None:
     assert abs(uniform.mean() - 0.5) < 0.03
 
 
+def test_offset_noise_has_one_more_draw_for_each_frame_and_channel() -> None:
+    noise = Noise(3, torch.tensor([5, 6]))
+    plain, moved = noise.normal("noise", 3, 4, 8, 8), noise.offset("noise", 0.1, 3, 4, 8, 8)
+    added = (moved - plain)[..., :1, :1]  # (B, F, C, 1, 1)
+    torch.testing.assert_close(moved, plain + added)
+    assert len(added.unique()) == 2 * 3 * 4
+    assert torch.equal(noise.offset("noise", 0.0, 3, 4, 8, 8), plain)
+    alone = Noise(3, torch.tensor([6])).offset("noise", 0.1, 3, 4, 8, 8)
+    assert torch.equal(moved[1:], alone), "whatever the clips beside it"
+
+
+def test_offsets_have_the_strength_and_are_no_part_of_the_noise() -> None:
+    noise = Noise(0, torch.arange(40))
+    plain, twice = noise.normal("noise", 5, 4, 2, 2), noise.offset("noise", 0.2, 5, 4, 2, 2)
+    offsets = (twice - plain)[..., 0, 0].flatten()  # (B F C,)
+    assert abs(offsets.mean()) < 0.03
+    assert abs(offsets.std() - 0.2) < 0.02
+    together = torch.stack([offsets, plain[..., 0, 0].flatten()])
+    assert abs(torch.corrcoef(together)[0, 1]) < 0.12
+
+
 def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
