@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from transformers import CLIPVisionModelWithProjection
 
@@ -24,6 +25,7 @@ from inflate.objectives import DDPM
 from inflate.training.i2vgen_xl import I2VGenXLSettings
 
 Stage = Literal["base", "refine"]
+Trained = TypeVar("Trained", I2VGenXL, Refiner)
 FAMILIES: dict[Stage, str] = {"base": i2vgen_xl.FAMILY, "refine": i2vgen_xl_refiner.FAMILY}
 """What an export of each stage is."""
 PAPER_GAMMA = 0.2
@@ -46,7 +48,16 @@ class Parts:
 def begin(
     stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool = True
 ) -> I2VGenXL | Refiner:
-    """The model that a stage trains; without `weights` its shape alone, on the meta device. CheckpointError."""
+    """The model that a stage trains; without `weights` its shape alone, on the meta device.
+
+    CheckpointError, and ConfigError for what is asked for beside a whole model of I2VGen-XL.
+    """
+    given = [
+        f"model.{one}" for one in ("image_encoder", "image_model", "tokenizer", "prediction") if getattr(model, one)
+    ]
+    given += [f"hierarchy.{name}" for name in _changed(parts)]
+    if given and folders.family_of(model.path) in FAMILIES.values():
+        raise ConfigError(f"{given[0]}: {model.path} is a whole model of I2VGen-XL, which has its own: leave it out")
     return _base(model, parts, settings, weights) if stage == "base" else _refiner(model, settings, weights)
 
 
@@ -94,16 +105,20 @@ def _hierarchy(parts: Parts, text: VideoLDM, vision: CLIPVisionModelWithProjecti
     return Hierarchy(text.vae.config.latent_channels, int(vision.config.projection_dim), **asdict(parts))
 
 
-def _statistics(folder: Any) -> Mapping[str, Any]:
+def _statistics(folder: Path) -> Mapping[str, Any]:
     return image_statistics(folder, folder.parent / "feature_extractor")
 
 
-def _rescheduled(family: Any, settings: I2VGenXLSettings) -> Any:
+def _changed(parts: Parts) -> list[str]:
+    """The settings of parts that are not at their defaults."""
+    return [each.name for each in fields(Parts) if getattr(parts, each.name) != each.default]
+
+
+def _rescheduled(family: Trained, settings: I2VGenXLSettings) -> Trained:
     """A model, in place, on the noise schedule that is asked for."""
     if settings.schedule is not None:
         zero = settings.schedule == "cosine"
         family.noise = noise_for(DDPM("v_prediction", zero, schedule=settings.schedule))
-        family.base_scale = 1.0
     return family
 
 
@@ -134,9 +149,12 @@ def check_stage(stage: Stage, model: Model, settings: I2VGenXLSettings, parts: P
     changed = [name for name in others if getattr(settings, name) != getattr(I2VGenXLSettings(), name)]
     if changed:
         raise ConfigError(f"i2vgen_xl.{changed[0]} is for stage={other}: leave it out of stage={stage}")
-    told = [each.name for each in fields(Parts) if getattr(parts, each.name) != getattr(Parts(), each.name)]
-    if told and stage == "refine":
-        raise ConfigError(f"hierarchy.{told[0]} is for stage=base: a refiner is told texts alone; leave it out")
+    if stage == "refine" and _changed(parts):
+        raise ConfigError(f"hierarchy.{_changed(parts)[0]} is for stage=base: a refiner is told texts alone")
+    if settings.text is False and not (parts.global_encoder or parts.clip_tokens):
+        raise ConfigError(
+            "i2vgen_xl.text=false leaves attention no token beside hierarchy.global_encoder=false and clip_tokens=0"
+        )
     if model.image_encoder and stage == "refine":
         raise ConfigError("model.image_encoder is for stage=base: a refiner sees no first frame; set it to null")
     if settings.fade_in and settings.text is False:

@@ -125,7 +125,8 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
         for places in same_size(self.shown, len(self.shown)):
             truth = torch.cat([self.shown[place]["pixels"] for place in places])
             small = shrunk(truth, self.sampling.shrink)
-            enlarged = fitted(small.flatten(0, 1), truth.shape[-2:]).unflatten(0, truth.shape[:2])  # (N, F, 3, H, W)
+            _, height, width = size_of(self.shown[places[0]])
+            enlarged = fitted(small.flatten(0, 1), (height, width)).unflatten(0, truth.shape[:2])  # (N, F, 3, H, W)
             clips = {"truth": truth, "enlarged": enlarged, "sample": self.refine(small, places)}
             told = {what: restored(truth, clips[what]) for what in ("sample", "enlarged")}
             yield places, clips, {f"{name}, {what}": value for what in told for name, value in told[what].items()}

@@ -133,7 +133,7 @@ def test_rows_are_padded_and_stay_so(places: dict[str, Path], tmp_path: Path) ->
     [("base", "image"), ("base", "text"), ("base", "base"), ("refine", "base"), ("refine", "refiner")],
 )
 def test_an_outline_has_the_shape_of_the_model(places: dict[str, Path], stage: Stage, start: str) -> None:
-    made, outlined = (begin(stage, model(places, start), PARTS, OWN, weights=weights) for weights in (True, False))
+    made, outlined = (begin(stage, model(places, start), Parts(), OWN, weights=weights) for weights in (True, False))
     for name, part in made.parts.items():
         shapes = {key: value.shape for key, value in part.state_dict().items()}
         assert shapes == {key: value.shape for key, value in outlined.parts[name].state_dict().items()}, name
@@ -143,7 +143,7 @@ def test_an_outline_has_the_shape_of_the_model(places: dict[str, Path], stage: S
 @pytest.mark.parametrize(("stage", "start"), [("base", "text"), ("base", "base"), ("refine", "base"),
                                               ("refine", "refiner"), ("refine", "text")])  # fmt: skip
 def test_what_is_cached_comes_from_the_models_own_encoders(places: dict[str, Path], stage: str, start: str) -> None:
-    found, whole = encoders(stage, model(places, start)), begin(stage, model(places, start), PARTS, OWN)  # type: ignore[arg-type]
+    found, whole = encoders(stage, model(places, start)), begin(stage, model(places, start), Parts(), OWN)  # type: ignore[arg-type]
     image = torch.rand(1, 2, 3, SIDE, SIDE)
     assert torch.equal(found.encode(image), whole.encode(image))
     assert torch.equal(found.embed([PROMPT]).context, whole.embed([PROMPT]).context)
@@ -163,6 +163,7 @@ def test_gamma_is_the_papers_from_an_image_model_alone(places: dict[str, Path]) 
         ("refine", {"text": False}, Parts(), r"i2vgen_xl\.text is for stage=base"),
         ("refine", {"fade_in": 5}, Parts(), r"i2vgen_xl\.fade_in is for stage=base"),
         ("refine", {}, Parts(clip_tokens=0), r"hierarchy\.clip_tokens is for stage=base"),
+        ("base", {"text": False}, Parts(global_encoder=False, clip_tokens=0), "leaves attention no token"),
         ("base", {"text": False, "fade_in": 5}, Parts(), r"text=false has none"),
         ("base", {"fade_in": 100}, Parts(), r"training\.steps=100 would end before"),
     ],
@@ -177,6 +178,14 @@ def test_settings_of_the_other_stage_or_without_effect_are_refused(
 def test_a_refiner_sees_no_first_frame() -> None:
     with pytest.raises(ConfigError, match=r"model\.image_encoder is for stage=base"):
         check_stage("refine", Model(image_encoder="pocket"), OWN, Parts(), 100)
+
+
+@pytest.mark.parametrize(("stage", "start"), [("base", "base"), ("refine", "base"), ("refine", "refiner")])
+def test_nothing_is_named_beside_a_whole_model(places: dict[str, Path], stage: Stage, start: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: .* is a whole model of I2VGen-XL"):
+        begin(stage, replace(model(places, start), tokenizer="pocket"), Parts(), OWN)
+    with pytest.raises(ConfigError, match=r"hierarchy\.clip_tokens: .* is a whole model of I2VGen-XL"):
+        begin(stage, model(places, start), PARTS, OWN)
 
 
 def test_an_adapter_needs_a_model_of_its_stage(places: dict[str, Path]) -> None:
