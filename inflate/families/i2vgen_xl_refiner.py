@@ -131,7 +131,8 @@ def text_only(unet: VideoUNet, fps: float) -> VideoUNet:
     channels = unet.config.in_channels - (hierarchy.channels if hierarchy and hierarchy.detail_encoder else 0)
     told = {"hierarchy": None, "class_embed_type": None, "projection_class_embeddings_input_dim": None}
     made = exchange.build_unet({**config, **told, "in_channels": channels}, replace(unet.spec, added_ids=0))
-    tensors = {name: tensor for name, tensor in exchange.detached(unet).items() if name in made.state_dict()}
+    own = exchange.detached(unet)
+    tensors = {name: own[name] for name in exchange.shapes(made)}
     tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :channels].clone()
     if unet.spec.added_ids:
         bias = tensors["time_embedding.linear_2.bias"]

@@ -62,6 +62,14 @@ class Denoising:
             )
 
 
+def check_drops(section: str, text: float, image: float, both: float) -> None:
+    """Raise ConfigError unless the shares of samples that lose their text, image or both can be drawn at once."""
+    if min(text, image, both) < 0 or text + image + both > 1:
+        raise ConfigError(
+            f"{section}: drop_text, drop_image and drop_both are shares: not below 0, not above 1 together"
+        )
+
+
 class DenoisingTask(ABC, Generic[Family, Condition]):
     """Trains `family.unet` on clips; measures it on held-out ones.
 

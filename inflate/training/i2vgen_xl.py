@@ -22,7 +22,7 @@ from inflate.sampling.i2vgen_xl import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.animating import FEATURES, AnimatingTask
 from inflate.training.captions import text_of
-from inflate.training.denoising import Denoising
+from inflate.training.denoising import Denoising, check_drops
 from inflate.training.held_out import TOGETHER, size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
@@ -68,11 +68,7 @@ class I2VGenXLSettings(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = (self.drop_text, self.drop_image, self.drop_both)
-        if min(rates) < 0 or sum(rates) > 1:
-            raise ConfigError(
-                "i2vgen_xl: drop_text, drop_image and drop_both are shares: not below 0, not above 1 together"
-            )
+        check_drops(self.section, self.drop_text, self.drop_image, self.drop_both)
         if self.gamma is not None and not 0 < self.gamma < math.inf:
             raise ConfigError(f"i2vgen_xl.gamma={self.gamma}: must be positive; 1 trains all layers at one rate")
         if not 0 <= self.offset_noise < math.inf or self.fade_in < 0:
@@ -133,7 +129,7 @@ class I2VGenXLTask(AnimatingTask[I2VGenXL, Condition]):
     """Trains `family.unet` to animate first frames by captions, or by themselves.
 
     The image model's layers learn at `gamma` times the rate of the others, which inflation created, and of the time
-    embedding.
+    embedding. What is measured and shown has first frames at their full weight, as in sampling, at any step.
     """
 
     settings: I2VGenXLSettings

@@ -20,7 +20,7 @@ from inflate.sampling.dynamicrafter import Sampling, sample
 from inflate.training.adapting import Adapting
 from inflate.training.animating import FEATURES, AnimatingTask
 from inflate.training.captions import text_of
-from inflate.training.denoising import Denoising
+from inflate.training.denoising import Denoising, check_drops
 from inflate.training.held_out import TOGETHER, size_of
 from inflate.training.leakage import ConditionNoise
 from inflate.training.noise import Noise
@@ -56,11 +56,7 @@ class ImageTextToVideo(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = (self.drop_text, self.drop_image, self.drop_both)
-        if min(rates) < 0 or sum(rates) > 1:
-            raise ConfigError(
-                "image_text_to_video: drop_text, drop_image and drop_both are shares: not below 0, not above 1 together"
-            )
+        check_drops(self.section, self.drop_text, self.drop_image, self.drop_both)
         if self.interpolation and self.condition_frame != "first":
             raise ConfigError(
                 "image_text_to_video.interpolation=true gives both ends of a clip, of which the image encoder sees the "
