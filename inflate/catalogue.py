@@ -18,12 +18,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as ENCODER_INDEX_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 
 from inflate.errors import CheckpointError
-from inflate.families import animatediff, dynamicrafter, modelscope, svd_files
+from inflate.families import (
+    animatediff,
+    dynamicrafter,
+    i2vgen_xl,
+    i2vgen_xl_original,
+    i2vgen_xl_refiner,
+    modelscope,
+    svd_files,
+)
 from inflate.families import dynamicrafter_keys as keys
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.svd_original import Original
 from inflate.formats import FORMATS
 from inflate.models import exchange, folders, image_stream, schedule_buffers, single_file, temporal_layers
+from inflate.models.original_video_names import DETAIL, TOKENS, WHOLE
 from inflate.models.unet import OF_IMAGE, TemporalSpec, VideoUNet
 from inflate.tables import aligned
 
@@ -32,15 +41,20 @@ CLASSES = {
     "UNetSpatioTemporalConditionModel": "svd",
     "VideoUNet": "video-unet",
     "UNet3DConditionModel": "unet3d",
+    "I2VGenXLUNet": "unet-i2vgen",
     "UNetMotionModel": "unet-motion",
     "MotionAdapter": "motion-adapter",
 }
 """Formats of folders by the class that config.json names."""
 
+FAMILIES = (dynamicrafter.FAMILY, i2vgen_xl.FAMILY, i2vgen_xl_refiner.FAMILY)
+"""Families whose folders, of a UNet of ours, are formats of that name."""
+
 MARKS = {
     ".pos_encoder.pe": "motion-module",
     keys.IMAGE_PROJ: "dynamicrafter-file",
     ".init_attn.": "videocrafter-file",
+    **{f"{mark}.": "i2vgen_xl-file" for mark in (DETAIL, WHOLE, TOKENS)},
     ".temopral_conv.": "vgen",
     ".time_stack.": "svd-file",
     single_file.UNET: "stable-diffusion-file",
@@ -141,8 +155,8 @@ def _folder_format(folder: Path) -> str:
     if name not in CLASSES:
         raise CheckpointError(f"{file} is of class {name}, which is not known; known are {', '.join(CLASSES)}")
     own = folder / folders.SETTINGS_FILE
-    is_dynamicrafter = own.is_file() and folders.read_json(own).get("family") == dynamicrafter.FAMILY
-    return dynamicrafter.FAMILY if is_dynamicrafter and name == "VideoUNet" else CLASSES[name]
+    family = folders.read_json(own).get("family") if own.is_file() else None
+    return str(family) if family in FAMILIES and name == "VideoUNet" else CLASSES[name]
 
 
 def _stable_diffusion_file(file: Path) -> Found:
@@ -196,7 +210,7 @@ def _dynamicrafter_file(file: Path) -> Found:
     return {"objective": _listed(asdict(told.objective)), **about, **facts}, groups
 
 
-def _dynamicrafter(folder: Path) -> Found:
+def _of_family(folder: Path) -> Found:
     settings = folders.read_json(folder / folders.SETTINGS_FILE)
     facts, groups = _our_unet(folder)
     return {**{name: _listed(settings[name]) for name in ("objective", "clips") if name in settings}, **facts}, groups
@@ -226,10 +240,26 @@ def _unet3d(folder: Path) -> Found:
 
 
 def _vgen(file: Path) -> Found:
-    model = modelscope.load_vgen(file, exchange.read_headers)
-    facts, groups = _video_unet(model.unet)
-    beside = [] if model.tokens is None else list(model.tokens.state_dict().values())
-    return facts, {**groups, "conditioning": groups.get("conditioning", []) + beside}
+    unet = modelscope.load_vgen(file, exchange.read_headers)
+    facts, groups = _video_unet(unet)
+    kinds = "text-to-video or, as no tensor tells, the refinement of I2VGen-XL"
+    if modelscope.tells_padding(file, unet):
+        kinds = "refinement" if unet.config.downsample_padding == modelscope.REFINEMENT else "text-to-video"
+    return {"model": kinds, **facts}, groups
+
+
+def _i2vgen_xl_file(file: Path) -> Found:
+    unet = modelscope.load_vgen(file, exchange.read_headers)
+    about = i2vgen_xl_original.trained(unet, exchange.told_by(file), file)
+    facts, groups = _video_unet(unet)
+    return {name: _listed(asdict(each)) for name, each in about._asdict().items()} | facts, groups
+
+
+def _unet_i2vgen(folder: Path) -> Found:
+    inside = unet_folder(folder)
+    facts, groups = _video_unet(modelscope.load_diffusers(inside, exchange.read_headers))
+    detail = "half of VGen's, as far as is known" if modelscope.is_halved(inside) else "as VGen's"
+    return {**_prediction(folder), "detail": detail, **facts}, {**groups, **_parts(folder)}
 
 
 def _unet_motion(folder: Path) -> Found:
@@ -265,12 +295,14 @@ _READERS: dict[str, Callable[[Path], Found]] = {
     "svd-file": _svd_file,
     "svd": _svd,
     "dynamicrafter-file": _dynamicrafter_file,
-    "dynamicrafter": _dynamicrafter,
+    **dict.fromkeys(FAMILIES, _of_family),
     "videocrafter-file": _dynamicrafter_file,
     "video-unet": _our_unet,
     "temporal-layers": _temporal_layers,
     "unet3d": _unet3d,
     "vgen": _vgen,
+    "i2vgen_xl-file": _i2vgen_xl_file,
+    "unet-i2vgen": _unet_i2vgen,
     "unet-motion": _unet_motion,
     "motion-adapter": _motion_adapter,
     "motion-module": _motion_module,
@@ -339,7 +371,7 @@ def _prediction(folder: Path) -> dict[str, str]:
 
 
 def _context(config: Mapping[str, Any]) -> dict[str, str]:
-    image = config.get("image_context")
+    image = config.get("image_context") or config.get("hierarchy")
     return {"context width": str(config["cross_attention_dim"]), **({"image": _listed(image)} if image else {})}
 
 

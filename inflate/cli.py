@@ -234,6 +234,10 @@ def convert_model(
         Literal["256", "512", "1024", "512_interp"] | None,
         typer.Option("--published", help="Which DynamiCrafter the original's file is, where it looks like another."),
     ] = None,
+    double_detail: Annotated[
+        bool,
+        typer.Option("--double-detail", help="An I2VGenXLUNet with half of its detail, as published: mend it."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that exists.")] = False,
 ) -> None:
     """Write the model in FROM to TO in another format, bit for bit in float32; what that cannot hold is refused.
@@ -242,7 +246,7 @@ def convert_model(
     """
     from inflate.conversion import Extra, convert
 
-    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame, published)
+    extra = Extra(image_model, image_encoder, tokenizer, prediction, frames, norm_per_frame, published, double_detail)
     typer.echo(f"note: {convert(source, target, to, extra, overwrite)}", err=True)
     typer.echo(f"wrote {target}")
 

@@ -15,17 +15,26 @@ from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
 from inflate.catalogue import recognise, unet_folder
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import animatediff, dynamicrafter_original, modelscope, svd, video_ldm
+from inflate.families import (
+    animatediff,
+    dynamicrafter_original,
+    i2vgen_xl_original,
+    i2vgen_xl_pipeline,
+    modelscope,
+    svd,
+    video_ldm,
+)
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
-from inflate.families.modelscope import ImageToVideo
+from inflate.families.i2vgen_xl import I2VGenXL
+from inflate.families.i2vgen_xl_original import Beside
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
 from inflate.files import new_folder
 from inflate.formats import FILES, WRITTEN
 from inflate.layers.branches import NormOver
-from inflate.models import folders
+from inflate.models import exchange, folders
 from inflate.models.exchange import listing, read_headers
 from inflate.models.single_file import Prediction, load_image_model
 from inflate.models.single_file_writing import save_image_model
@@ -42,6 +51,10 @@ USUAL = {
     "videocrafter-file": "video-unet",
     "unet3d": "vgen",
     "vgen": "unet3d",
+    "i2vgen_xl-file": "i2vgen_xl",
+    "i2vgen_xl": "i2vgen_xl-file",
+    "i2vgen_xl_refiner": "vgen",
+    "unet-i2vgen": "i2vgen_xl",
     "unet-motion": "motion-adapter",
     "motion-adapter": "unet-motion",
 }
@@ -59,13 +72,14 @@ class Extra:
     """What some formats do not hold, and others of them cannot be made without."""
 
     image_model: str | None = None
-    """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over"""
+    """folder or single file of the Stable Diffusion that motion modules or temporal layers alone belong over, or whose
+    autoencoder and text encoder a UNet's file goes with"""
     image_encoder: str | None = None
     """folder of the CLIP image encoder, where the original's file of Stable Video Diffusion or DynamiCrafter, or the
-    image model of temporal layers alone, holds none"""
+    image model of temporal layers alone, holds none; of I2VGen-XL, which never does, also OpenCLIP's file"""
     tokenizer: str | None = None
     """folder of the tokenizer, which no single file holds: of DynamiCrafter, VideoCrafter, or the image model of
-    temporal layers alone"""
+    temporal layers or of a UNet alone"""
     prediction: Prediction | None = None
     """what a Stable Diffusion 2 in a single file predicts"""
     frames: int | None = None
@@ -76,6 +90,13 @@ class Extra:
     published: dynamicrafter_original.Published | None = None
     """which published DynamiCrafter the original's file is, where it does not tell: 512_interp is like 512, and without
     a noise schedule 1024 is, too"""
+    double_detail: bool = False
+    """whether an I2VGenXLUNet has the first frame's detail at half strength, as published, which is to be mended"""
+
+    @property
+    def beside(self) -> Beside:
+        """Where the networks beside a UNet's file are."""
+        return Beside(self.image_model, self.tokenizer, self.image_encoder)
 
     @property
     def norm_over(self) -> NormOver:
@@ -94,16 +115,21 @@ EXPORTS: dict[str, Callable[[Path, Extra], SVD | VideoLDM]] = {
 }
 """Formats whose models can leave their image model out, and how they are read, also from their temporal layers."""
 _ALONE = {name: f"{TEMPORAL} of {name}" for name in EXPORTS}
+_EXPORTED = {name: f"{name} to {TEMPORAL}" for name in EXPORTS}
+_BASE, _REFINER = "i2vgen_xl-file to i2vgen_xl", "vgen to i2vgen_xl_refiner"
 _OF_USE = {
-    "image_model": ("motion-adapter", "motion-module", *_ALONE.values(), *EXPORTS),
-    "image_encoder": ("svd-file", "dynamicrafter-file", _ALONE["svd"], "svd"),
-    "tokenizer": ("dynamicrafter-file", "videocrafter-file", _ALONE["video-unet"], "video-unet"),
-    "prediction": ("stable-diffusion-file", *_ALONE.values(), *EXPORTS),
+    "image_model": ("motion-adapter", "motion-module", _BASE, _REFINER, *_ALONE.values(), *_EXPORTED.values()),
+    "image_encoder": ("svd-file", "dynamicrafter-file", _BASE, _ALONE["svd"], _EXPORTED["svd"]),
+    "tokenizer": (
+        "dynamicrafter-file", "videocrafter-file", _BASE, _REFINER, _ALONE["video-unet"], _EXPORTED["video-unet"]
+    ),
+    "prediction": ("stable-diffusion-file", *_ALONE.values(), *_EXPORTED.values()),
     "frames": ("svd-file",),
     "norm_per_frame": ("motion-adapter", "unet-motion"),
     "published": ("dynamicrafter-file",),
-}
-"""The formats that are read with an extra or, of exports, that become temporal layers alone with it."""
+    "double_detail": ("unet-i2vgen",),
+}  # fmt: skip
+"""The formats that are read with an extra, or what becomes what with it."""
 
 
 def convert(path: str, target: Path, to: str | None = None, extra: Extra | None = None, overwrite: bool = False) -> str:
@@ -123,13 +149,27 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
             return _temporal_layers(source, place, target, given)
         if source == TEMPORAL and wanted in ("svd", usual):
             return _saved(EXPORTS[wanted](place, given), target)
-        if source in PIPELINES:
-            return PIPELINES[source](place, target, given)
+        if (source, wanted) in PIPELINES:
+            return PIPELINES[source, wanted](place, target, given)
         if source == "unet3d" and wanted == "video-unet" and (place / "text_encoder").is_dir():
             return _saved(_modelscope(place), target)
-        WRITERS[wanted](READERS[source](place, given), target)
-    alone = ", the UNet alone: its other networks are the image model's" if source == TEMPORAL else ""
-    return f"{target} is {wanted}{alone}"
+        unet = READERS[source](place, given)
+        WRITERS[wanted](unet, target)
+    return f"{target} is {wanted}{_of_unet(source, place, unet)}"
+
+
+def _of_unet(source: str, place: Path, unet: VideoUNet) -> str:
+    """What to know of a UNet that was converted alone."""
+    if source == TEMPORAL:
+        return ", the UNet alone: its other networks are the image model's"
+    if source in ("i2vgen_xl", "i2vgen_xl_refiner"):
+        return ", the UNet alone"
+    if source == "vgen" and not modelscope.tells_padding(place, unet):
+        return (
+            f"; {place} was taken for text-to-video, whose tensors VGen's sr600 and ModelScope's Video-to-Video share: "
+            "where it is one of these, convert it --to i2vgen_xl_refiner"
+        )
+    return ""
 
 
 def _export_of(folder: Path) -> str:
@@ -156,17 +196,19 @@ def _wanted(source: str, wanted: str | None, path: str) -> str:
 
 def _becomes(source: str) -> list[str]:
     """The formats that one can become."""
-    targets = [USUAL[source]] if source in PIPELINES else list(WRITERS) if source in READERS else []
+    targets = [wanted for whole, wanted in PIPELINES if whole == source]
+    targets += list(WRITERS) if source in READERS else []
     targets += [TEMPORAL] if source in EXPORTS else ["svd"] if source == TEMPORAL else []
-    return [name for name in targets if name != source]
+    return [name for name in dict.fromkeys(targets) if name != source]
 
 
 def _refuse_useless(source: str, wanted: str, extra: Extra) -> None:
-    for name, formats in _OF_USE.items():
-        given, about = getattr(extra, name), f"{source} to {wanted}" if source in EXPORTS else source
-        if given and (source not in formats or (source in EXPORTS and wanted != TEMPORAL)):
-            told = [f"{one} to {TEMPORAL}" if one in EXPORTS else one for one in formats]
-            raise ConfigError(f"--{name.replace('_', '-')} is for {' and '.join(told)}, not for {about}: leave it out")
+    both = f"{source} to {wanted}"
+    partly = any(use.startswith(f"{source} to ") for uses in _OF_USE.values() for use in uses)
+    for name, uses in _OF_USE.items():
+        if getattr(extra, name) and not {source, both} & {*uses}:
+            told, about = f"--{name.replace('_', '-')} is for {' and '.join(uses)}", both if partly else source
+            raise ConfigError(f"{told}, not for {about}: leave it out")
 
 
 def _check_target(place: Path, target: Path, wanted: str, overwrite: bool) -> None:
@@ -258,16 +300,58 @@ def _modelscope(folder: Path) -> VideoLDM:
     return VideoLDM(unet, encoders.vae, encoders.text, noise, video_ldm.Clips())
 
 
-PIPELINES: dict[str, Callable[[Path, Path, Extra], str]] = {
-    "stable-diffusion-file": _image_model,
-    "stable-diffusion": _image_file,
-    "svd-file": _svd,
-    "svd": _svd_file,
-    "dynamicrafter-file": _dynamicrafter,
-    "dynamicrafter": _dynamicrafter_file,
-    "videocrafter-file": _videocrafter,
+def _i2vgen_xl(file: Path, target: Path, extra: Extra) -> str:
+    """A whole model of a UNet's file."""
+    unet, told = modelscope.load_vgen(file), exchange.told_by(file)
+    about = i2vgen_xl_original.trained(unet, told, file)
+    i2vgen_xl_original.base(unet, about, extra.beside).save_pretrained(target)
+    published = "" if "clips" in told else ", as published,"
+    return f"{target} is i2vgen_xl{published} with {about.objective} and {about.clips}"
+
+
+def _i2vgen_xl_file(folder: Path, target: Path, _: Extra) -> str:
+    family = I2VGenXL.load(folder)
+    modelscope.save_vgen(family.unet, target, i2vgen_xl_original.told_of(family))
+    return f"{target} is i2vgen_xl-file, the UNet alone, as VGen has it; its header tells the noise schedule and clips"
+
+
+def _i2vgen_xl_of_diffusers(folder: Path, target: Path, extra: Extra) -> str:
+    folders.refuse_network(folder)
+    family = i2vgen_xl_pipeline.load(folder, _i2vgen_unet(folder, extra))
+    family.save_pretrained(target)
+    padding = i2vgen_xl_pipeline.padding_of(folder)
+    odd = "" if padding is None else f"; its tokenizer pads with token {padding}, where VGen's pads with 0"
+    return f"{target} is i2vgen_xl, with {family.objective} and {family.clips}{odd}"
+
+
+def _i2vgen_xl_to_diffusers(folder: Path, target: Path, _: Extra) -> str:
+    family = I2VGenXL.load(folder)
+    i2vgen_xl_pipeline.save(family, modelscope.to_i2vgen(family.unet), target)
+    return f"{target} is the folder of an I2VGenXLPipeline, whose text encoder ends in a layer that changes nothing"
+
+
+def _i2vgen_xl_refiner(file: Path, target: Path, extra: Extra) -> str:
+    unet = modelscope.load_vgen(file, refinement=True)
+    family = i2vgen_xl_original.refiner(unet, extra.beside)
+    family.save_pretrained(target)
+    return f"{target} is i2vgen_xl_refiner, as published, with {family.objective} and {family.clips}"
+
+
+PIPELINES: dict[tuple[str, str], Callable[[Path, Path, Extra], str]] = {
+    ("stable-diffusion-file", "stable-diffusion"): _image_model,
+    ("stable-diffusion", "stable-diffusion-file"): _image_file,
+    ("svd-file", "svd"): _svd,
+    ("svd", "svd-file"): _svd_file,
+    ("dynamicrafter-file", "dynamicrafter"): _dynamicrafter,
+    ("dynamicrafter", "dynamicrafter-file"): _dynamicrafter_file,
+    ("videocrafter-file", "video-unet"): _videocrafter,
+    ("i2vgen_xl-file", "i2vgen_xl"): _i2vgen_xl,
+    ("i2vgen_xl", "i2vgen_xl-file"): _i2vgen_xl_file,
+    ("unet-i2vgen", "i2vgen_xl"): _i2vgen_xl_of_diffusers,
+    ("i2vgen_xl", "unet-i2vgen"): _i2vgen_xl_to_diffusers,
+    ("vgen", "i2vgen_xl_refiner"): _i2vgen_xl_refiner,
 }
-"""How a model of several networks goes into its usual other format; returns what to know of it."""
+"""How a model of several networks goes from one format into another; returns what to know of it."""
 
 
 def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> str:
@@ -277,13 +361,6 @@ def _temporal_layers(source: str, folder: Path, target: Path, extra: Extra) -> s
     family, beside = EXPORTS[source](folder, Extra()), extra.image_encoder or extra.tokenizer
     family.save_temporal(target, extra.image_model, beside, extra.prediction)
     return f"{target} goes over {extra.image_model}, in half precision"
-
-
-def _from_vgen(file: Path, _: Extra) -> VideoUNet:
-    model = modelscope.load_vgen(file)
-    if model.tokens is not None:
-        raise CheckpointError(f"{file} makes context tokens of an image, which no other format has a place for")
-    return model.unet
 
 
 def _parent(path: str | None) -> UNet2DConditionModel:
@@ -301,11 +378,19 @@ def _our_unet(folder: Path, _: Extra) -> VideoUNet:
     return unet
 
 
+def _i2vgen_unet(folder: Path, extra: Extra) -> VideoUNet:
+    return modelscope.load_diffusers(unet_folder(folder), double_detail=extra.double_detail)
+
+
 READERS: dict[str, Callable[[Path, Extra], VideoUNet]] = {
     "video-unet": _our_unet,
+    "i2vgen_xl": _our_unet,
+    "i2vgen_xl_refiner": _our_unet,
+    "i2vgen_xl-file": lambda file, _: modelscope.load_vgen(file),
+    "unet-i2vgen": _i2vgen_unet,
     TEMPORAL: lambda folder, extra: EXPORTS[_export_of(folder)](folder, extra).unet,
     "unet3d": lambda folder, _: modelscope.load_diffusers(unet_folder(folder)),
-    "vgen": _from_vgen,
+    "vgen": lambda file, _: modelscope.load_vgen(file),
     "unet-motion": lambda folder, extra: animatediff.load_diffusers(unet_folder(folder), extra.norm_over),
     "motion-adapter": lambda folder, extra: animatediff.load_adapter(
         _parent(extra.image_model), folder, extra.norm_over
@@ -321,10 +406,20 @@ def _write_folder(model: VideoUNet, target: Path, as_written: Callable[[VideoUNe
         written.save_pretrained(aside)
 
 
+def _told(unet: VideoUNet, first_frames: bool) -> VideoUNet:
+    """The same UNet; CheckpointError where it is told first frames and is not to be, or the reverse."""
+    if (unet.hierarchy is not None) != first_frames:
+        told, other = ("no first frames", "vgen") if first_frames else ("first frames", "i2vgen_xl-file")
+        raise CheckpointError(f"this UNet is told {told}: its format of VGen's names is {other}")
+    return unet
+
+
 WRITERS: dict[str, Callable[[VideoUNet, Path], None]] = {
     "video-unet": lambda unet, target: _write_folder(unet, target, lambda same: same),
     "unet3d": lambda unet, target: _write_folder(unet, target, modelscope.to_diffusers),
-    "vgen": lambda unet, target: modelscope.save_vgen(ImageToVideo(unet, None), target),
+    "vgen": lambda unet, target: modelscope.save_vgen(_told(unet, False), target),
+    "i2vgen_xl-file": lambda unet, target: modelscope.save_vgen(_told(unet, True), target),
+    "unet-i2vgen": lambda unet, target: _write_folder(unet, target, modelscope.to_i2vgen),
     "unet-motion": lambda unet, target: _write_folder(unet, target, animatediff.to_diffusers),
     "motion-adapter": animatediff.save_adapter,
     "motion-module": animatediff.save_original,

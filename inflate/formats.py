@@ -11,7 +11,11 @@ FORMATS = {
     "video-unet": "a UNet of ours with its temporal layers; an export of text-to-video has one",
     "temporal-layers": "temporal layers alone, of an export of text-to-video or image-to-video",
     "unet3d": "ModelScope or ZeroScope, diffusers' UNet3DConditionModel",
-    "vgen": "ModelScope or VGen, a UNet's file in the original names",
+    "vgen": "ModelScope's text-to-video or the refinement of I2VGen-XL, a UNet's file in VGen's names",
+    "i2vgen_xl-file": "I2VGen-XL or ModelScope's image-to-video, a UNet's file in VGen's names",
+    "i2vgen_xl": "I2VGen-XL, our folder",
+    "i2vgen_xl_refiner": "the refinement of I2VGen-XL, our folder",
+    "unet-i2vgen": "I2VGen-XL, diffusers' I2VGenXLUNet; the folder of a pipeline has one",
     "unet-motion": "AnimateDiff, diffusers' UNetMotionModel",
     "motion-adapter": "AnimateDiff, diffusers' MotionAdapter",
     "motion-module": "AnimateDiff, a file of motion modules in the original names",
@@ -20,7 +24,9 @@ FORMATS = {
 }
 """Every format that is known, and what it is."""
 
-UNETS = ("video-unet", "unet3d", "vgen", "unet-motion", "motion-adapter", "motion-module")
+UNETS = (
+    "video-unet", "unet3d", "vgen", "i2vgen_xl-file", "unet-i2vgen", "unet-motion", "motion-adapter", "motion-module"
+)  # fmt: skip
 """The formats in which the UNet of a video model is written."""
 WRITTEN = (
     "stable-diffusion",
@@ -29,11 +35,13 @@ WRITTEN = (
     "svd-file",
     "dynamicrafter",
     "dynamicrafter-file",
+    "i2vgen_xl",
+    "i2vgen_xl_refiner",
     "temporal-layers",
     *UNETS,
 )
 """The formats that are written."""
-FILES = ("stable-diffusion-file", "svd-file", "dynamicrafter-file", "vgen", "motion-module")
+FILES = ("stable-diffusion-file", "svd-file", "dynamicrafter-file", "vgen", "i2vgen_xl-file", "motion-module")
 """Those of them that are one file."""
 
 ADAPTERS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from transformers import (
 )
 
 from helpers import CROSS, randomise, tiny_unet, tiny_vae, write_image_model
-from inflate.families import svd_keys
+from inflate.families import i2vgen_xl as i2vgen_xl_family
+from inflate.families import i2vgen_xl_original, svd_keys
 from inflate.families.dynamicrafter import Clips, DynamiCrafter, Told
 from inflate.families.dynamicrafter_original import unet_tensors
+from inflate.families.i2vgen_xl import I2VGenXL
+from inflate.families.modelscope import to_vgen
 from inflate.families.svd import SVD
+from inflate.layers.hierarchy import Hierarchy
 from inflate.layers.image_context import ImageContext
 from inflate.models import schedule_buffers
 from inflate.models.folders import SHIPPED
+from inflate.models.open_clip import image_encoder_tensors
 from inflate.models.original_names import UNetLayout
 from inflate.models.original_video_names import with_fps
 from inflate.models.single_file_writing import image_tensors, vae_tensors
+from inflate.models.stable_diffusion import noise_for
 from inflate.models.text_encoders import TextEncoders, load_tokenizer
 from inflate.models.unet import MODELSCOPE, TemporalSpec, VideoUNet
 from inflate.models.vae import VideoVAE
@@ -151,9 +158,9 @@ def write_svd_file(folder: Path) -> tuple[Path, Path, VideoUNet, VideoVAE]:
     return folder / "svd.safetensors", folder / "image" / "image_encoder", unet, vae
 
 
-def wide_encoder() -> CLIPVisionModelWithProjection:
+def wide_encoder(projection: int = CROSS) -> CLIPVisionModelWithProjection:
     """An image encoder of one small layer, but as wide as the one that Stable Video Diffusion has."""
-    settings = {"hidden_size": 1280, "intermediate_size": 16, "num_hidden_layers": 1, "projection_dim": CROSS}
+    settings = {"hidden_size": 1280, "intermediate_size": 16, "num_hidden_layers": 1, "projection_dim": projection}
     shape = {"image_size": 224, "patch_size": 28, "num_attention_heads": 16, "hidden_act": "gelu"}
     encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings, **shape)).eval()
     randomise(encoder)
@@ -219,6 +226,34 @@ def dynamicrafter(folder: Path, told: Told = "fps", base_scale: float = 1.0, **c
     randomise(found["unet"], seed=1)
     clips = Clips(frames=3, height=16, width=16, told=told, number=5.0)
     return DynamiCrafter(**found, clips=clips, image_encoder=wide_encoder(), base_scale=base_scale)
+
+
+HIERARCHY = Hierarchy(embedding=64)
+"""What VGen's I2VGen-XL is told, of an image encoder that is as wide as the tiny text encoder."""
+CLIP_ALONE = replace(HIERARCHY, detail_encoder=False, global_encoder=False)
+"""What ModelScope's image-to-video is told."""
+
+
+def i2vgen_xl(folder: Path, hierarchy: Hierarchy = HIERARCHY) -> I2VGenXL:
+    """A tiny I2VGen-XL that VGen's file can hold, whose tokenizer is written to a folder."""
+    found = {**parts(folder, with_fps(64)), "noise": noise_for(i2vgen_xl_original.VGEN.objective)}
+    found["unet"].add_hierarchy(hierarchy)
+    randomise(found["unet"], seed=1)
+    clips = i2vgen_xl_family.Clips(3, 8.0, 16, 16)
+    return I2VGenXL(**found, clips=clips, image_encoder=wide_encoder(hierarchy.embedding))
+
+
+def write_vgen(unet: VideoUNet, file: Path) -> Path:
+    """Write a UNet as VGen's trainer does."""
+    torch.save({"state_dict": to_vgen(unet), "step": 854_500}, file)
+    return file
+
+
+def write_open_clip(encoder: CLIPVisionModelWithProjection, file: Path) -> Path:
+    """Write OpenCLIP's file, of an image encoder and of some of a text encoder."""
+    visual = {f"visual.{key}": tensor for key, tensor in image_encoder_tensors(encoder).items()}
+    torch.save({"positional_embedding": torch.zeros(20, 64), "logit_scale": torch.ones(()), **visual}, file)
+    return file
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import parity_dynamicrafter
 import parity_i2vgenxl
+import parity_i2vgenxl_unets
 import parity_modelscope
 import parity_svd
 from parity_cases import EXACT, RECORDED, RECORDED64, WEIGHTS, Case, Runner
@@ -94,6 +95,9 @@ def runner_of(folder: Path, stem: str) -> Runner | None:
         "state_keys_modelscope_i2v": parity_modelscope.vgen_key_cases,
         "state_keys_modelscope_v2v": parity_modelscope.vgen_key_cases,
         "state_keys_vgen_sr600": parity_modelscope.vgen_key_cases,
+        "state_keys_vgen": parity_modelscope.vgen_key_cases,
+        "state_keys_diffusers": parity_i2vgenxl_unets.diffusers_key_cases,
+        "state_map_vgen_to_diffusers": parity_i2vgenxl_unets.key_map_cases,
     }
     by_prefix: dict[str, Runner] = {
         "unet": parity_svd.unet_cases,
@@ -101,6 +105,8 @@ def runner_of(folder: Path, stem: str) -> Runner | None:
         "edm": parity_svd.edm_cases,
         "disc": parity_svd.discriminator_cases,
         "msbase": parity_modelscope.modelscope_cases,
+        "base": parity_i2vgenxl.model_cases,
+        "refine": parity_i2vgenxl.model_cases,
     }
     return exact.get(stem) or by_prefix.get(stem.split("_")[0])
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ class Case(NamedTuple):
         return math.isfinite(self.difference) and self.difference <= self.tolerance
 
 
+Shapes = dict[str, list[int]]
+Tensors = Mapping[str, Tensor]
 Runner = Callable[[Path, str], Iterable[Case]]
 """Compares what a folder has recorded under a name."""
 
@@ -72,3 +74,14 @@ def same_calls(outputs: Iterable[str], calls: Iterable[str]) -> None:
 def stand_in(shape: list[int], constant: int = 0) -> Tensor:
     """A tensor of any shape that holds one number in memory."""
     return torch.tensor(float(constant)).expand(shape)
+
+
+def astray(listed: Shapes, pass_through: Callable[[Tensors], Tensors]) -> int:
+    """How many tensors do not come back by the same name and shape with the number that they held."""
+    theirs = {key: (shape, number) for number, (key, shape) in enumerate(listed.items(), start=1)}
+    back = pass_through({key: stand_in(shape, number) for key, (shape, number) in theirs.items()})
+    return disagreements({key: (list(each.shape), first_of(each)) for key, each in back.items()}, theirs)
+
+
+def first_of(tensor: Tensor) -> int:
+    return int(tensor[(0,) * tensor.ndim])

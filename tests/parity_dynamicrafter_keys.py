@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from parity_cases import EXACT, Case, disagreements, read_json, stand_in
+from parity_cases import EXACT, Case, Shapes, Tensors, astray, first_of, read_json, stand_in
 from torch import Tensor, nn
 
 from inflate.families import dynamicrafter_keys as keys
@@ -21,9 +21,6 @@ from inflate.models.single_file_text import PLACES, encoder_of
 from inflate.models.single_file_writing import vae_tensors
 from inflate.models.text_encoders import TextEncoders
 from inflate.objectives import DDPM
-
-Shapes = dict[str, list[int]]
-Tensors = Mapping[str, Tensor]
 
 
 def unet_key_cases(folder: Path, stem: str) -> Iterator[Case]:
@@ -38,7 +35,7 @@ def unet_key_cases(folder: Path, stem: str) -> Iterator[Case]:
         unet = original.unet_of({**_within(keys.UNET, tensors), **beside}, stem)
         return keys.part(original.unet_tensors(unet), keys.UNET)
 
-    yield Case(stem, _astray(listed, pass_through), EXACT)
+    yield Case(stem, astray(listed, pass_through), EXACT)
 
 
 def query_key_cases(folder: Path, stem: str) -> Iterator[Case]:
@@ -53,7 +50,7 @@ def query_key_cases(folder: Path, stem: str) -> Iterator[Case]:
         _adopt(queries, names, tensors, stem)
         return {names[key]: tensor for key, tensor in exchange.detached(queries).items()}
 
-    yield Case(stem, _astray(read_json(folder / f"{stem}.json"), pass_through), EXACT)
+    yield Case(stem, astray(read_json(folder / f"{stem}.json"), pass_through), EXACT)
 
 
 def vae_key_cases(folder: Path, stem: str) -> Iterator[Case]:
@@ -67,7 +64,7 @@ def vae_key_cases(folder: Path, stem: str) -> Iterator[Case]:
         _adopt(vae, names, tensors, stem)
         return keys.part(vae_tensors(vae), keys.FIRST_STAGE)
 
-    yield Case(stem, _astray(read_json(folder / f"{stem}.json"), pass_through), EXACT)
+    yield Case(stem, astray(read_json(folder / f"{stem}.json"), pass_through), EXACT)
 
 
 def _adopt(model: nn.Module, names: exchange.Names, tensors: Tensors, origin: str) -> None:
@@ -85,10 +82,10 @@ def checkpoint_key_cases(folder: Path, stem: str) -> Iterator[Case]:
         saved = {key: schedule.get(key, tensor) for key, tensor in tensors.items()}
         made = original.tensors_of(_family(Original.read(Path(stem), lambda _: saved)))
         own = {key: tensors[key] for key in made if key in schedule and torch.equal(made[key], saved[key])}
-        idle = {key: tensors[key] for key, each in made.items() if _is_idle(key, listed) and not _first(each)}
+        idle = {key: tensors[key] for key, each in made.items() if _is_idle(key, listed) and not first_of(each)}
         return {**made, **own, **idle}
 
-    yield Case(stem, _astray(listed, pass_through), EXACT)
+    yield Case(stem, astray(listed, pass_through), EXACT)
 
 
 def _family(file: Original) -> DynamiCrafter:
@@ -103,17 +100,6 @@ def _is_idle(key: str, listed: Shapes) -> bool:
     blocks = [int(found[1]) for each in listed if (found := re.match(r"cond_stage.*\.resblocks\.(\d+)\.", each))]
     last = rf"cond_stage_model\.model\.(transformer\.resblocks\.{max(blocks)}\.|text_projection|logit_scale)"
     return re.match(rf"{last}|embedder\.model\.(?!visual\.)", key) is not None
-
-
-def _astray(listed: Shapes, pass_through: Callable[[Tensors], Tensors]) -> int:
-    """How many tensors do not come back by the same name and shape with the number that they held."""
-    theirs = {key: (shape, number) for number, (key, shape) in enumerate(listed.items(), start=1)}
-    back = pass_through({key: stand_in(shape, number) for key, (shape, number) in theirs.items()})
-    return disagreements({key: (list(each.shape), _first(each)) for key, each in back.items()}, theirs)
-
-
-def _first(tensor: Tensor) -> int:
-    return int(tensor[(0,) * tensor.ndim])
 
 
 def _within(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

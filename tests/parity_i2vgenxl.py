@@ -1,16 +1,19 @@
-"""I2VGen-XL's noise schedules and samplers compared with recordings of VGen's; the networks are given."""
+"""I2VGen-XL compared with recordings of VGen: its noise schedules, its models, and what its samplers make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from parity_cases import EXACT, LOSS, RECORDED, SAMPLE, WEIGHTS, Case, difference, read_json, relative
+from parity_cases import EXACT, LOSS, RECORDED, SAMPLE, WEIGHTS, Case, Tensors, difference, read_json, relative
+from parity_i2vgenxl_unets import called, load_unet, unet_cases
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from inflate.layers.freeu import PUBLISHED
+from inflate.models.unet import VideoUNet
 from inflate.objectives import DDPM, Predict
 from inflate.sampling.ddim import DDIM, Inversion
 from inflate.sampling.dpm_solver import DPMSolver
@@ -22,7 +25,6 @@ BASE, REFINEMENT = DDPM("v_prediction", True, schedule="cosine"), DDPM("v_predic
 CONDITION = ("y", "image", "local_image", "fps")
 """What a network is told, by its names in the recordings."""
 
-Tensors = Mapping[str, Tensor]
 Told = Callable[[Tensors, bool], Predict]
 """A network, on clips (B, F, C, h, w), that is told a condition; with FreeU or without."""
 
@@ -46,10 +48,29 @@ def schedule_cases(folder: Path, stem: str) -> Iterator[Case]:
 # ---- traces
 
 
+def model_cases(folder: Path, stem: str) -> Iterator[Case]:
+    """The UNet by itself, and what samplers make of it in float64."""
+    yield from unet_cases(folder, stem)
+    unet = load_unet(folder, stem)
+    nn.Module.to(unet, torch.float64)
+    yield from sampling_cases(folder, stem, _network(unet))
+
+
+def _network(unet: VideoUNet) -> Told:
+    def told(condition: Tensors, freed: bool) -> Predict:
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            unet.set_freeu(PUBLISHED if freed else ())
+            return called(unet, noisy.transpose(1, 2), {**condition, "t": timestep}).transpose(1, 2)
+
+        return predict
+
+    return told
+
+
 @torch.no_grad()
-def sampling_cases(folder: Path, stem: str, told: Told, dtype: torch.dtype = torch.float64) -> Iterator[Case]:
-    """All recorded traces of a model, by a network of that precision."""
-    described, recorded = read_json(folder / f"{stem}.json")["cases"], _recorded(folder, stem, dtype)
+def sampling_cases(folder: Path, stem: str, told: Told) -> Iterator[Case]:
+    """All recorded traces of a model, by a network in float64."""
+    described, recorded = read_json(folder / f"{stem}.json")["cases"], _recorded(folder, stem)
     for case in ("sample", "sdedit"):
         given = {key.removeprefix(f"{case}."): each for key, each in recorded.items() if key.startswith(f"{case}.")}
         runner = _kind_of(given)
@@ -132,10 +153,10 @@ def _guided(asked: dict[str, Any], recorded: Tensors, told: Told, freed: bool) -
     return guided(passes, [asked["guide_scale"]], asked["guide_rescale"])
 
 
-def _recorded(folder: Path, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is recorded, real numbers in that precision; clips (..., C, F, h, w) as (..., F, C, h, w)."""
+def _recorded(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What is recorded, in float64 where it is of real numbers; clips (..., C, F, h, w) as (..., F, C, h, w)."""
     found = {}
     for key, tensor in load_file(folder / f"{stem}{RECORDED}").items():
-        cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        cast = tensor.double() if tensor.is_floating_point() else tensor
         found[key] = cast.transpose(-4, -3) if tensor.ndim > 4 and ".grad." not in key else cast
     return found

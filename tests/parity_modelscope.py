@@ -14,28 +14,29 @@ from parity_cases import (
     SINGLE,
     WEIGHTS,
     Case,
+    Tensors,
+    astray,
     compare_settings,
     difference,
-    disagreements,
     read_json,
-    stand_in,
     weights_of,
 )
 from safetensors.torch import load_file
 from torch import Tensor
 
 from inflate.families import modelscope
-from inflate.families.modelscope import ImageToVideo
+from inflate.models.unet import VideoUNet
 
 
-def load_modelscope(folder: Path, stem: str) -> ImageToVideo:
+def load_modelscope(folder: Path, stem: str) -> VideoUNet:
     """Our UNet and image tokens with the recorded weights, whose shapes must be what the configuration says."""
     config = read_json(folder / f"{stem}.json")["config"]
     model = modelscope.from_vgen(weights_of(folder / f"{stem}{WEIGHTS}"), stem)
-    if model.tokens is None:
-        raise ValueError("the weights lack the layers that make image tokens")
+    told = model.hierarchy
+    if told is None or told.takes_latents:
+        raise ValueError("the weights are not those of a model that is told its first frame by CLIP's tokens alone")
     attention = [1 / 2**level in config["attn_scales"] for level in range(len(config["dim_mult"]))]
-    stored = model.unet.config
+    stored = model.config
     read = {
         "dim": stored["block_out_channels"][0],
         "dim_mult": [width // config["dim"] for width in stored["block_out_channels"]],
@@ -43,16 +44,14 @@ def load_modelscope(folder: Path, stem: str) -> ImageToVideo:
         "attn_scales": ["CrossAttn" in name for name in stored["down_block_types"]],
         "head_dim": stored["block_out_channels"][0] // stored["attention_head_dim"][0],
         "context_dim": stored["cross_attention_dim"],
-        "y_dim": model.tokens[0].in_features,
-        "num_tokens": len(model.tokens[2].bias) // model.tokens.width,
+        "y_dim": told.embedding,
+        "num_tokens": told.clip_tokens,
         "in_dim": stored["in_channels"],
         "out_dim": stored["out_channels"],
         "temporal_attention": True,
     }
     compare_settings(read, {name: {**config, "attn_scales": attention}[name] for name in read})
-    for part in (model.unet, model.tokens):
-        part.requires_grad_(False)
-    return model
+    return model.requires_grad_(False)
 
 
 def modelscope_cases(folder: Path, stem: str) -> Iterator[Case]:
@@ -65,14 +64,14 @@ def modelscope_cases(folder: Path, stem: str) -> Iterator[Case]:
 
 
 def _forward_case(
-    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+    model: VideoUNet, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
 ) -> tuple[float, float]:
     inputs = {name: recorded.get(f"{call}.{name}", recorded[f"full.{name}"]) for name in ("x", "t", "y", "fps")}
     return difference(_call_modelscope(model, **inputs), recorded[f"{call}.out"]), SINGLE
 
 
 def _loss_case(
-    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+    model: VideoUNet, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
 ) -> tuple[float, float]:
     clean, noise, step = (recorded[f"{call}.{name}"] for name in ("x0", "noise", "t"))
     noised = _schedule(diffusion).add_noise(clean, noise, step)
@@ -82,7 +81,7 @@ def _loss_case(
 
 
 def _sample_case(
-    model: ImageToVideo, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
+    model: VideoUNet, recorded: dict[str, Tensor], call: str, diffusion: dict[str, Any]
 ) -> tuple[float, float]:
     """Four DDIM steps with guidance 3 against an image embedding of zeros, as the recording's notes say."""
     scheduler = _schedule(diffusion)
@@ -111,15 +110,16 @@ def _schedule(diffusion: dict[str, Any]) -> DDIMScheduler:
 
 
 @torch.no_grad()
-def _call_modelscope(model: ImageToVideo, x: Tensor, t: Tensor, y: Tensor, fps: Tensor) -> Tensor:
-    assert model.tokens is not None
-    output = model.unet(x.transpose(1, 2), t, model.tokens(y), added_time_ids=fps[:, None])
+def _call_modelscope(model: VideoUNet, x: Tensor, t: Tensor, y: Tensor, fps: Tensor) -> Tensor:
+    nothing = y.new_zeros(len(y), 0, model.config.cross_attention_dim)  # no text
+    output = model(x.transpose(1, 2), t, nothing, added_time_ids=fps[:, None], image_embeddings=y)
     return output.sample.transpose(1, 2)  # (B, C, F, h, w)
 
 
 def vgen_key_cases(folder: Path, stem: str) -> Iterator[Case]:
-    """Our real-size UNet named as VGen's and ModelScope's has exactly its keys and shapes."""
-    listed = read_json(folder / f"{stem}.json")
-    model = modelscope.from_vgen({key: stand_in(shape) for key, shape in listed.items()}, stem)
-    ours = {key: list(tensor.shape) for key, tensor in modelscope.to_vgen(model).items()}
-    yield Case(stem, disagreements(ours, listed), EXACT)
+    """The tensors of VGen's and ModelScope's UNets of the published size go to their places in ours and back."""
+
+    def pass_through(tensors: Tensors) -> Tensors:
+        return modelscope.to_vgen(modelscope.from_vgen(tensors, stem))
+
+    yield Case(stem, astray(read_json(folder / f"{stem}.json"), pass_through), EXACT)

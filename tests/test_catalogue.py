@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from original_files import (
+    CLIP_ALONE,
     IDLE,
     dynamicrafter,
+    i2vgen_xl,
     published_like,
     write_single_file,
     write_svd_file,
@@ -20,16 +22,15 @@ from original_files import (
 )
 from safetensors.torch import load_file, save_file
 from test_cli import inflate, refused
+from tiny_i2vgen_xl import refiner
 from tiny_video_ldm import write_text_model
 
 from helpers import tiny_unet_sd1, tiny_unet_sd2, tiny_unet_sdxl
 from inflate import catalogue, formats
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
-from inflate.layers.conditioning import ImageTokens
 from inflate.models import image_stream
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, TemporalSpec, VideoUNet
 
@@ -97,8 +98,28 @@ def unet3d(folder: Path) -> Path:
 
 def vgen(folder: Path) -> Path:
     unet = VideoUNet.from_2d(tiny_unet_sd2(**HEADS, norm_num_groups=32), FPS)
-    modelscope.save_vgen(ImageToVideo(unet, ImageTokens(20, 24, 4, 32)), folder / "unet.safetensors")
+    modelscope.save_vgen(unet, folder / "unet.safetensors")
     return folder / "unet.safetensors"
+
+
+def i2vgen_xl_file(folder: Path) -> Path:
+    modelscope.save_vgen(i2vgen_xl(folder, CLIP_ALONE).unet, folder / "unet.safetensors")
+    return folder / "unet.safetensors"
+
+
+def i2vgen_xl_folder(folder: Path) -> Path:
+    i2vgen_xl(folder).save_pretrained(folder / "export")
+    return folder / "export"
+
+
+def i2vgen_xl_refiner(folder: Path) -> Path:
+    refiner(folder / "image").save_pretrained(folder / "export")
+    return folder / "export"
+
+
+def unet_i2vgen(folder: Path) -> Path:
+    modelscope.to_i2vgen(i2vgen_xl(folder).unet).save_pretrained(folder / "unet")
+    return folder
 
 
 def unet_motion(folder: Path) -> Path:
@@ -179,7 +200,31 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
     ),
     "temporal-layers": (temporal_layers, {}, BLOCKS - {"2D"}),
     "unet3d": (unet3d, {"context width": "32"}, SLOTS),
-    "vgen": (vgen, {"context width": "32"}, SLOTS | {"conditioning"}),
+    "vgen": (vgen, {"model": "text-to-video", "context width": "32"}, SLOTS | {"conditioning"}),
+    "i2vgen_xl-file": (
+        i2vgen_xl_file,
+        {
+            "objective": "prediction=v_prediction, base_scale=1.0, schedule=scaled_linear",
+            "clips": "frames=32, fps=8.0, height=256, width=448",
+            "image": "channels=4, embedding=64, clip_tokens=4, dropout=0.05",
+        },
+        SLOTS | {"conditioning", "image"},
+    ),
+    "i2vgen_xl": (
+        i2vgen_xl_folder,
+        {
+            "objective": "prediction=v_prediction, zero_terminal_snr=True, base_scale=1.0, schedule=cosine",
+            "clips": "frames=3, fps=8.0, height=16, width=16",
+            "image": "channels=4, embedding=64, clip_tokens=4, detail_encoder=True, global_encoder=True, dropout=0.05",
+        },
+        SLOTS | {"conditioning", "image", "vae", "text_encoder", "image_encoder"},
+    ),
+    "i2vgen_xl_refiner": (
+        i2vgen_xl_refiner,
+        {"clips": "frames=3, fps=8.0, height=32, width=32, levels=600"},
+        BLOCKS | {"vae", "text_encoder"},
+    ),
+    "unet-i2vgen": (unet_i2vgen, {"detail": "as VGen's"}, SLOTS | {"conditioning", "image"}),
     "unet-motion": (unet_motion, {"context width": "32"}, {"2D", "temporal: motion"}),
     "motion-adapter": (motion_adapter, {}, {"temporal: motion"}),
     "motion-module": (motion_module, {}, {"temporal: motion"}),

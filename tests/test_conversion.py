@@ -27,15 +27,13 @@ from tiny_video_ldm import parents, write_text_model
 
 from helpers import randomise, tiny_unet_sd1, tiny_unet_sd2, write_image_model
 from inflate.catalogue import unet_folder
-from inflate.conversion import READ_ONLY, READERS, TEMPORAL, WRITERS
+from inflate.conversion import PIPELINES, READ_ONLY, READERS, TEMPORAL, WRITERS
 from inflate.errors import ConfigError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
 from inflate.families.dynamicrafter import DynamiCrafter, Told
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.formats import FILES, FORMATS, UNETS, WRITTEN
-from inflate.layers.conditioning import ImageTokens
 from inflate.models.folders import read_json
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VideoUNet
 from inflate.objectives import DDPM, EDM
@@ -91,7 +89,8 @@ def same_folder(one: Path, other: Path) -> bool:
 
 def test_the_names_of_formats_are_those_of_the_code() -> None:
     assert set(UNETS) == set(WRITERS)
-    assert READERS.keys() - WRITERS.keys() == {TEMPORAL}
+    assert READERS.keys() - WRITERS.keys() == {TEMPORAL, "i2vgen_xl", "i2vgen_xl_refiner"}
+    assert {name for both in PIPELINES for name in both} <= set(FORMATS)
     assert set(WRITTEN) | set(READ_ONLY) == set(FORMATS)
     assert not set(WRITTEN) & set(READ_ONLY)
     assert set(FILES) < set(WRITTEN)
@@ -348,12 +347,12 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
         (("--to", "ckpt"), "--to ckpt: is no format that is written; known are stable-diffusion, "),
         (
             ("--to", "video-unet", "--image-encoder", "x"),
-            "--image-encoder is for svd-file and dynamicrafter-file and temporal-layers of svd and svd to "
-            "temporal-layers, not for unet3d",
+            "--image-encoder is for svd-file and dynamicrafter-file and i2vgen_xl-file to i2vgen_xl and "
+            "temporal-layers of svd and svd to temporal-layers, not for unet3d",
         ),
         (
             ("--to", "video-unet", "--tokenizer", "x"),
-            "--tokenizer is for dynamicrafter-file and videocrafter-file and temporal-layers of video-unet and ",
+            "--tokenizer is for dynamicrafter-file and videocrafter-file and i2vgen_xl-file to i2vgen_xl and vgen to ",
         ),
     ):
         assert message in refused("convert", unet3d, target, *arguments)
@@ -365,9 +364,7 @@ def test_what_cannot_be_is_refused_with_the_reason(unet3d: Path, tmp_path: Path)
     assert not target.exists()
 
 
-def test_layers_beside_a_unet_and_a_missing_parent_are_refused(motion: VideoUNet, tmp_path: Path) -> None:
-    modelscope.save_vgen(ImageToVideo(modelscope_unet(), ImageTokens(20, 24, 4, 32)), tmp_path / "v.safetensors")
-    assert "makes context tokens of an image" in refused("convert", tmp_path / "v.safetensors", tmp_path / "target")
+def test_a_missing_parent_is_refused(motion: VideoUNet, tmp_path: Path) -> None:
     animatediff.save_adapter(motion, tmp_path / "adapter")
     assert "name its folder or file as --image-model" in refused("convert", tmp_path / "adapter", tmp_path / "target")
     assert not (tmp_path / "target").exists()

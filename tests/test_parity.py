@@ -18,19 +18,15 @@ from inflate.models.unet import TemporalSpec
 from inflate.surgery import inflate_unet
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "svd"
-OTHERS, DYNAMICRAFTER = FIXTURES.parent / "i2vgenxl", FIXTURES.parent / "dynamicrafter"
-BUILT = ("msbase", "schedules", "state_keys_modelscope", "state_keys_vgen_sr600")
-"""Recordings of that folder whose models are built here."""
+FOLDERS = [FIXTURES.parent / name for name in ("svd", "dynamicrafter", "i2vgenxl")]
 recorded = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings in {FIXTURES}")
 
 
 def recordings() -> list[tuple[Path, str]]:
-    """Every recording of a model that is built here; without recordings one that is none, for pytest to skip."""
+    """Every recording; without recordings one that is none, for pytest to skip."""
     if not FIXTURES.is_dir():
         return [(FIXTURES, "none")]
-    others = [stem for stem in parity.stems(OTHERS) if stem.startswith(BUILT)]
-    whole = [(folder, stem) for folder in (FIXTURES, DYNAMICRAFTER) for stem in parity.stems(folder)]
-    return [*whole, *((OTHERS, stem) for stem in others)]
+    return [(folder, stem) for folder in FOLDERS for stem in parity.stems(folder)]
 
 
 @recorded
@@ -42,11 +38,15 @@ def test_recordings(folder: Path, stem: str) -> None:
 
 
 @recorded
-def test_models_that_are_not_built_fail_unless_others_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parity.main([str(OTHERS), "state_keys_modelscope_i2v"]) == 0
+def test_models_that_are_not_built_fail_unless_others_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(FOLDERS[2] / "state_keys_modelscope_i2v.json", tmp_path)
+    (tmp_path / "mystery_a.json").write_text("{}")
+    assert parity.main([str(tmp_path), "state_keys_modelscope_i2v"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 cases"
-    assert parity.main([str(OTHERS), "state_keys_modelscope_i2v", "base_a"]) == 1
-    assert "base_a: unknown file inf 0  FAILED" in capsys.readouterr().out
+    assert parity.main([str(tmp_path), "state_keys_modelscope_i2v", "mystery"]) == 1
+    assert "mystery_a: unknown file inf 0  FAILED" in capsys.readouterr().out
 
 
 def test_empty_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,11 @@ _READERS: dict[str, Callable[[Path, Read], UNet2DConditionModel]] = {
     "temporal-layers": _temporal_layers,
     "video-unet": _our_unet,
     "unet3d": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),
-    "vgen": lambda file, read: modelscope.load_vgen(file, read).unet,
+    "unet-i2vgen": lambda folder, read: modelscope.load_diffusers(catalogue.unet_folder(folder), read),
+    "vgen": modelscope.load_vgen,
+    "i2vgen_xl-file": modelscope.load_vgen,
+    "i2vgen_xl": _our_unet,
+    "i2vgen_xl_refiner": _our_unet,
     "unet-motion": lambda folder, read: animatediff.load_diffusers(catalogue.unet_folder(folder), read=read),
 }
 """How the UNet of each format that has a whole one is read."""

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inflate.errors import CheckpointError
+from inflate.layers.hierarchy import Hierarchy
 from inflate.models import exchange
 from inflate.models.exchange import Names
-from inflate.models.original_names import RESNET_NAMES, TOP_NAMES, UNetLayout, rename_head, substituted, unet_config
+from inflate.models.original_names import (
+    RESNET_NAMES,
+    TOP_NAMES,
+    UNetLayout,
+    rename_head,
+    size_of,
+    substituted,
+    unet_config,
+)
 from inflate.models.unet import INPUT_HEADS, MODELSCOPE, TemporalSpec, VideoUNet
 
 FPS = "fps_embedding.0.weight"
@@ -39,6 +48,8 @@ class Dialect:
     """whether downsampling has a number of its own in its block"""
     convolved: re.Pattern[str]
     """our keys of the linear layers that are convolutions there"""
+    first_frame: Mapping[str, str] = field(default_factory=dict)
+    """our layers that tell the UNet of its first frame, and what they are called there"""
 
     def names(self, keys: Iterable[str], layout: UNetLayout) -> Names:
         """Maps our UNet keys to the original ones; CheckpointError for a layer that has no name."""
@@ -71,7 +82,7 @@ class Dialect:
     def _name(self, key: str, layout: UNetLayout) -> str:
         placed = layout.place(key)
         if placed is None:
-            return rename_head(key, {"conv_in.temporal": self.input, **_TOP})
+            return rename_head(key, {"conv_in.temporal": self.input, **self.first_frame, **_TOP})
         layer, kind, rest = placed
         if kind == "downsamplers":
             block = layer if self.numbered_op else layer.removesuffix(".0")
@@ -88,7 +99,21 @@ _TOP = {
     "class_embedding.linear_1": "fps_embedding.0",
     "class_embedding.linear_2": "fps_embedding.2",
 }
-VGEN = Dialect("VGen", "input_blocks.0.1", False, re.compile(r"\.temporal\.proj_(in|out)\.weight$"))
+DETAIL, WHOLE, TOKENS = "local_image_concat", "local_image_embedding", "context_embedding"
+"""What VGen calls the convolutions before the encoder of details, the encoder of the whole first frame, and what makes
+context tokens of CLIP's embedding of it."""
+_OVER_FRAMES = "local_temporal_encoder.layers.0"
+_FIRST_FRAME = {
+    "first_frame.detail.convolutions": DETAIL,
+    "first_frame.detail.frames.norm": f"{_OVER_FRAMES}.0.norm",
+    "first_frame.detail.frames.to_qkv": f"{_OVER_FRAMES}.0.fn.to_qkv",
+    "first_frame.detail.frames.to_out": f"{_OVER_FRAMES}.0.fn.to_out.0",
+    "first_frame.detail.frames.linear_1": f"{_OVER_FRAMES}.1.net.0.0",
+    "first_frame.detail.frames.linear_2": f"{_OVER_FRAMES}.1.net.2",
+    "first_frame.whole": WHOLE,
+    "first_frame.tokens": TOKENS,
+}
+VGEN = Dialect("VGen", "input_blocks.0.1", False, re.compile(r"\.temporal\.proj_(in|out)\.weight$"), _FIRST_FRAME)
 """VGen's and ModelScope's."""
 LVDM = Dialect("VideoCrafter", "init_attn.0", True, re.compile(r"^conv_in\.temporal\.proj_(in|out)\.weight$"))
 """VideoCrafter's and DynamiCrafter's."""
@@ -97,16 +122,32 @@ BUILT_IN: dict[str, Any] = {**exchange.BUILT_IN, "use_linear_projection": True, 
 """What the UNets of these code bases, and diffusers' class for them, have built in."""
 
 
+def hierarchy_of(tensors: Mapping[str, Tensor], width: int) -> Hierarchy | None:
+    """How a UNet with a context so wide is told of its first frame, by its tensors in VGen's names; None: it is not.
+
+    CheckpointError where a tensor is missing that this is read off.
+    """
+    detail, whole, clip = (any(key.startswith(f"{name}.") for key in tensors) for name in (DETAIL, WHOLE, TOKENS))
+    if not (detail or whole or clip):
+        return None
+    latent = DETAIL if detail else WHOLE if whole else "input_blocks.0"
+    told: dict[str, Any] = {"channels": size_of(tensors, f"{latent}.0.weight", 1), "clip_tokens": 0}
+    if clip:
+        told["embedding"] = size_of(tensors, f"{TOKENS}.0.weight", 1)
+        told["clip_tokens"] = size_of(tensors, f"{TOKENS}.2.weight", 0) // width
+    return Hierarchy(**told, detail_encoder=detail, global_encoder=whole)
+
+
 def with_fps(width: int) -> TemporalSpec:
     """The layers of a model that is told the frame rate by an embedding of that width."""
     return replace(MODELSCOPE, added_ids=1, added_id_dim=width)
 
 
-def refuse_what_originals_lack(unet: VideoUNet, code: str) -> None:
-    """CheckpointError, naming the settings, where the UNets of a code base cannot represent a model."""
+def refuse_what_originals_lack(unet: VideoUNet, code: str, padding: Any = 1) -> None:
+    """CheckpointError, naming the settings, where the UNets of a code base, which pad so, cannot represent a model."""
     told_fps = unet.spec.added_ids > 0
     slots = with_fps(unet.config.block_out_channels[0]) if told_fps else MODELSCOPE
-    fixed = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu"}
+    fixed = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "downsample_padding": padding}
     refuse_other_layers(unet, slots, code, {**fixed, "class_embed_type": "projection" if told_fps else None})
 
 

@@ -6,6 +6,7 @@ the second's projected pooled state is a condition of its own.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from inflate.errors import CheckpointError
 from inflate.models import folders
@@ -124,6 +126,30 @@ def load_encoder(folder: Path, kind: type[Any]) -> Any:
         return load_strictly(kind.from_pretrained, folder, {"dtype": torch.float32}, COUNTERS)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}; download or copy it again") from error
+
+
+def with_idle_layer(encoder: Any) -> Any:
+    """A copy of a CLIP text encoder with one more layer, of zeros, which changes nothing."""
+    longer = copy.deepcopy(encoder)
+    layers = _layers(longer)
+    layers.append(copy.deepcopy(layers[-1]))
+    with torch.no_grad():
+        for parameter in layers[-1].parameters():
+            parameter.zero_()
+    longer.config.num_hidden_layers += 1
+    return longer
+
+
+def without_last_layer(encoder: Any) -> Any:
+    """A copy of a CLIP text encoder whose last states are those before its last layer, normalised."""
+    shorter = copy.deepcopy(encoder)
+    del _layers(shorter)[-1]
+    shorter.config.num_hidden_layers -= 1
+    return shorter
+
+
+def _layers(encoder: nn.Module) -> nn.ModuleList:
+    return next(module.layers for module in encoder.modules() if isinstance(module, CLIPEncoder))
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from original_files import dynamicrafter, equal, write_single_file, write_svd_file, write_videocrafter
+from original_files import dynamicrafter, equal, i2vgen_xl, write_single_file, write_svd_file, write_videocrafter
+from tiny_i2vgen_xl import refiner
 
 from helpers import tiny_unet, tiny_unet_sd2, write_image_model
 from inflate import catalogue
 from inflate.adapters import outlines
 from inflate.errors import CheckpointError
 from inflate.families import animatediff, dynamicrafter_original, modelscope
-from inflate.families.modelscope import ImageToVideo
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, TemporalSpec, VideoUNet
@@ -61,8 +61,32 @@ def unet3d(folder: Path) -> Written:
 
 def vgen(folder: Path) -> Written:
     unet = _modelscope()
-    modelscope.save_vgen(ImageToVideo(unet, None), folder / "a.safetensors")
+    modelscope.save_vgen(unet, folder / "a.safetensors")
     return folder / "a.safetensors", unet
+
+
+def i2vgen_xl_file(folder: Path) -> Written:
+    unet = i2vgen_xl(folder).unet
+    modelscope.save_vgen(unet, folder / "a.safetensors")
+    return folder / "a.safetensors", unet
+
+
+def i2vgen_xl_folder(folder: Path) -> Written:
+    family = i2vgen_xl(folder)
+    family.save_pretrained(folder / "export")
+    return folder / "export", family.unet
+
+
+def i2vgen_xl_refiner(folder: Path) -> Written:
+    family = refiner(folder / "image")
+    family.save_pretrained(folder / "export")
+    return folder / "export", family.unet
+
+
+def unet_i2vgen(folder: Path) -> Written:
+    unet = i2vgen_xl(folder).unet
+    modelscope.to_i2vgen(unet).save_pretrained(folder / "unet")
+    return folder, unet
 
 
 def unet_motion(folder: Path) -> Written:
@@ -94,6 +118,10 @@ WRITERS: dict[str, Callable[[Path], Written]] = {
     "video-unet": video_unet,
     "unet3d": unet3d,
     "vgen": vgen,
+    "i2vgen_xl-file": i2vgen_xl_file,
+    "i2vgen_xl": i2vgen_xl_folder,
+    "i2vgen_xl_refiner": i2vgen_xl_refiner,
+    "unet-i2vgen": unet_i2vgen,
     "unet-motion": unet_motion,
 }
 
