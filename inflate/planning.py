@@ -205,6 +205,8 @@ def encoder_of(family: Family, config: Any) -> ClipEncoder | TextClipEncoder:
 
 def adaptable(config: Any) -> bool:
     """Whether a run might train an adapter instead of its model's own weights."""
+    if isinstance(config.model, i2vgen_xl_model.Model):
+        return config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(config.stage, config.model)
     animates = isinstance(config.model, dynamicrafter_model.Model)
     return config.adapter.kind == "none" and (config.stage == "finetune" if animates else config.stage != "decoder")
 

@@ -166,9 +166,14 @@ def check_stage(stage: Stage, model: Model, settings: I2VGenXLSettings, parts: P
         )
 
 
+def goes_on(stage: Stage, model: Model) -> bool:
+    """Whether a stage begins with a model of its own kind."""
+    return folders.family_of(model.path) == FAMILIES[stage]
+
+
 def refuse_new(stage: Stage, model: Model) -> None:
     """ConfigError for an adapter on a model that a stage has yet to make: whoever loads it needs its base."""
-    if folders.family_of(model.path) != FAMILIES[stage]:
+    if not goes_on(stage, model):
         raise ConfigError(
             f"adapter.kind: {model.path} is no model of stage={stage} yet, which an adapter would need as its base; "
             "train that first (adapter.kind=none) and start from its export, or from the published weights"
