@@ -141,6 +141,16 @@ def test_what_a_stage_of_animation_costs() -> None:
     assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
 
 
+@pytest.mark.parametrize("stage", ["base", "refine"])
+def test_what_a_stage_of_i2vgen_xl_costs(stage: str) -> None:
+    recipe, card = ROOT / "recipes" / "i2vgen_xl_finetune.py", f"i2vgen_xl_pocket_{stage}.yaml"
+    few = ("data.cache=cache", "i2vgen_xl.held_out_clips=1", "i2vgen_xl.preview_clips=1", "model.path=pocket-t2v")
+    cost = small(recipe, card, *few, "data.frames=2", "data.height=32", "data.width=32").cost({})
+    assert cost.frozen == 0
+    assert cost.gradients == 4 * cost.trained
+    assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
+
+
 @pytest.mark.parametrize("name", [name for name in folders.OUTLINES if "video" in name])
 def test_published_video_models_have_their_size_without_weights(name: str) -> None:
     family = svd_outline.outline(name)
