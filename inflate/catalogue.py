@@ -25,6 +25,7 @@ from inflate.families import (
     i2vgen_xl_original,
     i2vgen_xl_refiner,
     modelscope,
+    modelscope_keys,
     svd_files,
 )
 from inflate.families import dynamicrafter_keys as keys
@@ -257,7 +258,8 @@ def _i2vgen_xl_file(file: Path) -> Found:
 
 def _unet_i2vgen(folder: Path) -> Found:
     inside = unet_folder(folder)
-    facts, groups = _video_unet(modelscope.load_diffusers(inside, exchange.read_headers))
+    unet = modelscope.load_diffusers(inside, exchange.read_headers)
+    facts, groups = _video_unet(unet)[0], _by_kind(modelscope_keys.apart(unet.state_dict()), unet.spec)
     detail = "half of VGen's, as far as is known" if modelscope.is_halved(inside) else "as VGen's"
     return {**_prediction(folder), "detail": detail, **facts}, {**groups, **_parts(folder)}
 

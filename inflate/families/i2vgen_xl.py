@@ -35,8 +35,11 @@ from inflate.models.unet import VideoUNet, load_strictly
 from inflate.objectives import Predict
 
 FAMILY = "i2vgen_xl"
-NEGATIVE = "Distorted, discontinuous, Ugly"
-"""How the prompt begins that stood for none in the training of the released weights (`Clips.negative`)."""
+NEGATIVE = (
+    "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, disconnected limbs, "
+    "Ugly faces, incomplete arms"
+)
+"""The prompt that the released weights are led away from, and that VGen tells in place of none (`Clips.negative`)."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ _TO_DIFFUSERS = (
     (r"^first_frame\.whole\.", "image_latents_context_embedding."),
     (r"^first_frame\.tokens\.", "context_embedding."),
 )
-_FUSED = "image_latents_temporal_encoder.attn1.to_qkv.weight"
+FUSED = ".to_qkv."
 """What VGen and ours have as one tensor, and diffusers as three."""
-_APART = tuple(_FUSED.replace("qkv", part) for part in "qkv")
+_APART = tuple(f"image_latents_temporal_encoder.attn1.to_{part}.weight" for part in "qkv")
 
 
 def unet_to_diffusers(keys: Iterable[str]) -> Names:
@@ -44,13 +44,15 @@ def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not all(key in tensors for key in _APART):
         return dict(tensors)
     joined = torch.cat([tensors[key] for key in _APART])
-    return {**{key: tensor for key, tensor in tensors.items() if key not in _APART}, _FUSED: joined}
+    others = {key: tensor for key, tensor in tensors.items() if key not in _APART}
+    return {**others, _APART[0].replace(".to_q.", FUSED): joined}
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `fused`, each part in memory of its own."""
-    if _FUSED not in tensors:
-        return dict(tensors)
-    parts = zip(_APART, tensors[_FUSED].chunk(3), strict=True)
-    own = {key: part.clone() for key, part in parts}  # views of one tensor cannot be written to a file
-    return {**{key: tensor for key, tensor in tensors.items() if key != _FUSED}, **own}
+    """Tensors, by our names or diffusers', with the queries, keys and values apart, each in memory of its own."""
+    found = {key: tensor for key, tensor in tensors.items() if FUSED not in key}
+    for key in tensors.keys() - found.keys():
+        parts = zip("qkv", tensors[key].chunk(3), strict=True)
+        # views of one tensor could not be written to a file
+        found |= {key.replace(FUSED, f".to_{part}."): each.clone() for part, each in parts}
+    return found
