@@ -117,23 +117,37 @@ def clock(device: str) -> float:
     return time.process_time()
 
 
-def timed(runs: dict[str, Callable[[], Tensor]], device: str, times: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each run, all in turns after a first go, and its largest difference from the first run."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    found = {name: run().double() for name, run in runs.items()}
+def timed(runs: dict[str, Callable[[], Tensor]], device: str, times: int) -> dict[str, dict[str, Any]]:
+    """Median seconds of each run, all in turns after a first go, and its largest difference from the first run.
+
+    Of a run that the first go refuses, as a kernel may on some GPU, it says why.
+    """
+    found, refused = first_go(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(times):
-        for name, run in runs.items():
+        for name, taken in seconds.items():
             begun = clock(device)
-            run()
-            seconds[name].append(clock(device) - begun)
+            runs[name]()
+            taken.append(clock(device) - begun)
     first = next(iter(found.values()))
-    return {
+    return refused | {
         name: {"seconds": median(taken), "difference": float((found[name] - first).abs().max() / first.abs().max())}
         for name, taken in seconds.items()
     }
 
 
-def layers_timed(device: str, times: int) -> dict[str, dict[str, float]]:
+def first_go(runs: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What each run gives, in float64, and of those that fail why."""
+    found, refused = {}, {}
+    for name, run in runs.items():
+        try:
+            found[name] = run().double()
+        except RuntimeError as error:
+            refused[name] = {"not run": str(error).splitlines()[0]}
+    return found, refused
+
+
+def layers_timed(device: str, times: int) -> dict[str, dict[str, Any]]:
     """A layer, forward and backward; the gradient of its input is compared."""
     shape, half = (SHAPE, torch.bfloat16) if device == "cuda" else (SMALL, torch.float32)
     given = torch.randn(shape, device=device, dtype=half)
@@ -151,7 +165,7 @@ def layers_timed(device: str, times: int) -> dict[str, dict[str, float]]:
     return timed({name: runner(layer.to(half), context) for name, layer, context in arms(device)}, device, times)
 
 
-def steps(device: str, times: int) -> dict[str, dict[str, float]]:
+def steps(device: str, times: int) -> dict[str, dict[str, Any]]:
     """The pocket model's forward and backward pass in both orders of memory."""
     plain = SVD.load("pocket", frames=4).unet.to(device).train()
     for parameter in plain.parameters():  # a layer freshly inflated is zero
@@ -194,9 +208,8 @@ def main() -> None:
     }
     for part, rows in result.items():
         for arm, values in rows.items():
-            print(
-                f"{part:9s} {arm:13s}", "  ".join(f"{name} {value:.6g}" for name, value in values.items()), flush=True
-            )
+            told = (f"{name} {value if isinstance(value, str) else f'{value:.6g}'}" for name, value in values.items())
+            print(f"{part:9s} {arm:13s}", "  ".join(told), flush=True)
     write(arguments.output, record(command("OUT.json"), result))
 
 

@@ -90,7 +90,7 @@ def decoding(size: tuple[int, int, int], rows: int) -> list[dict[str, Any]]:
     found = []
     vae = published()
     for way, decode in ways(vae, rows).items():
-        ledger, given = Ledger(), latents_of(size)
+        ledger, given = Ledger(workspaces=True), latents_of(size)
         ledger.record([*vae.parameters(), given])
         before = ledger.current
         with torch.no_grad(), fused_attention(), ledger:

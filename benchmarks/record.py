@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 def record(command: str, result: dict[str, Any]) -> dict[str, Any]:
     """The result below its command and the versions of what it ran on."""
-    packages = {one.name: one.version for one in distributions() if one.name in PACKAGES}
+    packages = {name: version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = packages | {"python": platform.python_version(), "device": device}
     return {"command": command, "versions": versions, **result}

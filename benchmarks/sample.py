@@ -122,7 +122,7 @@ def theirs_on_paper(offload: bool) -> dict[str, int]:
         vae = AutoencoderKLTemporalDecoder.from_config(AutoencoderKLTemporalDecoder.load_config(outlines / "vae"))
     vision = svd_outline.outline(XT).image_encoder
     cast((unet, vae, vision), "bfloat16")
-    paper, ledger = Paper(), Ledger(DEVICE.type)
+    paper, ledger = Paper(), Ledger(DEVICE.type, workspaces=True)
     with paper.active(), torch.no_grad(), ledger, visiting([] if offload else [unet, vae, vision], DEVICE):
         for part, network, work in theirs(paper, unet, vae, vision):
             ledger.begin(part)

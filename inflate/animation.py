@@ -17,19 +17,23 @@ from tqdm import tqdm
 from inflate import catalogue
 from inflate.data.pixels import to_float, to_uint8, unit
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import dynamicrafter, svd, video_ldm
+from inflate.families import dynamicrafter, i2vgen_xl, i2vgen_xl_refiner, svd, video_ldm
 from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.i2vgen_xl import I2VGenXL
 from inflate.families.svd import SVD
 from inflate.formats import FORMATS
 from inflate.models import folders, image_stream
 from inflate.models.text_encoders import TextEncoders
 from inflate.options import option
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
+from inflate.sampling import i2vgen_xl as i2vgen_xl_sampling
 from inflate.sampling import svd as svd_sampling
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 """(height, width)"""
+CUT = 0.05
+"""Share of an image that is cut off without a word."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Animator(Protocol):
         """The model in `path`, with the options that were given, by their names."""
 
     @property
-    def family(self) -> SVD | DynamiCrafter:
+    def family(self) -> SVD | DynamiCrafter | I2VGenXL:
         """The model."""
 
     @property
@@ -156,9 +160,7 @@ class DynamiCrafterAnimator:
             raise ConfigError(
                 f"{option(name)}: {path} is told the {told} of its clips: give {option(told)} in its place"
             )
-        asked = asked_of(dynamicrafter_sampling.Sampling, given) | {"number": given.get(told)}
-        if "start" in asked:
-            asked["start"] = whole("start", asked["start"])
+        asked = asked_of(dynamicrafter_sampling.Sampling, given) | {"number": given.get(told)} | timestep_of(given)
         settings = dynamicrafter_sampling.Sampling(**asked)
         return cls(path, DynamiCrafter.load(path), settings)
 
@@ -201,7 +203,62 @@ class DynamiCrafterAnimator:
         return [in_pixels(clip) for clip in clips]
 
 
-KINDS: dict[str, type[Animator]] = {svd.FAMILY: SVDAnimator, dynamicrafter.FAMILY: DynamiCrafterAnimator}
+@dataclass(frozen=True)
+class I2VGenXLAnimator:
+    """Clips of an image and a prompt."""
+
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(("prompt", "negative", "eta", "guidance", "rescale"))
+    path: str
+    family: I2VGenXL
+    settings: i2vgen_xl_sampling.Sampling
+
+    @classmethod
+    def load(cls, path: str, given: Mapping[str, Any]) -> Self:
+        """The model."""
+        asked = asked_of(i2vgen_xl_sampling.Sampling, given) | timestep_of(given)
+        settings = i2vgen_xl_sampling.Sampling(**asked)
+        return cls(path, I2VGenXL.load(path), settings)
+
+    @property
+    def fps(self) -> float:
+        """What the model is told."""
+        return self.settings.fps or self.family.clips.fps
+
+    @property
+    def frames(self) -> int:
+        """As asked, or that of training."""
+        return self.settings.frames or self.family.clips.frames
+
+    def size(self, height: int, width: int) -> Size:
+        """That of its training, whatever the image's: it has seen no other."""
+        return self.family.size
+
+    def notes(self, prompts: Sequence[str], ends: bool) -> list[str]:
+        """Unknown words, and clips longer than training's; ConfigError for prompts where it is told none."""
+        clips = self.family.clips
+        if any(prompts) and not clips.prompts:
+            raise ConfigError(f"{self.path} is told images alone: leave the prompts out")
+        longer = (
+            f"{self.path} was trained on clips of {clips.frames} frames, and tells each its place in the clip: for "
+            "longer videos let a story (--story) go on from the last frame"
+        )
+        return [longer] * (self.frames > clips.frames) + unknown_words(self.family.text, prompts)
+
+    def draw(self, takes: Sequence[Take]) -> list[Pixels]:
+        """All together, or as many at a time as there is room for."""
+        settings = replace(self.settings, frames=takes[0].frames or self.settings.frames)
+        clips = i2vgen_xl_sampling.sample(
+            self.family, batch([take.image for take in takes]), [take.prompt for take in takes],
+            [take.seed for take in takes], settings, progress, device=device(),
+        )  # fmt: skip
+        return [in_pixels(clip) for clip in clips]
+
+
+KINDS: dict[str, type[Animator]] = {
+    svd.FAMILY: SVDAnimator,
+    dynamicrafter.FAMILY: DynamiCrafterAnimator,
+    i2vgen_xl.FAMILY: I2VGenXLAnimator,
+}
 """What animates images, by family."""
 
 
@@ -218,13 +275,22 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
         raise CheckpointError(
             f'{path} is of {family}, which draws from prompts alone: inflate generate {path} "a prompt" -o out.mp4'
         )
+    refuse_refiner(path, family)
     if family not in KINDS:
         raise CheckpointError(f"{path} is of {family}; images are animated by {' and '.join(KINDS)}")
-    others = {name: other for other, kind in KINDS.items() for name in kind.OPTIONS - KINDS[family].OPTIONS}
     for name in given:
-        if name in others:
-            raise ConfigError(f"{option(name)} is an option of {others[name]}, and {path} is of {family}: leave it out")
+        others = [other for other, kind in KINDS.items() if name in kind.OPTIONS]
+        if others and family not in others:
+            of = " and ".join(others)
+            raise ConfigError(f"{option(name)} is an option of {of}, and {path} is of {family}: leave it out")
     return KINDS[family]
+
+
+def refuse_refiner(path: str, family: str | None) -> None:
+    """Raise CheckpointError for a model that refines clips and draws none by itself."""
+    if family == i2vgen_xl_refiner.FAMILY:
+        remedy = f"inflate refine VIDEO --model {path} -o out.mp4, or add --refine {path} to inflate sample MODEL IMAGE"
+        raise CheckpointError(f"{path} is of {family}, which refines clips that there are: {remedy}")
 
 
 def _refuse_unconverted(path: str) -> None:
@@ -236,11 +302,14 @@ def _refuse_unconverted(path: str) -> None:
         raise CheckpointError(f"{path} is {FORMATS[found]}; {remedy}")
 
 
-def whole(name: str, number: float) -> int:
-    """An option's number where it counts; ConfigError for a fraction."""
-    if number != int(number):
-        raise ConfigError(f"{option(name)} is {number}: it must be a whole number for this model")
-    return int(number)
+def timestep_of(given: Mapping[str, Any]) -> dict[str, int]:
+    """The timestep to start from, where one is given; ConfigError for a fraction."""
+    start = given.get("start")
+    if start is None:
+        return {}
+    if start != int(start):
+        raise ConfigError(f"{option('start')} is {start}: it must be a whole number for this model")
+    return {"start": int(start)}
 
 
 def asked_of(schema: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:

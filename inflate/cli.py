@@ -13,6 +13,7 @@ from inflate.adapter_cli import adapter_app
 from inflate.errors import CheckpointError, ConfigError, DataError, SurgeryError, TrainingError, report_errors
 from inflate.formats import WRITTEN
 from inflate.options import ImageEncoder, ModelPath, Prediction, Tokenizer, check_output
+from inflate.refine_cli import refining_app
 from inflate.sample_cli import sampling_app
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 data = typer.Typer(help="Look at the clips of a run before it starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(sampling_app)
+app.add_typer(refining_app)
 app.add_typer(adapter_app, name="adapter")
 
 SIGNALLED = 128

@@ -15,7 +15,7 @@ SHARES: tuple[Share, ...] = get_args(Share)
 
 BETTER = {
     "parent/": "", "bypassed": "", "without ": "", "held still": "", "static copy": "", "autoencoder": "",  # to compare
-    "real/": "",
+    "real/": "", "enlarged": "",
     "loss": "lower", "flicker": "lower", "spectrum_distance": "lower", "lpips": "lower", "fvd": "lower", "kvd": "lower",
     "psnr": "higher", "ssim": "higher", "frame 0": "higher", "frames 1-3": "higher",
     "direction": "higher", "prompt agreement": "higher", "frame consistency": "higher",

@@ -47,6 +47,14 @@ def chosen(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def both(**sides: int | None) -> tuple[int, int] | None:
+    """Two options that are given together, or none of them; ConfigError for one alone."""
+    first, second = sides.values()
+    if (first is None) != (second is None):
+        raise ConfigError(f"{' and '.join(option(name) for name in sides)}: give both or neither")
+    return None if first is None or second is None else (first, second)
+
+
 def check_rates(**rates: float | None) -> None:
     """Raise `ConfigError` for a rate that was given and is not above 0."""
     for name, rate in chosen(**rates).items():

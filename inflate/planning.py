@@ -20,14 +20,16 @@ from inflate.data.buckets import Bucket, check_multiples
 from inflate.data.clips import collate
 from inflate.data.settings import Data
 from inflate.errors import ConfigError
-from inflate.families import dynamicrafter_model, svd_outline, video_ldm_outline
+from inflate.families import dynamicrafter_model, i2vgen_xl_model, svd_outline, video_ldm_outline
 from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.i2vgen_xl import I2VGenXL
+from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.svd import SVD
 from inflate.families.svd_model import Model
 from inflate.families.video_ldm import VideoLDM
-from inflate.training import stages
+from inflate.training import i2vgen_xl_stages, stages
 from inflate.training.cost import Cost, on_paper
-from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder, image_text_encoder
+from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder, i2vgen_xl_encoder, image_text_encoder
 from inflate.training.ladder import Step, steps
 from inflate.training.paper import Paper
 
@@ -35,12 +37,13 @@ SHORT = {
     "sampling.steps": 1, "image_to_video.bands": 1, "text_to_video.bands": 1, "image_to_video.preview_clips": 1,
     "image_to_video.train_clips": 0, "text_to_video.train_clips": 0, "decoder.train_clips": 0,
     "decoder.held_out_clips": 1, "text_to_video.domain_adapter": None, "image_text_to_video.bands": 1,
-    "image_text_to_video.train_clips": 0,
+    "image_text_to_video.train_clips": 0, "i2vgen_xl.bands": 1, "i2vgen_xl.train_clips": 0, "refining.steps": 1,
 }  # fmt: skip
 """What repeats the same in the same memory is done once; what a domain adapter changes is kept outside of the GPU."""
 LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")
 """How names begin of what a launcher tells the processes of a run."""
 MOST_WORKERS = 8
+Family = SVD | VideoLDM | DynamiCrafter | I2VGenXL | Refiner
 CLIPS = 4
 """Clips on paper: as many as are measured together at most."""
 
@@ -176,10 +179,12 @@ def _forget_devices() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def outline(config: Any) -> SVD | VideoLDM | DynamiCrafter:
+def outline(config: Any) -> Family:
     """The model of a recipe's settings, without memory; temporal layers alone are of the shape of their image model."""
     if isinstance(config.model, dynamicrafter_model.Model):
         return stages.outline(config.stage, config.model, config.image_context, config.data.main.frames)
+    if isinstance(config.model, i2vgen_xl_model.Model):
+        return i2vgen_xl_stages.begin(config.stage, config.model, config.hierarchy, config.i2vgen_xl, weights=False)
     path = config.model.image_model or config.model.path
     if isinstance(config.model, Model):
         frames = config.model.frames or config.data.main.frames
@@ -187,17 +192,21 @@ def outline(config: Any) -> SVD | VideoLDM | DynamiCrafter:
     return video_ldm_outline.outline(path, config.model.tokenizer)
 
 
-def encoder_of(family: SVD | VideoLDM | DynamiCrafter, config: Any) -> ClipEncoder | TextClipEncoder:
+def encoder_of(family: Family, config: Any) -> ClipEncoder | TextClipEncoder:
     """What fills the cache of a run."""
     if isinstance(family, SVD):
         return clip_encoder(family, config.data, config.image_to_video)
     if isinstance(family, DynamiCrafter):
         return image_text_encoder(family, config.data, config.image_text_to_video)
+    if isinstance(family, I2VGenXL | Refiner):
+        return i2vgen_xl_encoder(config.stage, family, config.data)
     return TextClipEncoder(family, config.data.cache_dtype)
 
 
 def adaptable(config: Any) -> bool:
     """Whether a run might train an adapter instead of its model's own weights."""
+    if isinstance(config.model, i2vgen_xl_model.Model):
+        return config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(config.stage, config.model)
     animates = isinstance(config.model, dynamicrafter_model.Model)
     return config.adapter.kind == "none" and (config.stage == "finetune" if animates else config.stage != "decoder")
 

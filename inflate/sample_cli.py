@@ -3,11 +3,22 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inflate.adapters.settings import Weighted
+from inflate.drawing import (
+    Adapters,
+    Dtype,
+    LittleMemory,
+    OtherImageModel,
+    adapt,
+    note,
+    note_image_model,
+    refuse_unguided,
+    write,
+)
 from inflate.errors import CheckpointError, ConfigError, DataError, report_errors
 from inflate.options import (
     MOST_SEED,
@@ -16,6 +27,7 @@ from inflate.options import (
     ModelPath,
     Prediction,
     Tokenizer,
+    both,
     check_output,
     check_rates,
     chosen,
@@ -23,45 +35,23 @@ from inflate.options import (
 )
 
 if TYPE_CHECKING:
-    from inflate.adapters.bases import Family
-    from inflate.animation import Animator, Pixels
+    from inflate.animation import Animator, Pixels, Size
+    from inflate.families.svd import SVD
     from inflate.families.video_ldm import VideoLDM
     from inflate.models.precision import Precision
+    from inflate.models.stable_diffusion import TextToVideo
     from inflate.sampling.text_to_video import Sampling as TextSampling
     from inflate.shooting import Shooting
     from inflate.story import Shot
 
-    Draws = tuple[Family, Callable[[], list[Pixels]], list[str], float]
+    Draws = tuple[SVD | TextToVideo, Callable[[], list[Pixels]], list[str], float]
     """A model, what draws clips with it, the names of these, and their frames per second."""
 
 sampling_app = typer.Typer()
 
-OtherImageModel = Annotated[
-    str | None,
-    typer.Option("--image-model", help="Another Stable Diffusion for the temporal layers to go over: its look."),
-]
-
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(
-        "--dtype", help="Round all weights to this and compute in it, in half the memory [default: as loaded]"
-    ),
-]
-LittleMemory = Annotated[
-    bool | None,
-    typer.Option("--little-memory/--at-once", help="The same clip, part by part or at once [default: by its size]"),
-]
-
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter", metavar="NAME[:WEIGHT]", help="An adapter's file, folder or name on the shelf; may be repeated."
-    ),
-]
-
-
-SVD_ALONE, DYNAMICRAFTER_ALONE = "Stable Video Diffusion", "DynamiCrafter"
-"""Panels of options that one family alone has."""
+SVD_ALONE, DYNAMICRAFTER_ALONE, PROMPTED = "Stable Video Diffusion", "DynamiCrafter", "DynamiCrafter and I2VGen-XL"
+REFINED = "Refinement, by a second model"
+"""Panels of options that not every family has, and of what comes after the drawing."""
 
 
 LEAST_FRAMES = {"story": 2, "end_image": 2, "loop": 3}
@@ -74,6 +64,14 @@ def _of_svd(text: str, *names: str, **limits: Any) -> Any:
 
 def _of_dynamicrafter(text: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
+
+
+def _of_prompted(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=PROMPTED, **limits)
+
+
+def _of_refined(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=REFINED, **limits)
 
 
 @sampling_app.command()
@@ -96,44 +94,64 @@ def sample(
     ] = None,
     play_fps: Annotated[float | None, typer.Option(help="Those of the video, where they are to be others.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50]")
+        int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50, I2VGen-XL 50]")
     ] = None,
     start: Annotated[
         float | None,
-        typer.Option(
-            help="Begin lower, for more motion. SVD: a noise level below 700; DynamiCrafter: a timestep below 999"
-        ),
+        typer.Option(help="Begin lower, for more motion. SVD: a noise level below 700; others: a timestep below 999"),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Seed of all noise; each shot of a story has the next.")
     ] = 0,
     grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
     height: Annotated[
-        int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; DynamiCrafter's own]")
+        int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; the others' own]")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
-    prompt: Annotated[list[str] | None, _of_dynamicrafter("What happens; may be repeated: a row each.")] = None,
-    negative: Annotated[str | None, _of_dynamicrafter("A prompt that guidance leads away from.")] = None,
+    prompt: Annotated[list[str] | None, _of_prompted("What happens; may be repeated: a row each.")] = None,
+    negative: Annotated[
+        str | None,
+        _of_prompted(
+            "A prompt that guidance leads away from [default: the model's]", "--negative", "--negative-prompt"
+        ),
+    ] = None,
     end_image: Annotated[Path | None, _of_dynamicrafter("The last frame.")] = None,
     loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which is shown once.", "--loop")] = False,
     stride: Annotated[
         float | None, _of_dynamicrafter("What a model is told in place of frames per second [default: its own]", min=1)
     ] = None,
     eta: Annotated[
-        float | None, _of_dynamicrafter("Noise of each step: 0 for none, up to 1 [default: 1]", min=0, max=1)
+        float | None,
+        _of_prompted("Noise of each step: 0 for none, up to 1 [default: DynamiCrafter 1, I2VGen-XL 0]", min=0, max=1),
     ] = None,
-    guidance: Annotated[float | None, _of_dynamicrafter("Guidance scale; up to 1 there is none [default: 7.5]")] = None,
+    guidance: Annotated[
+        float | None,
+        _of_prompted("Guidance scale; up to 1 there is none [default: DynamiCrafter 7.5, I2VGen-XL 9]"),
+    ] = None,
     image_guidance: Annotated[
         float | None, _of_dynamicrafter("That of the image, for a pass more [default: one for both]")
     ] = None,
     rescale: Annotated[
         float | None,
-        _of_dynamicrafter("Share of its overexposure that is undone [default: the model's]", min=0, max=1),
+        _of_prompted(
+            "Share of its overexposure that is undone [default: DynamiCrafter's own, I2VGen-XL 0]", min=0, max=1
+        ),
     ] = None,
     motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
     noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,
     guidance_min: Annotated[float | None, _of_svd("Guidance scale of the first frame [default: 1]")] = None,
     guidance_max: Annotated[float | None, _of_svd("Guidance scale of the last frame [default: 3]")] = None,
+    refine: Annotated[
+        str | None,
+        _of_refined("A refinement model, which draws the clips anew, larger; they stay beside as NAME-base.mp4."),
+    ] = None,
+    strength: Annotated[
+        float | None, _of_refined("How much is drawn anew: 0 for nothing, up to 1 [default: 1]", min=0, max=1)
+    ] = None,
+    refine_height: Annotated[
+        int | None, _of_refined("Pixels [default: the refinement model's area in the clips' shape]", min=1)
+    ] = None,
+    refine_width: Annotated[int | None, _of_refined("Pixels; give both or neither.", min=1)] = None,
     image_model: OtherImageModel = None,
     image_encoder: ImageEncoder = None,
     prediction: Prediction = None,
@@ -148,9 +166,9 @@ def sample(
     Ctrl-C while a story is drawn writes the shots that are whole.
     """
     wanted = [Weighted.parse(text) for text in adapter or ()]
-    check_output(overwrite, (".mp4",), output, *_beside(output, story))
-    if (height is None) != (width is None):
-        raise ConfigError("--height and --width: give both or neither")
+    check_output(overwrite, (".mp4",), output, *_beside(output, story, refine))
+    size, refined = both(height=height, width=width), both(refine_height=refine_height, refine_width=refine_width)
+    _check_refined(refine, story=story, strength=strength, refine_height=refine_height)
     long = {"story": story, "end_image": end_image, "loop": loop}
     shot = chosen(prompt=prompt or None, end_image=end_image, loop=loop or None)
     given = shot | chosen(
@@ -161,34 +179,87 @@ def sample(
     )  # fmt: skip
     check_rates(fps=fps, play_fps=play_fps)
     if image_guidance is None:
-        _refuse_unguided(guidance, negative=negative, rescale=rescale)
+        refuse_unguided(guidance, negative=negative, rescale=rescale)
     _check_length(frames, **long)
     shots = _told(story, seed, image, grid, shot) if story else _asked(image, range(seed, seed + grid), **shot)
-    from inflate import animation, shooting
+    from inflate import refining, shooting
 
     sizes = shooting.sizes_of(shots, story)
+    if refine:
+        refining.check_model(refine)
+    animator = _animator(path, given, shots, story, long)
+    adapt(animator.family, wanted, any_base, dtype)
+    rate = animator.fps if play_fps is None else play_fps
+    taken = shooting.Shooting.at(size or animator.size(*next(iter(sizes.values()))), shots, sizes, note)
+    if story:
+        _write_story(output, taken, animator, rate)
+        return
+    clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
+    if refine:
+        _write_grid(_base_of(output), shots, clips, grid, rate)
+        del animator, taken  # the refinement model takes their place
+        wished = chosen(strength=strength, little_memory=little_memory)
+        clips = _refined(refine, wished, refined, shots, clips, dtype)
+    _write_grid(output, shots, clips, grid, rate)
+
+
+def _base_of(output: Path) -> Path:
+    """Return where the clips lie that a refinement begins from."""
+    return output.with_stem(f"{output.stem}-base")
+
+
+def _beside(output: Path, story: Path | None, refine: str | None) -> list[Path]:
+    """Return the files that go with a video: its contact sheet, of a story its page, of a refinement what it is of."""
+    base = [_base_of(output)] if refine else []
+    pages = [output.with_suffix(".html")] if story else []
+    return [*base, *(file.with_suffix(".png") for file in (output, *base)), *pages]
+
+
+def _check_refined(refine: str | None, story: Path | None, **options: Any) -> None:
+    """Raise ConfigError for options of a refinement where there is none, and for a story that is to be refined."""
+    idle = [option(name) for name, value in options.items() if value is not None]
+    if idle and not refine:
+        raise ConfigError(f"{idle[0]} is of a refinement: name its model by --refine")
+    if refine and story:
+        raise ConfigError("--refine is not for a story: draw it, then refine the video: inflate refine VIDEO")
+
+
+def _animator(
+    path: str, given: dict[str, Any], shots: "Sequence[Shot]", story: Path | None, long: dict[str, Any]
+) -> "Animator":
+    """Return what animates shots by the options that are given; ConfigError where it cannot."""
+    from inflate import animation, shooting
+
     kind = animation.kind_of(path, given)
     if story:
         shooting.refuse_keys(shots, story, kind, path)
-    _note_image_model(path)
+    note_image_model(path)
     animator = kind.load(path, given)
     _check_length(animator.frames, **long)
-    prompts = [*(shot.prompt for shot in shots), negative or ""]
-    _note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
-    _adapt(animator.family, wanted, any_base, dtype)
-    rate = animator.fps if play_fps is None else play_fps
-    size = (height, width) if height and width else animator.size(*next(iter(sizes.values())))
-    taken = shooting.Shooting.at(size, shots, sizes, _note)
-    if story:
-        _write_story(output, taken, animator, rate)
-    else:
-        clips = [clip[:-1] if loop else clip for clip in taken.together(animator)]
-        _write_grid(output, shots, clips, grid, rate)
+    prompts = [*(shot.prompt for shot in shots), given.get("negative", "")]
+    note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
+    return animator
 
 
-def _beside(output: Path, story: Path | None) -> list[Path]:
-    """Return the files that go with a video: its contact sheet and, of a story, its page."""
-    return [output.with_suffix(suffix) for suffix in (".png", ".html")[: 2 if story else 1]]
+def _refined(
+    path: str,
+    given: dict[str, Any],
+    size: "Size | None",
+    shots: "Sequence[Shot]",
+    clips: "Sequence[Pixels]",
+    dtype: "Precision | None",
+) -> "list[Pixels]":
+    """Return the clips (F, H, W, 3), drawn anew by their prompts with the refinement model in a path."""
+    import numpy as np
+
+    from inflate.refining import Refining
+
+    refining = Refining.load(path, given)
+    note(*refining.notes([shot.prompt for shot in shots]))
+    adapt(refining.family, [], any_base=False, dtype=dtype)
+    size = size or refining.size(*clips[0].shape[1:3])
+    drawn = [refining.draw([clip], shot.prompt, shot.seed or 0, size) for clip, shot in zip(clips, shots, strict=True)]
+    return [np.concatenate(list(parts)) for parts in drawn]
 
 
 def _check_length(frames: int | None, **asked: Any) -> None:
@@ -196,13 +267,6 @@ def _check_length(frames: int | None, **asked: Any) -> None:
     for name, value in asked.items():
         if value and frames is not None and frames < LEAST_FRAMES[name]:
             raise ConfigError(f"{option(name)} needs --frames of {LEAST_FRAMES[name]} or more, not {frames}")
-
-
-def _refuse_unguided(guidance: float | None, **idle: Any) -> None:
-    """Raise ConfigError for options that only guidance reads, where its scale says that there is none."""
-    names = " and ".join(option(name) for name, value in idle.items() if value)
-    if names and guidance is not None and guidance <= 1.0:
-        raise ConfigError(f"{names} cannot act without guidance, which --guidance {guidance:g} turns off: leave it out")
 
 
 def _told(file: Path, seed: int, image: Path | None, grid: int, shot: dict[str, Any]) -> "list[Shot]":
@@ -239,7 +303,7 @@ def _write_grid(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]"
 
     rows = len(clips) // grid
     labels = [f"{shot.label}, seed {shot.seed}" for shot in shots] if len(clips) > 1 else None
-    _write(output, tiled(clips, grid if rows > 1 else None), fps, clips, labels)
+    write(output, tiled(clips, grid if rows > 1 else None), fps, clips, labels)
 
 
 def _write_story(output: Path, taken: "Shooting", animator: "Animator", fps: float) -> None:
@@ -265,7 +329,7 @@ def _write_shots(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]
 
     parts = story.shown(shots, clips)
     labels = [f"{number}: {shot.label}" for number, shot in enumerate(shots[: len(parts)], 1)]
-    _write(output, np.concatenate(parts), fps, parts, labels, story.page(output.name, shots, parts, fps))
+    write(output, np.concatenate(parts), fps, parts, labels, story.page(output.name, shots, parts, fps))
 
 
 @sampling_app.command()
@@ -304,7 +368,7 @@ def generate(
     if sampler not in ("ddim", "euler"):
         raise ConfigError(f"--sampler {sampler}: must be ddim or euler")
     check_rates(fps=fps)
-    _refuse_unguided(guidance, negative=negative)
+    refuse_unguided(guidance, negative=negative)
     from inflate.animation import unknown_words
     from inflate.data.pixels import tiled
     from inflate.sampling.text_to_video import Sampling
@@ -315,14 +379,14 @@ def generate(
     )  # fmt: skip
     settings = Sampling(**given)
     family = _text_to_video(path, image_model, tokenizer, prediction)
-    _note_image_model(path)
-    _note(*unknown_words(family.text, [prompt, negative]))
-    _adapt(family, wanted, any_base, dtype)
+    note_image_model(path)
+    note(*unknown_words(family.text, [prompt, negative]))
+    adapt(family, wanted, any_base, dtype)
     if fps is not None:
         own = family.clips
         family.clips = replace(own, fps=fps) if own.number is None else replace(own, number=fps)
     clips = _draw(family, [prompt], range(seed, seed + grid), settings)
-    _write(output, tiled(clips), family.clips.fps, clips)
+    write(output, tiled(clips), family.clips.fps, clips)
 
 
 @sampling_app.command("compare")
@@ -380,10 +444,10 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
     prompts = given.get("prompt", ("",))
     shots = [shot for image in images for shot in _asked(Path(image), seeds, prompts)]
     sizes = shooting.sizes_of(shots)
-    _note_image_model(path)
+    note_image_model(path)
     animator = animation.kind_of(path, given).load(path, given)
-    _note(*animator.notes(prompts, ends=False))
-    taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, _note)
+    note(*animator.notes(prompts, ends=False))
+    taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, note)
     rows = [
         ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image
     ]
@@ -398,8 +462,8 @@ def _drawings(path: str, prompts: list[str], seeds: "Sequence[int]", given: dict
     if "prompt" in given:
         raise ConfigError("--prompt is for images; these are prompts already: leave it out")
     family = _text_to_video(path)
-    _note_image_model(path)
-    _note(*unknown_words(family.text, prompts))
+    note_image_model(path)
+    note(*unknown_words(family.text, prompts))
     settings = Sampling(**given)
     rows = [f"{prompt}, seed {seed}" for prompt in prompts for seed in seeds]
     return family, lambda: _draw(family, prompts, seeds, settings), rows, family.clips.fps
@@ -407,42 +471,15 @@ def _drawings(path: str, prompts: list[str], seeds: "Sequence[int]", given: dict
 
 def _text_to_video(path: str, *given: Any) -> "VideoLDM":
     """Return the model in `path`, as `VideoLDM.load` does; CheckpointError for one that animates images."""
-    from inflate.animation import KINDS
+    from inflate.animation import KINDS, refuse_refiner
     from inflate.families.video_ldm import VideoLDM
     from inflate.models import folders
 
     family = folders.family_of(path)
     if family in KINDS:
         raise CheckpointError(f"{path} is of {family}, which animates images: inflate sample {path} IMAGE -o out.mp4")
+    refuse_refiner(path, family)
     return VideoLDM.load(path, *given)
-
-
-def _adapt(family: "Family", wanted: list[Weighted], any_base: bool, dtype: "Precision | None") -> None:
-    """Merge adapters into the UNet, and then round all weights, for as long as this command runs."""
-    if wanted:
-        from inflate.adapters.merge import merge_files
-
-        merge_files(family.unet, wanted, any_base)
-    if dtype is not None:
-        from inflate.models.precision import cast
-
-        cast(family.parts.values(), dtype)
-
-
-def _note_image_model(path: str) -> None:
-    """Say what a freshly inflated model cannot do yet."""
-    from diffusers import UNet2DConditionModel
-
-    from inflate.models import folders, single_file
-
-    file = Path(path).expanduser() if path.endswith(folders.SAFETENSORS) else None
-    if single_file.is_single_image_model(file) if file else folders.holds(path, UNet2DConditionModel):
-        _note(f"{path} is an image model: freshly inflated, its frames know nothing of each other")
-
-
-def _note(*texts: str) -> None:
-    for text in texts:
-        typer.echo(f"note: {text}", err=True)
 
 
 def _draw(
@@ -454,28 +491,3 @@ def _draw(
 
     named, drawn = [one for one in prompts for _ in seeds], [*seeds] * len(prompts)
     return [in_pixels(clip) for clip in draw(family, named, drawn, settings, progress, device())]
-
-
-def _write(
-    output: Path,
-    frames: "Pixels",
-    fps: float,
-    rows: "Sequence[Pixels] | None" = None,
-    labels: "Sequence[str] | None" = None,
-    page: str | None = None,
-) -> None:
-    """Write the video, a contact sheet of it or of the clips that it is made of, and a page: together or not at all."""
-    from inflate.data.video import contact_sheet, write
-    from inflate.files import new_files, write_text
-
-    sheet, text = output.with_suffix(".png"), output.with_suffix(".html")
-    try:
-        with new_files(output.parent, output.name) as aside:
-            write(aside / output.name, frames, fps)
-            contact_sheet(aside / sheet.name, rows or [frames], labels)
-            if page is not None:
-                write_text(aside / text.name, page)
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error}") from error
-    for file in (output, sheet, *([] if page is None else [text])):
-        typer.echo(f"wrote {file}")

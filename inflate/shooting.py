@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inflate import story
-from inflate.animation import Animator, Pixels, Size, Take, cut
+from inflate.animation import CUT, Animator, Pixels, Size, Take, cut
 from inflate.data.video import read_image
 from inflate.errors import ConfigError, DataError
 from inflate.story import Shot
-
-CUT = 0.05
-"""Share of an image that is cut off without a word."""
 
 
 def sizes_of(shots: Sequence[Shot], file: Path | None = None) -> dict[Path, Size]:

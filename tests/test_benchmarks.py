@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,3 +239,24 @@ def test_a_compiled_step_with_a_lora_between_frames_launched_few_kernels() -> No
     counts = {name: case["launches"] for name, case in cases.items()}
     assert counts["LoRA on attention between frames, fused, compiled"] <= script.MOST
     assert counts["LoRA on all attention, fused, not compiled"] < counts["LoRA on all attention, of PEFT, not compiled"]
+
+
+def test_a_kernel_that_fails_is_told_and_the_others_are_timed() -> None:
+    script = load_recipe(BENCHMARKS / "attention_kernels.py")
+
+    def fails() -> Tensor:
+        raise RuntimeError("no kernel for this head\nand so on")
+
+    runs = {"first": lambda: torch.ones(2), "bad": fails, "next": lambda: torch.full((2,), 1.5)}
+    found = script.timed(runs, "cpu", 2)
+    assert found["bad"] == {"not run": "no kernel for this head"}
+    assert (found["first"]["difference"], found["next"]["difference"]) == (0, 0.5)
+
+
+def test_a_record_names_the_version_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, version in (("laid over", "2.0"), ("below", "1.0")):
+        told = tmp_path / place / f"peft-{version}.dist-info" / "METADATA"
+        told.parent.mkdir(parents=True)
+        told.write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "laid over"), str(tmp_path / "below"), *sys.path])
+    assert load_recipe(BENCHMARKS / "record.py").record("command", {})["versions"]["peft"] == "2.0"

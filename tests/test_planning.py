@@ -75,7 +75,7 @@ def test_both_players_of_the_decoders_training_act() -> None:
 
 def test_a_decoder_is_trained_and_looked_at_in_less_memory_by_rows() -> None:
     planner = small(SVD, "svd_demo_decoder.yaml", "training.accumulate=1")
-    whole, rows = planner.cost({}), planner.cost({"memory.decode_rows": 32})
+    whole, rows = planner.cost({}), planner.cost({"memory.decode_rows": 8})
     assert all(rows.peaks[phase] < whole.peaks[phase] for phase in ("forward", "backward", "evaluate", "preview"))
     assert rows.peaks["backward"] - rows.weights < 0.7 * (whole.peaks["backward"] - whole.weights)
 
@@ -136,6 +136,16 @@ def test_what_a_stage_of_animation_costs() -> None:
     recipe, card = ROOT / "recipes" / "dynamicrafter_finetune.py", "dynamicrafter_pocket_context.yaml"
     few = ("data.frames=1", "data.cache=cache", "image_text_to_video.held_out_clips=1")
     cost = small(recipe, card, *few).cost({})
+    assert cost.frozen == 0
+    assert cost.gradients == 4 * cost.trained
+    assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}
+
+
+@pytest.mark.parametrize("stage", ["base", "refine"])
+def test_what_a_stage_of_i2vgen_xl_costs(stage: str) -> None:
+    recipe, card = ROOT / "recipes" / "i2vgen_xl_finetune.py", f"i2vgen_xl_pocket_{stage}.yaml"
+    few = ("data.cache=cache", "i2vgen_xl.held_out_clips=1", "i2vgen_xl.preview_clips=1", "model.path=pocket-t2v")
+    cost = small(recipe, card, *few, "data.frames=2", "data.height=32", "data.width=32").cost({})
     assert cost.frozen == 0
     assert cost.gradients == 4 * cost.trained
     assert set(cost.peaks) >= {"encode", "forward", "backward", "update", "evaluate", "preview"}

@@ -22,6 +22,9 @@ from inflate.data import video
 from inflate.data.demo_clips import build
 from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.i2vgen_xl import Clips as FirstFrameClips
+from inflate.families.i2vgen_xl import I2VGenXL
+from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.video_ldm import Clips, VideoLDM
 from inflate.measures import SHARES
 from inflate.training import caching, ladder, log
@@ -315,3 +318,67 @@ def test_what_a_stage_of_animation_has_not_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         animated(stage, tmp_path, tmp_path / "run", *arguments)
+
+
+def i2vgen_xl(stage: str, clips: Path, output: Path, *arguments: str) -> Path:
+    """The export of a step of a stage of I2VGen-XL on the pocket models."""
+    module = load_recipe(ROOT / "recipes" / "i2vgen_xl_finetune.py")
+    small = ("training.steps=1", "training.batch=2", "training.precision=no", "training.warmup=0", "sampling.steps=1")
+    few = [f"i2vgen_xl.{name}=1" for name in ("held_out_clips", "train_clips", "preview_clips", "bands")]
+    quiet = ("training.tracker=none", "training.progress=false", "data.seconds_per_clip=null", "refining.steps=1")
+    card = str(ROOT / "recipes" / f"i2vgen_xl_pocket_{stage}.yaml")
+    short = ("data.frames=3", "data.height=64", "data.width=64")
+    places = (f"data.path={clips}", f"training.output={output / stage}")
+    sources = [card, *small, *few, *quiet, *short, *places, *arguments]
+    module.main(load(module.Config, sources), sources)
+    return output / stage / "export"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_the_pocket_learns_both_stages_of_i2vgen_xl(clips: Path, tmp_path: Path) -> None:
+    cache, card = f"data.cache={tmp_path / 'cache'}", str(ROOT / "recipes" / "i2vgen_xl_pocket_base.yaml")
+    window = ("data.frames=3", "data.window=centre", cache)
+    sources = [card, f"data.path={clips}", "data.seconds_per_clip=null", *window]
+    caching.cache_clips(load(caching.Caching, sources, partial=True), False, False, lambda _: lambda *_: None, print)
+    told = ("i2vgen_xl.fade_in=0", "i2vgen_xl.negative=a box", "hierarchy.clip_tokens=2")
+    base = I2VGenXL.load(i2vgen_xl("base", clips, tmp_path, *window[1:], *told))
+    assert base.hierarchy.clip_tokens == 2
+    assert base.clips == FirstFrameClips(3, 8.0, 64, 64, negative="a box")
+    table = (tmp_path / "base" / "README.md").read_text()
+    assert all(f"held-out loss, without {part}" in table for part in ("text", "detail", "global", "clip"))
+    refined = i2vgen_xl("refine", clips, tmp_path, f"model.path={tmp_path / 'base' / 'export'}", "i2vgen_xl.levels=400")
+    family = Refiner.load(refined)
+    assert (family.clips.levels, family.clips.frames, family.size) == (400, 3, (64, 64))
+    scores = json.loads((tmp_path / "refine" / "samples" / "step-000001" / "scores.json").read_text())
+    assert 0 < scores["sharpness, enlarged"] < 1
+    assert "inflate refine export clip.mp4" in (tmp_path / "refine" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cpu")
+def test_an_adapter_on_a_base_of_i2vgen_xl_is_verified(clips: Path, tmp_path: Path) -> None:
+    base = i2vgen_xl("base", clips, tmp_path, "i2vgen_xl.fade_in=0")
+    few = ("adapter.kind=lora", "adapter.rank=2", "adapter.targets=[attn2.to_v]", "i2vgen_xl.fade_in=0")
+    export = i2vgen_xl("base", clips, tmp_path / "lora", f"model.path={base}", "model.image_encoder=null", *few)
+    card = (export / "README.md").read_text()
+    assert "inflate sample" in card
+    assert "came within" in card
+    with pytest.raises(ConfigError, match="no model of stage=refine yet"):
+        i2vgen_xl("refine", clips, tmp_path / "other", f"model.path={base}", *few[:3])
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("base", ["i2vgen_xl.levels=600"], r"i2vgen_xl\.levels is for stage=refine"),
+        ("refine", ["i2vgen_xl.fade_in=5"], r"i2vgen_xl\.fade_in is for stage=base"),
+        ("base", [], r"i2vgen_xl\.fade_in=300: a run of training\.steps=1 would end"),
+        ("refine", ["data.cache=c", "data.cache_draws=2"], "stage=refine has no noised condition frame"),
+    ],
+)
+def test_what_a_stage_of_i2vgen_xl_has_not_is_refused(
+    stage: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        i2vgen_xl(stage, tmp_path, tmp_path / "run", *arguments)

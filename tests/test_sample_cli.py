@@ -29,6 +29,7 @@ from inflate.errors import ConfigError, DataError
 from inflate.families import dynamicrafter_original
 from inflate.families.dynamicrafter import Clips, DynamiCrafter
 from inflate.sampling import dynamicrafter as dynamicrafter_sampling
+from inflate.sampling import i2vgen_xl as i2vgen_xl_sampling
 from inflate.sampling import svd as svd_sampling
 from inflate.sampling.text_to_video import Sampling
 
@@ -91,7 +92,12 @@ def helps() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "name"), [(svd_sampling.Sampling, "SVD"), (dynamicrafter_sampling.Sampling, "DynamiCrafter")]
+    ("sampling", "name"),
+    [
+        (svd_sampling.Sampling, "SVD"),
+        (dynamicrafter_sampling.Sampling, "DynamiCrafter"),
+        (i2vgen_xl_sampling.Sampling, "I2VGen-XL"),
+    ],
 )
 def test_help_tells_the_samplers_defaults(sampling: type[Any], name: str) -> None:
     told = helps()
@@ -103,7 +109,7 @@ def test_help_tells_the_samplers_defaults(sampling: type[Any], name: str) -> Non
 
 
 def test_help_shows_what_stands_in_brackets() -> None:
-    assert "[default: SVD 25, DynamiCrafter 50]" in " ".join(
+    assert "[default: SVD 25, DynamiCrafter 50, I2VGen-XL 50]" in " ".join(
         inflate("sample", "--help").output.replace("│", "").split()
     )
 
@@ -262,7 +268,10 @@ def test_a_start_is_the_highest_noise_level_of_svd(image_model: Path) -> None:
 
 def test_an_option_of_another_family_is_refused(image_model: Path, picture: Path, tmp_path: Path) -> None:
     common = ("sample", image_model, picture, "-o", tmp_path / "out.mp4")
-    for option in ("--prompt", "--negative", "--stride", "--eta", "--guidance", "--image-guidance", "--rescale"):
+    for option in ("--prompt", "--negative", "--eta", "--guidance", "--rescale"):
+        said = refused(*common, option, 1)
+        assert f"{option} is an option of dynamicrafter and i2vgen_xl, and {image_model} is of svd: leave it" in said
+    for option in ("--stride", "--image-guidance"):
         said = refused(*common, option, 1)
         assert f"{option} is an option of dynamicrafter, and {image_model} is of svd: leave it out" in said
     assert "--loop is an option of dynamicrafter" in refused(*common, "--loop")

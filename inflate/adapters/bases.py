@@ -12,8 +12,19 @@ import torch
 from inflate.adapters.file import Adapter
 from inflate.adapters.targets import inputs
 from inflate.errors import CheckpointError
-from inflate.families import dynamicrafter, dynamicrafter_model, svd, svd_model, video_ldm
+from inflate.families import (
+    dynamicrafter,
+    dynamicrafter_model,
+    i2vgen_xl,
+    i2vgen_xl_model,
+    i2vgen_xl_refiner,
+    svd,
+    svd_model,
+    video_ldm,
+)
 from inflate.families.dynamicrafter import DynamiCrafter
+from inflate.families.i2vgen_xl import I2VGenXL
+from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.models import folders
@@ -21,8 +32,10 @@ from inflate.models.unet import VideoUNet
 from inflate.models.weights import tensors_sha256
 from inflate.surgery import evaluating
 
-Family = SVD | VideoLDM | DynamiCrafter
-TOKENS = {svd.FAMILY: 1, video_ldm.FAMILY: 77, dynamicrafter.FAMILY: 77}
+Family = SVD | VideoLDM | DynamiCrafter | I2VGenXL | Refiner
+TOKENS = {
+    svd.FAMILY: 1, video_ldm.FAMILY: 77, dynamicrafter.FAMILY: 77, i2vgen_xl.FAMILY: 77, i2vgen_xl_refiner.FAMILY: 77
+}  # fmt: skip
 """Length of each family's contexts."""
 
 
@@ -48,6 +61,7 @@ def is_newborn(unet: VideoUNet) -> bool:
         return False
     with on_cpu(unet), evaluating(unet):  # where equal sums are equal to the bit
         alone = {name: value for name, value in inputs(unet, 2, True).items() if name != "image_features"}
+        alone |= {"left_out": unet.hierarchy.parts} if unet.hierarchy else {}
         return torch.equal(unet(**inputs(unet, 2)).sample, unet(**alone).sample)
 
 
@@ -73,6 +87,10 @@ def load(family: str, settings: Mapping[str, Any]) -> Family:
         return video_ldm.Model(**settings).load()
     if family == dynamicrafter.FAMILY:
         return dynamicrafter_model.Model(**settings).load()
+    if family == i2vgen_xl.FAMILY:
+        return i2vgen_xl_model.Model(**settings).load()
+    if family == i2vgen_xl_refiner.FAMILY:
+        return i2vgen_xl_model.Model(**settings).load_refiner()
     raise CheckpointError(f"adapters of family {family} are not known, only of {' and '.join(TOKENS)}")
 
 

@@ -14,13 +14,20 @@ COMMANDS = {
     "svd": "inflate sample {base} photo.png --adapter {name} -o out.mp4",
     "video_ldm": 'inflate generate {base} "a prompt" --adapter {name} -o out.mp4',
     "dynamicrafter": 'inflate sample {base} photo.png --prompt "a prompt" --adapter {name} -o out.mp4',
+    "i2vgen_xl": 'inflate sample {base} photo.png --prompt "a prompt" --adapter {name} -o out.mp4',
+    "i2vgen_xl_refiner": 'inflate refine {base} clip.mp4 --prompt "a prompt" --adapter {name} -o out.mp4',
 }
 CLASSES = {
     "svd": ("inflate.families.svd", "SVD"),
     "video_ldm": ("inflate.families.video_ldm", "VideoLDM"),
     "dynamicrafter": ("inflate.families.dynamicrafter", "DynamiCrafter"),
+    "i2vgen_xl": ("inflate.families.i2vgen_xl", "I2VGenXL"),
+    "i2vgen_xl_refiner": ("inflate.families.i2vgen_xl_refiner", "Refiner"),
 }
-TAGS = {"svd": "image-to-video", "video_ldm": "text-to-video", "dynamicrafter": "image-to-video"}
+TAGS = {
+    "svd": "image-to-video", "video_ldm": "text-to-video", "dynamicrafter": "image-to-video",
+    "i2vgen_xl": "image-to-video", "i2vgen_xl_refiner": "video-to-video",
+}  # fmt: skip
 
 
 NAME = "README.md"

@@ -142,14 +142,21 @@ def inputs(unet: VideoUNet, tokens: int, image_only: bool = False, seed: int = 0
     """Two frames of noise, as small as the model takes them, with whatever it is told beside: the same everywhere."""
     side = 2 ** len(unet.config.block_out_channels)
     like = next(unet.parameters())
+    first, channels = unet.hierarchy, unet.config.in_channels
+    if first is not None and first.detail_encoder:
+        channels -= first.channels
     given: dict[str, Any] = {
-        "sample": normal((1, 2, unet.config.in_channels, side, side), seed).to(like),
+        "sample": normal((1, 2, channels, side, side), seed).to(like),
         "timestep": torch.ones(1).to(like),
         "encoder_hidden_states": normal((1, tokens, context_width(unet)), seed + 1).to(like),
         "added_cond_kwargs": added_conditions(unet, 2, lambda *shape: normal(shape, seed + 3).to(like)),
     }
     if unet.image_context is not None:
         given["image_features"] = normal((1, tokens, unet.image_context.embedding), seed + 4).to(like)
+    if first is not None and first.takes_latents:
+        given["image_latents"] = normal((1, first.channels, side, side), seed + 4).to(like)
+    if first is not None and first.clip_tokens:
+        given["image_embeddings"] = normal((1, 1, first.embedding), seed + 5).to(like)
     if unet.spec.added_ids:
         given["added_time_ids"] = normal((1, unet.spec.added_ids), seed + 2).abs().to(like)
     if image_only:

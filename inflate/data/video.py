@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ def codec(media: Media) -> str:
         return f"{stream.codec_context.name}/{stream.codec_context.pix_fmt}"
 
 
+def has_sound(media: Media) -> bool:
+    """Whether a video has a sound track; raises DataError."""
+    with _opened(media) as (container, _):
+        return bool(container.streams.audio)
+
+
 def is_image(media: Media) -> bool:
     """Whether the media is a still, by its extension."""
     return not isinstance(media, Embedded) and Path(media).suffix.lower() in IMAGES
@@ -178,6 +184,14 @@ def read(
     return np.stack([got[i] for i in wanted])  # (F, H, W, 3)
 
 
+def walk(media: Media, together: int = 16) -> Iterator[Pixels]:
+    """Yield all frames of a video, so many `together`, uint8 (F, H, W, 3): in little memory. Raises DataError."""
+    with _opened(media) as (container, stream):
+        arriving = (_pixels(frame, stream, None) for frame in _decoded(container, stream, media))
+        while part := list(islice(arriving, together)):
+            yield np.stack(part)
+
+
 def read_image(path: Path | str, size: Size | None = None) -> Pixels:
     """Read a still upright, fitted like a video's frames: uint8 (H, W, 3); raises DataError."""
     image = _load_image(path)
@@ -190,16 +204,24 @@ def write(path: Path | str, frames: Pixels, fps: float, quality: int = 18) -> Pa
     frames: uint8 (F, H, W, 3); an odd height or width is padded by one repeated row or column, since yuv420p needs
     even sizes; fps: frames per second; quality: x264's constant rate factor, lower is better. Raises DataError.
     """
-    path = Path(path)
-    _check_writable(path, frames, fps)
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    return write_parts(path, [frames], fps, quality)
+
+
+def write_parts(path: Path | str, parts: Iterable[Pixels], fps: float, quality: int = 18) -> Path:
+    """Write frames that come part by part, (F, H, W, 3) of one size each, as `write` does in little memory."""
+    path, arriving = Path(path), iter(parts)
+    first = next(arriving, np.zeros((0, 1, 1, 3), np.uint8))
+    _check_writable(path, first, fps)
     with _aside(path) as draft:
         with av.open(str(draft), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65_535))
-            _set_up_encoder(stream, frames.shape[1], frames.shape[2], quality)
-            for frame in frames:
-                image = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            height, width = _even(first).shape[1:3]
+            _set_up_encoder(stream, height, width, quality)
+            for part in chain([first], arriving):
+                _check_writable(path, part, fps)
+                for frame in _even(part):
+                    image = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
     return path
 
@@ -498,6 +520,10 @@ def _check_writable(path: Path, frames: Pixels, fps: float) -> None:
         raise DataError(f"{path}: frames must be uint8 (frames, height, width, 3), not {frames.dtype} {frames.shape}")
     if not (math.isfinite(fps) and fps > 0):
         raise DataError(f"{path}: fps must be a positive number, not {fps}")
+
+
+def _even(frames: Pixels) -> Pixels:
+    return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
 def _set_up_encoder(stream: VideoStream, height: int, width: int, quality: int) -> None:

@@ -35,6 +35,11 @@ from inflate.models.unet import VideoUNet, load_strictly
 from inflate.objectives import Predict
 
 FAMILY = "i2vgen_xl"
+NEGATIVE = (
+    "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, disconnected limbs, "
+    "Ugly faces, incomplete arms"
+)
+"""The prompt that the released weights are led away from, and that VGen tells in place of none (`Clips.negative`)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Clips:
     """pixels; none: the size that the UNet's configuration names"""
     width: int | None = None
     """pixels"""
+    prompts: bool = True
+    """whether the UNet is told prompts; otherwise the image alone"""
+    negative: str = ""
+    """prompt that stood for none in training, and that guidance leads away from"""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or not 0 < self.fps < math.inf:

@@ -16,7 +16,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError
 from inflate.families import i2vgen_xl_refiner
-from inflate.families.i2vgen_xl import Clips, I2VGenXL
+from inflate.families.i2vgen_xl import NEGATIVE, Clips, I2VGenXL
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.models import exchange, folders, open_clip, single_file
 from inflate.models.image_encoders import encoder_folder, image_statistics, load_image_encoder
@@ -39,9 +39,11 @@ class Trained(NamedTuple):
     clips: Clips
 
 
-VGEN = Trained(DDPM("v_prediction", zero_terminal_snr=True, schedule="cosine"), Clips(16, 16.0, 704, 1280))
-"""VGen's i2vgen_xl."""
-MODELSCOPE = Trained(DDPM("v_prediction"), Clips(32, 8.0, 256, 448))
+VGEN = Trained(
+    DDPM("v_prediction", zero_terminal_snr=True, schedule="cosine"), Clips(16, 16.0, 704, 1280, negative=NEGATIVE)
+)
+"""VGen's i2vgen_xl, in whose training a negative prompt stood for none."""
+MODELSCOPE = Trained(DDPM("v_prediction"), Clips(32, 8.0, 256, 448, prompts=False))
 """ModelScope's Image-to-Video, whose UNet is told CLIP's tokens alone."""
 REFINER = DDPM("v_prediction", schedule="shifted_cosine")
 """What VGen's sr600 and ModelScope's Video-to-Video were trained with."""

@@ -7,7 +7,7 @@ it refines: a clip is enlarged, noised up to the highest of those levels, and dr
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError, ConfigError
-from inflate.models import folders, temporal_layers
+from inflate.models import exchange, folders, temporal_layers
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet, load_strictly
@@ -39,6 +39,8 @@ class Clips:
     """pixels"""
     levels: int = 600
     """how many noise levels, the lower ones, the model was trained on"""
+    negative: str = ""
+    """prompt that stood for none in training, and that guidance leads away from"""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or not 0 < self.fps < math.inf:
@@ -117,6 +119,26 @@ class Refiner(TextToVideo):
             ZEROS: self.text.zeros_for_empty,
             **self.further,
         }
+
+
+def text_only(unet: VideoUNet, fps: float) -> VideoUNet:
+    """A UNet that is told texts alone, made of one that may be told first frames and the frame rate; it takes over the
+    tensors.
+
+    It is the other's equal where that is told the rate `fps`, and nothing of a first frame.
+    """
+    config, hierarchy = folders.plain(unet.config), unet.hierarchy
+    channels = unet.config.in_channels - (hierarchy.channels if hierarchy and hierarchy.detail_encoder else 0)
+    told = {"hierarchy": None, "class_embed_type": None, "projection_class_embeddings_input_dim": None}
+    made = exchange.build_unet({**config, **told, "in_channels": channels}, replace(unet.spec, added_ids=0))
+    own = exchange.detached(unet)
+    tensors = {name: own[name] for name in exchange.shapes(made)}
+    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :channels].clone()
+    if unet.spec.added_ids:
+        bias = tensors["time_embedding.linear_2.bias"]
+        tensors["time_embedding.linear_2.bias"] = bias + unet.embedded_ids(bias.new_tensor([[fps]]))[0]
+    exchange.adopt(made, tensors)
+    return made
 
 
 _OWN_SETTINGS = ("family", "clips", "objective", ZEROS)

@@ -25,7 +25,7 @@ from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
 from inflate.models.stable_diffusion import SHARED_WITH_EULER, Encoding, TextToVideo, load_noise, load_vae, noise_of
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
-from inflate.models.unet import VIDEO_LDM, VideoUNet, load_strictly
+from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 from inflate.objectives import Predict
 from inflate.surgery import inflate_unet
@@ -106,8 +106,10 @@ class VideoLDM(TextToVideo):
         image_model: str | Path | None = None,
         tokenizer: str | Path | None = None,
         prediction: single_file.Prediction | None = None,
+        spec: TemporalSpec = VIDEO_LDM,
     ) -> Self:
-        """Loads what `path` is: an image model, which is inflated, an export of ours, or temporal layers alone.
+        """Loads what `path` is: an image model, which is inflated by `spec`, an export of ours, or temporal layers
+        alone.
 
         The temporal layers of the last two go over `image_model` where one is named, in place of their own: a
         fine-tuned one changes the look. An image model in a .safetensors file goes with a folder
@@ -116,7 +118,7 @@ class VideoLDM(TextToVideo):
         """
         if str(path).endswith(folders.SAFETENSORS):
             refuse_other(path, image_model)
-            return cls._from_single_file(Path(path).expanduser(), tokenizer, prediction)
+            return cls._from_single_file(Path(path).expanduser(), tokenizer, prediction, spec)
         folder = folders.resolve(path)
         if temporal_layers.are_in(folder):
             return cls._over_image_model(folder, image_model, tokenizer, prediction)
@@ -134,12 +136,16 @@ class VideoLDM(TextToVideo):
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
             clips, base_scale = Clips(), 1.0
-            unet = inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"))
+            unet = inflated(folders.load_parent(UNet2DConditionModel, folder / "unet"), spec)
         return cls(unet, encoders.vae, encoders.text, noise, clips, base_scale=base_scale)
 
     @classmethod
     def _from_single_file(
-        cls, file: Path, tokenizer: str | Path | None, prediction: single_file.Prediction | None
+        cls,
+        file: Path,
+        tokenizer: str | Path | None,
+        prediction: single_file.Prediction | None,
+        spec: TemporalSpec,
     ) -> Self:
         if not single_file.is_single_image_model(file):
             raise CheckpointError(f"{file} holds no image model of Stable Diffusion; give one, or a model's folder")
@@ -147,7 +153,7 @@ class VideoLDM(TextToVideo):
         tensors = exchange.read_saved(file)
         image = single_file.load_image_model(file, prediction, lambda _: tensors)
         text = load_text_encoders(file, tokenizer, lambda _: tensors)
-        return cls(inflated(image.unet), image.vae, text, noise_of(image.noise.config, file), Clips())
+        return cls(inflated(image.unet, spec), image.vae, text, noise_of(image.noise.config, file), Clips())
 
     def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it, for a condition on prompts.
@@ -304,9 +310,9 @@ class Model:
         return VideoLDM.load(self.path, self.image_model, self.tokenizer, self.prediction)
 
 
-def inflated(unet: UNet2DConditionModel) -> VideoUNet:
+def inflated(unet: UNet2DConditionModel, spec: TemporalSpec) -> VideoUNet:
     """An image model's UNet with temporal layers; the log says what was made."""
-    video, report = inflate_unet(unet, VIDEO_LDM)
+    video, report = inflate_unet(unet, spec)
     log.info("inflated the UNet\n%s", report.table())
     return video
 

@@ -136,14 +136,18 @@ class TemporalResnet(nn.Module):
     def _mixed(self, spatial: Tensor, time: Tensor | None, state: ClipState) -> Tensor:
         spatial = spatial.unflatten(0, (-1, state.frames))  # (B, F, C, H, W)
         # The norm copies to this layout anyway; on a CPU its backward pass crashes on channels-last input (torch 2.13).
-        video = spatial.transpose(1, 2).contiguous()  # (B, C, F, H, W)
-        hidden = self.conv1(functional.silu(self.norm1(video)))
+        # One name for all that comes of it: where no gradient is wanted, each is gone before the next convolution,
+        # beside which cuDNN needs room for as much as goes in and comes out.
+        hidden = spatial.transpose(1, 2).contiguous()  # (B, C, F, H, W)
+        hidden = functional.silu(self.norm1(hidden))
+        hidden = self.conv1(hidden)
         if self.time_emb_proj is not None and time is not None:
             shift = self.time_emb_proj(functional.silu(time))  # (B*F, C)
             hidden = hidden + shift.unflatten(0, (-1, state.frames)).transpose(1, 2)[..., None, None]
-        hidden = self.conv2(functional.silu(self.norm2(hidden)))  # (B, C, F, H, W)
-        temporal = spatial + hidden.transpose(1, 2)  # (B, F, C, H, W)
-        return mix(spatial, temporal, self.share, state.image_only).flatten(0, 1)  # (B*F, C, H, W)
+        hidden = functional.silu(self.norm2(hidden))
+        hidden = self.conv2(hidden)  # (B, C, F, H, W)
+        hidden = spatial + hidden.transpose(1, 2)  # (B, F, C, H, W)
+        return mix(spatial, hidden, self.share, state.image_only).flatten(0, 1)  # (B*F, C, H, W)
 
     @property
     def share(self) -> Tensor:

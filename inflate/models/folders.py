@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
@@ -150,6 +151,11 @@ def holds(path: str | Path, kind: type[ConfigMixin]) -> bool:
     """Whether a model has a UNet of a class."""
     file = resolve(path) / "unet" / "config.json"
     return file.is_file() and bool(read_json(file).get("_class_name") == kind.__name__)
+
+
+def is_image_model(path: str | Path) -> bool:
+    """Whether a model draws images: a single file of Stable Diffusion, or a folder with its UNet."""
+    return str(path).endswith(SAFETENSORS) or holds(path, UNet2DConditionModel)
 
 
 def load_parent(kind: type[ConfigMixin], folder: Path) -> Any:

@@ -17,7 +17,7 @@ from inflate.models import folders
 from inflate.models.text_encoders import SUFFIXES, TextCondition, TextEncoders
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
-from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Schedule, schedule_signal
+from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict, Schedule, schedule_signal
 
 SHARED_WITH_EULER = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
@@ -81,6 +81,14 @@ class TextToVideo(Encoding):
     def objective(self) -> DDPM:
         """What the image model was trained with."""
         return replace(objective_of(self.noise.config, "the noise schedule"), base_scale=self.base_scale)
+
+    def predict(self, condition: Any, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
+        """The network as objectives and samplers call it, for a condition of the family's own kind.
+
+        `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
+        temporal layer is bypassed.
+        """
+        raise NotImplementedError
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

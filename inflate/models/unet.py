@@ -381,6 +381,12 @@ class VideoUNet(UNet2DConditionModel):
         learns = torch.is_grad_enabled() and any(one.requires_grad for one in self.temporal_parameters().values())
         return sample.new_ones(sample.shape[:2], dtype=torch.bool) if learns else True
 
+    @torch.no_grad()
+    def embedded_ids(self, ids: Tensor) -> Tensor:
+        """What added ids (B, added ids) of clips add to the time embedding, (B, D), of a model that is told some."""
+        added: Tensor = self.class_embedding(self._labels(ids, torch.Size((len(ids), 1)), self.dtype))
+        return added
+
     def _told(
         self,
         latents: Tensor | None,

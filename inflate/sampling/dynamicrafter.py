@@ -15,8 +15,9 @@ from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import Condition, DynamiCrafter
 from inflate.layers.recompute import in_parts
 from inflate.models.visits import away, visiting
-from inflate.sampling.ddim import DDIM, Spacing, standard_normal
-from inflate.sampling.steps import PARTS, TOGETHER, Progress, at_least_one, decode, guided, in_precision, is_large
+from inflate.sampling.animators import check_inputs, decoded, guidance, image_latents, in_batches, latent_shape
+from inflate.sampling.ddim import DDIM, Spacing
+from inflate.sampling.steps import PARTS, Progress, at_least_one, check_share, is_large
 from inflate.surgery import evaluating
 
 
@@ -55,8 +56,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps, frames=self.frames, batch=self.batch)
-        if self.rescale is not None and not 0.0 <= self.rescale <= 1.0:
-            raise ConfigError(f"rescale is {self.rescale}: it must be 0 (none of the prediction) to 1 (all of it)")
+        check_share(rescale=self.rescale)
 
     @property
     def scales(self) -> list[float]:
@@ -94,26 +94,18 @@ def sample(
     ends = None if ends is None else ends.to(device)
     with away(idle):
         conditions = conditions_of(family, images.to(device), prompts, settings, ends)
-    shape = latent_shape(family, images, settings)
-    batch = settings.batch or max(1, TOGETHER // (shape[0] * images[0, 0].numel()))
-    parts = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
-    like = torch.empty(0, device=device, dtype=torch.promote_types(family.unet.dtype, torch.float32))
-    latents = [
-        sample_latents(family, part, standard_normal(chosen, shape, like), settings, progress)
-        for chosen, *part in zip(parts, *(each.split(batch) for each in conditions), strict=True)
-    ]
-    return decoded(family, torch.cat(latents), settings.little_memory, idle)
+
+    def draw(part: Sequence[Condition], noise: Iterator[Tensor]) -> Tensor:
+        return sample_latents(family, part, noise, settings, progress)
+
+    shape = latent_shape(family, images, settings.frames)
+    latents = in_batches(family, conditions, seeds, shape, settings.batch, draw, device)
+    return decoded(family, latents, settings.little_memory, idle)
 
 
 def sampler_of(family: DynamiCrafter, settings: Sampling) -> DDIM:
     """The sampler of a model by the settings; ConfigError where it cannot sample so."""
     return DDIM(family.objective, settings.steps, settings.eta, settings.spacing, settings.start)
-
-
-def latent_shape(family: DynamiCrafter, images: Tensor, settings: Sampling) -> tuple[int, ...]:
-    """Frames, channels, height and width of the latents of one of the images' clips."""
-    height, width = (side // family.factor for side in images.shape[-2:])
-    return settings.frames or family.clips.frames, family.vae.config.latent_channels, height, width
 
 
 @torch.no_grad()
@@ -143,11 +135,8 @@ def conditions_of(
 
 
 def _latents(family: DynamiCrafter, images: Tensor) -> Tensor | None:
-    """Scaled latents (N, C, h, w) of images (N, 3, H, W), one by one, for a UNet that takes them."""
-    if not family.takes_detail:
-        return None
-    with visiting([family.vae], images.device), evaluating(family.vae):
-        return family.encode(images[:, None])[:, 0]
+    """Scaled latents (N, C, h, w) of images (N, 3, H, W), for a UNet that takes them."""
+    return image_latents(family, images) if family.takes_detail else None
 
 
 @torch.no_grad()
@@ -170,31 +159,14 @@ def sample_latents(
     rescale = (0.7 if family.objective.zero_terminal_snr else 0.0) if settings.rescale is None else settings.rescale
     with visiting([unet], latents.device), evaluating(unet), in_parts(unet, PARTS if large else 0):
         told = [family.with_tokens(each, latents.shape[1]) for each in conditions]
-        parts = told if large else [Condition.cat(told)]
-        predict = guided([in_precision(family.predict(each), unet.dtype) for each in parts], settings.scales, rescale)
+        predict = guidance(family, told, settings.scales, rescale, large)
         return sampler.draw(predict, latents, noise, progress)
-
-
-def decoded(
-    family: DynamiCrafter, latents: Tensor, little_memory: bool | None = None, idle: Sequence[nn.Module] = ()
-) -> Tensor:
-    """Clips (B, F, 3, H, W), about in [-1, 1] and float32, of scaled latents, one by one.
-
-    Large ones frame by frame; `idle` networks leave their place on the device meanwhile.
-    """
-    return decode(family, latents, is_large(latents[:1], family.factor, little_memory), idle)
 
 
 def _check(
     family: DynamiCrafter, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], ends: Tensor | None
 ) -> None:
-    factor = family.factor
-    if images.ndim != 4 or images.shape[-1] % factor or images.shape[-2] % factor:
-        raise ConfigError(
-            f"the images are {tuple(images.shape)}; they must be (batch, 3, height, width), multiples of {factor}"
-        )
-    if not len(images) == len(prompts) == len(seeds):
-        raise ConfigError(f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds: give as many of each")
+    check_inputs(family, images, prompts, seeds)
     if ends is not None and not family.takes_detail:
         raise ConfigError("this model takes no latents of frames and cannot end on one: leave the ends out")
     if ends is not None and ends.shape != images.shape:

@@ -98,6 +98,13 @@ def at_least_one(**counts: int | None) -> None:
         raise ConfigError(f"{' and '.join(low)} must be at least 1")
 
 
+def check_share(**shares: float | None) -> None:
+    """Raise ConfigError naming a share of a prediction that is given and not 0 to 1."""
+    for name, share in shares.items():
+        if share is not None and not 0.0 <= share <= 1.0:
+            raise ConfigError(f"{name} is {share}: it must be 0 (none of the prediction) to 1 (all of it)")
+
+
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
     """A prediction by a network of some precision, for a sampler that keeps its own."""
 

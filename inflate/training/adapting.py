@@ -128,14 +128,17 @@ def _cost(starts: Sequence[Mapping[str, Any]], result: Result) -> dict[str, Any]
     seconds = sum((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans)
     return {
         "steps": result.step, "stopped": result.stopped, "processes": starts[-1]["processes"],
-        "threads": torch.get_num_threads(), "seconds": seconds, "peak_memory": _peak_memory(),
+        "threads": torch.get_num_threads(), "seconds": seconds, "peak_memory": _peak_memory(result.peaks),
     }  # fmt: skip
 
 
-def _peak_memory() -> int:
-    """Bytes that this process had at most: of the GPU where there is one, else of the machine."""
+def _peak_memory(peaks: Mapping[str, int]) -> int:
+    """Bytes that this process had at most: of the GPU where there is one, else of the machine.
+
+    A GPU's are the highest of its phases' `peaks`: its allocator has forgotten them, for it starts anew at each phase.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(peaks.values())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

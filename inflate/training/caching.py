@@ -19,14 +19,20 @@ from inflate.data.preflight import Findings, Preflight, Progress, preflight
 from inflate.data.settings import Data
 from inflate.data.sources import Clip, find_clips
 from inflate.errors import ConfigError
-from inflate.families import dynamicrafter_model, svd_encoders, svd_model, video_ldm
+from inflate.families import dynamicrafter_model, i2vgen_xl_model, svd_encoders, svd_model, video_ldm
 from inflate.files import new_folder
 from inflate.metrics.video import psnr
 from inflate.models import stable_diffusion
 from inflate.models.vae import encode_at_most
 from inflate.tables import aligned
-from inflate.training import stages
-from inflate.training.encoding import ClipEncoder, TextClipEncoder, clip_encoder, image_text_encoder
+from inflate.training import i2vgen_xl_stages, stages
+from inflate.training.encoding import (
+    ClipEncoder,
+    TextClipEncoder,
+    clip_encoder,
+    i2vgen_xl_encoder,
+    image_text_encoder,
+)
 from inflate.training.image_text_to_video import ImageTextToVideo
 from inflate.training.image_to_video import ImageToVideo
 from inflate.training.memory_settings import Memory
@@ -56,8 +62,8 @@ class Caching:
     image_text_to_video: ImageTextToVideo = field(default_factory=ImageTextToVideo)
     memory: Memory = field(default_factory=Memory)
     stage: str = "image_to_video"
-    """what a recipe trains: stages of text-to-video read captions, those of DynamiCrafter captions and frames, all
-    others first frames"""
+    """what a recipe trains: stages of text-to-video and refinement read captions, those of DynamiCrafter captions and
+    frames, that of I2VGen-XL's base captions and first frames, all others first frames"""
 
     def encoder(self, device: torch.device) -> ClipEncoder | TextClipEncoder:
         """The model's encoders, on the device."""
@@ -74,6 +80,9 @@ class Caching:
         if kind is not None:
             start = dynamicrafter_model.Model(model.path, None, model.image_encoder, model.image_model, model.tokenizer)
             return image_text_encoder(stages.encoders(kind, start), self.data, self.image_text_to_video)
+        if self.stage in i2vgen_xl_stages.FAMILIES:
+            beginning = i2vgen_xl_model.Model(model.path, model.image_encoder, model.image_model, model.tokenizer)
+            return i2vgen_xl_encoder(self.stage, i2vgen_xl_stages.encoders(self.stage, beginning), self.data)
         if self.stage in get_args(Stage):
             encoders = video_ldm.Encoders.load(model.path, model.tokenizer, model.image_model)
             return TextClipEncoder(encoders, self.data.cache_dtype)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from inflate.models.stable_diffusion import Encoding
 from inflate.models.text_encoders import TextCondition
@@ -24,3 +27,12 @@ def encoded_text(family: Encoding, batch: Batch) -> Batch:
     text = family.embed(batch["caption"])
     pooled = {} if text.pooled is None else {"caption_pooled": text.pooled.cpu()}
     return {"caption_states": text.context.cpu(), **pooled}
+
+
+def without_text(condition: TextCondition, dropped: Tensor, nothing: TextCondition) -> TextCondition:
+    """The condition, with another prompt's (1, L, D) in place of the dropped (B,) clips' own."""
+    context = torch.where(dropped[:, None, None], nothing.context.to(condition.context), condition.context)  # (B, L, D)
+    if condition.pooled is None or nothing.pooled is None:
+        return replace(condition, context=context)
+    pooled = torch.where(dropped[:, None], nothing.pooled.to(condition.pooled), condition.pooled)  # (B, P)
+    return replace(condition, context=context, pooled=pooled)

@@ -51,7 +51,10 @@ TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
 
 
 ANIMATION_USE = '```bash\ninflate sample export image.png --prompt "a prompt" -o out.mp4\n```'
-"""How to animate an image by a prompt with an export of DynamiCrafter's family."""
+"""How to animate an image by a prompt with an export of DynamiCrafter or I2VGen-XL."""
+
+REFINEMENT_USE = '```bash\ninflate refine export clip.mp4 --prompt "a prompt" -o out.mp4\n```'
+"""How to draw a clip anew with a refiner."""
 
 STREAM_USE = (
     "```bash\npython recipes/dynamicrafter_finetune.py recipes/dynamicrafter_adapt.yaml model.image_stream=export\n```"

@@ -128,7 +128,7 @@ def measure(task: Watched, settings: Training, batch: Batch, looking: bool = Fal
 
     Every player acts in it. Of accumulated passes two are run: the second meets the first one's gradients.
     """
-    desk, ledger = Desk(settings, gpu), Ledger(DEVICE.type)
+    desk, ledger = Desk(settings, gpu), Ledger(DEVICE.type, workspaces=gpu)
     trainees = [Trainee(player, settings) for player in task.players]
     for one in trainees:
         one.forget_frozen()

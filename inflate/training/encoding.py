@@ -14,12 +14,14 @@ from transformers import CLIPTokenizer
 
 from inflate.data.settings import Data
 from inflate.families.dynamicrafter import ImageEncoding
+from inflate.families.i2vgen_xl import FirstFrameEncoding
 from inflate.families.svd_encoders import Encoding
 from inflate.models import stable_diffusion
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
-from inflate.training.image_text_to_video import ALL_FEATURES, FEATURES, ImageTextToVideo
+from inflate.training.animating import FEATURES
+from inflate.training.image_text_to_video import ALL_FEATURES, ImageTextToVideo
 from inflate.training.image_to_video import ImageToVideo
 from inflate.training.noise import seed_of
 
@@ -40,6 +42,14 @@ def clip_encoder(family: Encoding, data: Data, conditioning: ImageToVideo) -> Cl
 def image_text_encoder(family: ImageEncoding, data: Data, settings: ImageTextToVideo) -> ImageTextClipEncoder:
     """The encoder that the settings of a run ask for: of the frames that may be the image."""
     return ImageTextClipEncoder(family, data.cache_dtype, settings.condition_frame == "random")
+
+
+def i2vgen_xl_encoder(stage: str, family: stable_diffusion.Encoding, data: Data) -> TextClipEncoder:
+    """The encoder of a stage of I2VGen-XL: of captions and first frames for its base, of captions for refinement."""
+    if stage == "base":
+        assert isinstance(family, FirstFrameEncoding)
+        return FirstFrameClipEncoder(family, data.cache_dtype)
+    return TextClipEncoder(family, data.cache_dtype)
 
 
 class ClipEncoder:
@@ -139,9 +149,9 @@ class ImageTextClipEncoder(TextClipEncoder):
     The image encoder's features are those of every frame, or of first frames alone.
     """
 
-    family: ImageEncoding
+    family: ImageEncoding | FirstFrameEncoding
 
-    def __init__(self, family: ImageEncoding, precision: Precision, every_frame: bool) -> None:
+    def __init__(self, family: ImageEncoding | FirstFrameEncoding, precision: Precision, every_frame: bool) -> None:
         super().__init__(family, precision)
         self.every_frame = every_frame
 
@@ -163,7 +173,19 @@ class ImageTextClipEncoder(TextClipEncoder):
         return self.family.embed_image(pixels.to(self.family.vae.device)).to(self.dtype)
 
 
-def image_identity(family: Encoding | ImageEncoding) -> dict[str, str]:
+class FirstFrameClipEncoder(ImageTextClipEncoder):
+    """The frozen networks of I2VGen-XL's base stage, as `inflate.data.cache.Encoder`."""
+
+    def __init__(self, family: FirstFrameEncoding, precision: Precision) -> None:
+        super().__init__(family, precision, every_frame=False)
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """That of a text-to-video model, the image encoder's, and what its features are."""
+        return {**super().identity, "image features": "projected embeddings of first frames"}
+
+
+def image_identity(family: Encoding | ImageEncoding | FirstFrameEncoding) -> dict[str, str]:
     """All that an image encoder's results depend on."""
     return {
         "image_encoder": weights_sha256(family.image_encoder),

@@ -37,7 +37,7 @@ from inflate.training.leakage import ConditionNoise
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
-from inflate.training.previews import scores, write_pairs, write_scores
+from inflate.training.previews import scores, write_rows, write_scores
 
 
 @dataclass
@@ -269,7 +269,7 @@ class ImageToVideoTask:
         """
         found = []
         for places, truth, generated, measured in self.drawn():
-            write_pairs(folder, self.shown, places, truth, generated)
+            write_rows(folder, self.shown, places, {"truth": truth, "sample": generated})
             found += [measured] * len(places)
         write_scores(folder, found)
 

@@ -108,7 +108,7 @@ MEASURES = (
     Measure("previews by strips", "a tenth more arithmetic in previews", _where(_denoises, memory__decode_rows=16)),
     Measure("half precision", "rounding to bf16", _halved),
     Measure("one preview at a time", "fewer previews", _set(
-        text_to_video__preview_clips=1, image_text_to_video__preview_clips=1
+        text_to_video__preview_clips=1, image_text_to_video__preview_clips=1, i2vgen_xl__preview_clips=1
     )),
     Measure("single clips", "more passes per step", _single_clips),
     Measure("weights in bf16", "those that learn whole are rounded at random", _where(

@@ -1,7 +1,8 @@
 """What one training step costs, in bytes and floating point operations, worked out on the meta device without a GPU.
 
 Every tensor that a step makes is followed from birth to death, so the figures are those of a caching allocator that
-never fragments. Left out: kernel workspaces, allocator rounding and the CUDA context; leave a tenth of head-room.
+never fragments. Left out: workspaces of kernels but for those of convolutions, where they are asked for, allocator
+rounding and the CUDA context; leave a tenth of head-room.
 """
 
 import gc
@@ -57,12 +58,13 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of live storages and the FLOPs of every operation while it is active.
 
     Only tensors of one kind of device count, and of those not what rests elsewhere (`inflate.layers.offload`). What is
-    counted is told apart by phases, which `begin` names.
+    counted is told apart by phases, which `begin` names. With `workspaces` it counts what a GPU's convolutions take for
+    themselves, too (`workspace`).
     """
 
-    def __init__(self, device: str = "meta") -> None:
+    def __init__(self, device: str = "meta", workspaces: bool = False) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.workspaces = device, workspaces
         self.current = self.peak = self.flops = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}
@@ -77,6 +79,8 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         values = tree_leaves(result)
         self.record(values, str(func))
+        if self.workspaces and func is torch.ops.aten.convolution.default:
+            self._reach(self.current + workspace(args[0], args[1], result))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self._count(int(formula(*args, **(kwargs or {}), out_val=result)), values)
@@ -108,8 +112,11 @@ class Ledger(TorchDispatchMode):
         holding = Holding(storage.nbytes(), tuple(tensor.shape), tensor.dtype, operation, self.modules[-1])
         self._live[key] = (holding, weakref.ref(storage, lambda _: self._leave(key)))
         self.current += holding.bytes
-        self.peak = max(self.peak, self.current)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.current)
+        self._reach(self.current)
+
+    def _reach(self, height: int) -> None:
+        self.peak = max(self.peak, height)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), height)
 
     def _leave(self, key: int) -> None:
         holding, _ = self._live.pop(key)
@@ -140,6 +147,19 @@ class Ledger(TorchDispatchMode):
 
     def _pop(self, *_: Any) -> None:
         self.modules.pop()
+
+
+def workspace(given: Tensor, weight: Tensor, made: Tensor) -> int:
+    """Bytes that cuDNN takes for a convolution while it runs: what goes in and comes out, in its own order of memory.
+
+    It does so in float32, and in half precision for kernels over frames, (n, 1); not for others, nor for single pixels.
+    Read off an H100's allocator with PyTorch 2.11 and cuDNN 9.19 (benchmarks/README.md, gpu.py).
+    """
+    *_, height, width = weight.shape
+    over_frames = height > 1 and width == 1
+    if over_frames or (height * width > 1 and given.dtype == torch.float32):
+        return bytes_of((given, made))
+    return 0
 
 
 @contextmanager

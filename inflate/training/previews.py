@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inflate.data import video
 from inflate.data.pixels import to_uint8, unit
-from inflate.metrics.video import flicker_error, psnr
+from inflate.metrics.video import flicker_error, power_spectrum, psnr, sharpness, ssim
 from inflate.training.held_out import size_of
 from inflate.training.player import Batch
 
@@ -23,18 +23,20 @@ LEAST_HEIGHT = 192
 """Smaller videos are enlarged by a whole factor, so that a person sees their pixels."""
 
 
-def write_pairs(folder: Path, shown: Sequence[Batch], places: list[int], truth: Tensor, generated: Tensor) -> None:
+def write_rows(folder: Path, shown: Sequence[Batch], places: list[int], clips: Mapping[str, Tensor]) -> None:
     """Write samples (N, F, 3, H, W) of those of the shown clips that have one size as mp4 files, and a contact sheet.
 
-    Each is named by its place; in the sheet its truth is above it. Of images there is the sheet alone.
+    Each is named by its place. `clips` are the samples, last, and by name what stands above them in the sheet: their
+    truth. Of images there is the sheet alone.
     """
+    *_, samples = clips.values()
     rows, labels = [], []
-    for place, real, made in zip(places, truth, generated, strict=True):
+    for number, place in enumerate(places):
         name = f"{place:02d}"
-        if len(made) > 1:
-            video.write(folder / f"{name}.mp4", to_uint8(unit(made)), float(shown[place]["fps"][0]))
-        rows += [to_uint8(unit(real)), to_uint8(unit(made))]
-        labels += [f"{name} truth", f"{name} sample"]
+        if samples.shape[1] > 1:
+            video.write(folder / f"{name}.mp4", to_uint8(unit(samples[number])), float(shown[place]["fps"][0]))
+        rows += [to_uint8(unit(each[number])) for each in clips.values()]
+        labels += [f"{name} {what}" for what in clips]
     video.contact_sheet(folder / sheet_name(shown, places), rows, labels)
 
 
@@ -63,6 +65,19 @@ def scores(truth: Tensor, generated: Tensor, given: Tensor) -> dict[str, float]:
             "frames 1-3, static copy": psnr(static[:, near], truth[:, near]),
             "flicker error, sample": flicker_error(generated, truth),
         }
+    return {name: float(value.mean()) for name, value in found.items()}
+
+
+def restored(truth: Tensor, output: Tensor) -> dict[str, float]:
+    """How close clips come to their truth, both (N, F, 3, H, W) in [-1, 1], and how sharp they are; means of all."""
+    truth, output = unit(truth), unit(output)
+    found = {
+        "psnr": psnr(output, truth),
+        "ssim": ssim(output, truth),
+        "sharpness": sharpness(power_spectrum(output), power_spectrum(truth)),
+    }
+    if truth.shape[1] > 1:
+        found["flicker error"] = flicker_error(output, truth)
     return {name: float(value.mean()) for name, value in found.items()}
 
 

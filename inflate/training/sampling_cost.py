@@ -29,12 +29,12 @@ def on_paper(family: SVD, size: Bucket, settings: Sampling, gpu: bool = True) ->
     paper = Paper(gpu)
     with paper.active():
         image = paper.empty(1, 3, size.height, size.width)
-        return measure(family, image, replace(settings, frames=size.frames, steps=1))  # every step needs the same
+        return measure(family, image, replace(settings, frames=size.frames, steps=1), gpu)  # every step needs the same
 
 
-def measure(family: SVD, image: Tensor, settings: Sampling) -> dict[str, int]:
+def measure(family: SVD, image: Tensor, settings: Sampling, gpu: bool = False) -> dict[str, int]:
     """The same of `sample` as it runs on the CPU; networks that are there already count all the time."""
-    ledger, generator = Ledger(DEVICE.type), torch.Generator().manual_seed(settings.seed)
+    ledger, generator = Ledger(DEVICE.type, workspaces=gpu), torch.Generator().manual_seed(settings.seed)
     gc.collect()  # a dead cycle that is collected in mid-run would count as memory that the sampler gave back
     with ledger, _between_encoders(family, ledger):
         ledger.begin("embed")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
-from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.data.buckets import Bucket
@@ -74,7 +73,7 @@ def _from_text(stage: Stage, model: Model, queries: Queries, frames: int) -> Dyn
 
 def refuse_image_model(path: str) -> None:
     """CheckpointError for a model that draws images: its temporal layers would stay as they are, and do nothing."""
-    if path.endswith(folders.SAFETENSORS) or folders.holds(path, UNet2DConditionModel):
+    if folders.is_image_model(path):
         raise CheckpointError(
             f"{path} is an image model, and stage=adapt trains no temporal layers: name a text-to-video model as "
             "model.path, such as an export of recipes/video_ldm_finetune.py or a converted one"

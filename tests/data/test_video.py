@@ -298,6 +298,55 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_parts_are_written_as_the_whole(tmp_path):
+    whole = video.write(tmp_path / "a.mp4", busy(7, 31, 45), 8).read_bytes()
+    parts = iter([busy(7, 31, 45)[:3], busy(7, 31, 45)[3:]])
+    assert video.write_parts(tmp_path / "b.mp4", parts, 8).read_bytes() == whole
+    with pytest.raises(DataError, match="must be uint8"):
+        video.write_parts(tmp_path / "c.mp4", iter(()), 8)
+
+
+def test_parts_that_stop_coming_leave_nothing(tmp_path):
+    def parts():
+        yield numbered(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        video.write_parts(tmp_path / "a.mp4", parts(), 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("together", [1, 4, 7, 100])
+def test_a_walk_reads_every_frame_once(make_clip, together):
+    path = make_clip("a.mp4", numbered(7), gap=3, rotation=90)
+    parts = list(video.walk(path, together))
+    assert [len(part) for part in parts[:-1]] == [together] * (len(parts) - 1)
+    np.testing.assert_array_equal(np.concatenate(parts), video.read(path))
+
+
+def test_a_walk_stops_at_damage(make_clip):
+    path = damage(make_clip("a.mp4", busy(40)))
+    with pytest.raises(DataError, match=r"a\.mp4: (corrupt|truncated)"):
+        list(video.walk(path))
+
+
+def test_sound_is_told(make_clip, tmp_path):
+    silent = make_clip("a.mp4", numbered(3))
+    assert not video.has_sound(silent)
+    with av.open(str(tmp_path / "b.mkv"), "w") as container:
+        picture, sound = (
+            container.add_stream("libx264", rate=8),
+            container.add_stream("aac", rate=16_000, layout="mono"),
+        )
+        picture.height, picture.width = 32, 48
+        for pixels in numbered(3):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux([*sound.encode(frame), *sound.encode(), *picture.encode()])
+    assert video.has_sound(tmp_path / "b.mkv")
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"a\.mp4: cannot be written"):

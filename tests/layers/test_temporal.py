@@ -17,6 +17,7 @@ from inflate.layers.temporal import (
     constant_when_single,
     mix,
 )
+from inflate.training.memory import Ledger
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,17 @@ def test_resnet_equals_diffusers(reverse):
     found = ours(hidden, time, ClipState(3))
     torch.testing.assert_close(found, expected.transpose(1, 2).flatten(0, 1), atol=5e-6, rtol=0)
     assert found.is_contiguous()
+
+
+def test_without_gradients_resnet_drops_each_feature_as_the_next_is_made():
+    with torch.device("meta"):
+        block, hidden = TemporalResnet(8, 4, 1e-5, None, False), torch.empty(2 * 3, 8, 16, 16)
+    with torch.no_grad(), Ledger() as ledger:
+        ledger.record([*block.parameters(), hidden])
+        before = ledger.current
+        block(hidden, None, ClipState(3))
+    features = 4 * hidden.numel()
+    assert 3 * features <= ledger.peak - before < 3.1 * features  # what a norm and SiLU, one after the other, make
 
 
 def pair_of_blocks(context_width):

@@ -14,9 +14,10 @@ from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.models.moments import LatentMoments
 from inflate.models.precision import cast
-from inflate.sampling import dynamicrafter
+from inflate.sampling import animators
+from inflate.sampling.animators import latent_shape
 from inflate.sampling.ddim import standard_normal
-from inflate.sampling.dynamicrafter import Sampling, conditions_of, latent_shape, sample, sample_latents, sampler_of
+from inflate.sampling.dynamicrafter import Sampling, conditions_of, sample, sample_latents, sampler_of
 from inflate.sampling.steps import guided
 
 OTHER = "a box"
@@ -46,7 +47,7 @@ def settings(**changes: Any) -> Sampling:
 def latents_of(model: DynamiCrafter, wanted: Sampling, ends: Tensor | None = None) -> Tensor:
     """Of one image and seed."""
     images = pictures(1)
-    noise = standard_normal([3], latent_shape(model, images, wanted), images)
+    noise = standard_normal([3], latent_shape(model, images, wanted.frames), images)
     return sample_latents(model, conditions_of(model, images, [PROMPT], wanted, ends), noise, wanted)
 
 
@@ -72,7 +73,7 @@ def test_batches_draw_the_clips_that_are_drawn_together(model: DynamiCrafter, mo
     pairs, together = (sample(model, images, prompts, seeds, settings(steps=1, batch=batch)) for batch in (2, None))
     torch.testing.assert_close(pairs, together, atol=1e-6, rtol=0)
     assert sizes == [4, 2, 6]
-    monkeypatch.setattr(dynamicrafter, "TOGETHER", 2 * FRAMES * SIDE * SIDE)
+    monkeypatch.setattr(animators, "TOGETHER", 2 * FRAMES * SIDE * SIDE)
     sample(model, images, prompts, seeds, settings(steps=1))
     assert sizes[3:] == [4, 2]
 
@@ -123,7 +124,7 @@ def test_tokens_of_the_image_are_made_once(model: DynamiCrafter) -> None:
     drawn = latents_of(model, wanted)
     assert made == [1, 1]
     images = pictures(1)
-    noise = standard_normal([3], latent_shape(model, images, wanted), images)
+    noise = standard_normal([3], latent_shape(model, images, wanted.frames), images)
     passes = [model.predict(each) for each in conditions_of(model, images, [PROMPT], wanted)]
     with torch.no_grad():
         again = sampler_of(model, wanted).draw(guided(passes, [7.5], 0.7), next(noise), noise)
@@ -240,7 +241,7 @@ def test_a_lower_start_is_what_noise_leaves_of_the_clips_where_they_are_known(
     handle = model.unet.register_forward_pre_hook(lambda module, given: inputs.append(given[0][:, :, :4]))
     drawn = [latents_of(one, wanted) for one in (known, model)]
     handle.remove()
-    noise = next(standard_normal([3], latent_shape(model, pictures(1), wanted), pictures(1)))
+    noise = next(standard_normal([3], latent_shape(model, pictures(1), wanted.frames), pictures(1)))
     assert torch.equal(inputs[2], noise)
     if start is None:
         assert torch.equal(*drawn)

@@ -241,3 +241,9 @@ def test_every_card_learns_on_a_trained_model(card: str) -> None:
     targets.refuse_inert(unet, names, 1)
     temporal = [".temporal." in name for name in names]
     assert {"temporal_lora": all, "camera_lora": all}.get(card, any)(temporal) == (card != "spatial_lora")
+
+
+def test_a_gpus_peak_is_that_of_the_highest_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its allocator counts from the last phase on, so it is not asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert adapting._peak_memory({"encode": 3, "backward": 7, "update": 2}) == 7

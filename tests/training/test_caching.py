@@ -19,7 +19,7 @@ from inflate.data.settings import Data
 from inflate.data.store import Store
 from inflate.errors import ConfigError, DataError, InflateError
 from inflate.training.caching import Caching, Model, cache_clips, show_cached
-from inflate.training.encoding import ImageTextClipEncoder
+from inflate.training.encoding import FirstFrameClipEncoder, ImageTextClipEncoder
 from inflate.training.image_text_to_video import ImageTextToVideo
 from inflate.training.memory_settings import Memory
 from launch import launch
@@ -168,6 +168,25 @@ def test_animation_by_text_caches_features_of_the_frames_that_may_be_the_image(
     torch.testing.assert_close(item[name], expected)
     assert {"latents", "caption_states"} <= item.keys()
     assert len({"frame_features", "features"} & item.keys()) == 1
+
+
+@pytest.mark.parametrize(("stage", "names"), [("base", {"features", "caption_states"}), ("refine", {"caption_states"})])
+def test_the_stages_of_i2vgen_xl_cache_what_they_are_told(
+    clips: Path, tmp_path: Path, stage: str, names: set[str]
+) -> None:
+    model = Model("pocket-t2v", image_encoder="pocket" if stage == "base" else None)
+    wanted = replace(settings(clips, tmp_path, frames=2), stage=stage, model=model)
+    cache_clips(wanted, False, False, lambda _: lambda done, whole: None, lambda _: None)
+    dataset, encoder = ClipDataset(wanted.data, shuffle=False), wanted.encoder(torch.device("cpu"))
+    dataset.read_encoded(encoder, "all")
+    item = dict(dataset[3])
+    assert {"features", "caption_states", "frame_features"} & item.keys() == names
+    if stage == "base":
+        assert isinstance(encoder, FirstFrameClipEncoder)
+        torch.testing.assert_close(item["features"], encoder.family.embed_image(item["pixels"][:1])[0])
+        other = replace(wanted, stage="adapt", image_text_to_video=ImageTextToVideo(condition_frame="first"))
+        with pytest.raises(DataError, match="encoded for other windows"):  # their features are of another kind
+            dataset.read_encoded(other.encoder(torch.device("cpu")), "none")
 
 
 def test_both_encoders_of_a_single_file_are_cached(clips: Path, tmp_path: Path) -> None:

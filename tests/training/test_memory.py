@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from inflate.errors import TrainingError
-from inflate.training.memory import Estimate, held_table, simulate
+from inflate.training.memory import Estimate, Ledger, held_table, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 10
@@ -65,6 +65,26 @@ def test_frozen_weights_hold_less() -> None:
     assert estimate.held == (ROWS * 16 + 1) * FLOAT
     assert estimate.gradients == 8 * 16 * FLOAT
     assert estimate.parameters == (8 * 16 + 16 * 4) * FLOAT
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "counts"),
+    [
+        ((3, 3), torch.float32, True), ((3, 1), torch.bfloat16, True), ((3, 1), torch.float32, True),
+        ((3, 3), torch.bfloat16, False), ((1, 1), torch.float32, False),
+    ],
+)  # fmt: skip
+def test_a_gpus_convolutions_lay_out_anew_what_goes_in_and_comes_out(
+    kernel: tuple[int, int], dtype: torch.dtype, counts: bool
+) -> None:
+    peaks = []
+    given = torch.empty(1, 4, 8, 8, device="meta", dtype=dtype)
+    layer = nn.Conv2d(4, 6, kernel, padding="same", device="meta", dtype=dtype)
+    for workspaces in (False, True):
+        with torch.no_grad(), Ledger(workspaces=workspaces) as ledger:
+            layer(given)
+        peaks.append(ledger.peak)
+    assert peaks[1] - peaks[0] == counts * (4 + 6) * 8 * 8 * dtype.itemsize
 
 
 class Recomputed(nn.Module):

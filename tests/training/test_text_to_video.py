@@ -12,6 +12,8 @@ from helpers import randomise
 from inflate.data import video
 from inflate.errors import ConfigError, DataError
 from inflate.families.video_ldm import VideoLDM
+from inflate.models.text_encoders import TextCondition
+from inflate.training.captions import without_text
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.held_out import join
 from inflate.training.loop import fit
@@ -123,24 +125,34 @@ def test_what_is_cached_gives_the_loss_of_what_is_encoded(kind: str, request: py
 
 
 def test_dropped_captions_are_the_empty_prompt(family: VideoLDM) -> None:
-    task, condition = make(family, drop_caption=0.3), family.embed([PROMPT] * 3)
-    dropped = task.drop(condition, torch.tensor([0.1, 0.3, 0.9])).context
-    torch.testing.assert_close(dropped[0], family.embed([""]).context[0])
-    assert torch.equal(dropped[1:], condition.context[1:])
+    task, batch = make(family, drop_caption=0.5), join([clip(number) for number in range(4)])
+    noise, clean = Noise(3, batch["number"]), family.encode(batch["pixels"])
+    dropped, condition = noise.uniform("drop") < 0.5, task.condition(batch, clean, noise)
+    assert 0 < dropped.sum() < 4
+    told = task.trained_condition(batch, clean, torch.zeros(4), noise, 0).context
+    torch.testing.assert_close(told[dropped], family.embed([""]).context.expand(int(dropped.sum()), -1, -1))
+    assert torch.equal(told[~dropped], condition.context[~dropped])
+
+
+FIRST = torch.tensor([True, False])
+
+
+def told(task: TextToVideoTask, batch: dict[str, Any]) -> TextCondition:
+    return task.condition(batch, torch.empty(0), Noise(3, batch["number"]))
 
 
 def test_a_dropped_caption_keeps_the_frame_rate_of_its_clip(family: VideoLDM) -> None:
-    task, batch = make(family, drop_caption=0.3), join([clip(0), clip(1)])
-    condition = task.condition({**batch, "fps": torch.tensor([24.0, 12.0])}, torch.device("cpu"))
-    dropped = task.drop(condition, torch.tensor([0.1, 0.9]))
+    task, batch = make(family), join([clip(0), clip(1)])
+    condition = told(task, {**batch, "fps": torch.tensor([24.0, 12.0])})
+    dropped = without_text(condition, FIRST, task.nothing)
     assert dropped.fps is not None
     assert dropped.fps.tolist() == [24.0, 12.0]
 
 
 def test_a_dropped_caption_keeps_the_sizes_of_its_clip(sdxl: VideoLDM) -> None:
-    task, batch = make(sdxl, drop_caption=0.3), join([clip(0), clip(1)])
-    condition = task.condition({**batch, "origin": torch.tensor([[64, 96, 0, 3], [16, 16, 0, 0]])}, torch.device("cpu"))
-    dropped = task.drop(condition, torch.tensor([0.1, 0.9]))
+    task, batch = make(sdxl), join([clip(0), clip(1)])
+    condition = told(task, {**batch, "origin": torch.tensor([[64, 96, 0, 3], [16, 16, 0, 0]])})
+    dropped = without_text(condition, FIRST, task.nothing)
     assert dropped.pooled is not None
     assert condition.pooled is not None
     assert dropped.origin is condition.origin
