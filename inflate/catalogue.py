@@ -384,7 +384,8 @@ def _temporal(spec: TemporalSpec) -> dict[str, str]:
 
 def _listed(settings: Mapping[str, Any]) -> str:
     """Settings in a line, without those that are not so."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not False and value is not None)
+    told = {name: value for name, value in settings.items() if value is not False and value not in (None, "")}
+    return ", ".join(f"{name}={value}" for name, value in told.items())
 
 
 def _line(name: str, tensors: Iterable[Tensor]) -> tuple[str, ...]:

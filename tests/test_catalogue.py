@@ -214,7 +214,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], dict[str, str], set[str]]] = {
         i2vgen_xl_folder,
         {
             "objective": "prediction=v_prediction, zero_terminal_snr=True, base_scale=1.0, schedule=cosine",
-            "clips": "frames=3, fps=8.0, height=16, width=16",
+            "clips": "frames=3, fps=8.0, height=16, width=16, prompts=True",
             "image": "channels=4, clip_tokens=4, detail_encoder=True, dropout=0.05, embedding=64, global_encoder=True",
         },
         SLOTS | {"conditioning", "image", "vae", "text_encoder", "image_encoder"},
