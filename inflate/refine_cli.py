@@ -79,7 +79,7 @@ def refine(
     """
     wanted = [Weighted.parse(text) for text in adapter or ()]
     check_output(overwrite, (".mp4",), output, output.with_suffix(".png"))
-    size = both(height=height, width=width)
+    asked = both(height=height, width=width)
     refuse_unguided(guidance, negative=negative, rescale=rescale)
     given = chosen(
         strength=strength, start=start, steps=steps, guidance=guidance, rescale=rescale, eta=eta, negative=negative,
@@ -90,7 +90,7 @@ def refine(
 
     found = probe(video)
     refining = Refining.load(model, given)
-    size = size or _size(refining, video, found)
+    size = _checked(refining, asked, video, found)
     note(*_notes(video, found, size), *refining.notes([prompt]))
     adapt(refining.family, wanted, any_base, dtype)
     refining.write(video, found, prompt, seed, size, output)
@@ -98,14 +98,16 @@ def refine(
         typer.echo(f"wrote {file}")
 
 
-def _size(refining: "Refining", video: Path, found: "Probe") -> "Size":
-    """Return the size that a video is refined at by default; ConfigError where its shape leaves a side too small."""
+def _checked(refining: "Refining", asked: "Size | None", video: Path, found: "Probe") -> "Size":
+    """Return the size that a video is refined at, as asked or by default; ConfigError where a side is too small."""
     from inflate.sampling.refinement import check_size
 
-    size = refining.size(found.height, found.width)
+    size = asked or refining.size(found.height, found.width)
     try:
         check_size(refining.family, size)
     except ConfigError as error:
+        if asked:
+            raise
         raise ConfigError(f"{video} is {found.width}x{found.height}: {error}; give --height and --width") from None
     return size
 

@@ -248,7 +248,7 @@ def test_a_shape_that_leaves_a_side_too_small_is_told_of(second: Path) -> None:
     loaded = Refining.load(str(second), {})
     flat = Probe(5, 8.0, 4000, 2, 0, (), None, variable=False)
     with pytest.raises(ConfigError, match=r"flat.mp4 is 4000x2: .*needs at least 4 of each; give --height and --width"):
-        refine_cli._size(loaded, Path("flat.mp4"), flat)
+        refine_cli._checked(loaded, None, Path("flat.mp4"), flat)
 
 
 def test_models_of_other_kinds_are_sent_to_their_commands(
