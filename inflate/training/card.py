@@ -53,7 +53,7 @@ TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
 ANIMATION_USE = '```bash\ninflate sample export image.png --prompt "a prompt" -o out.mp4\n```'
 """How to animate an image by a prompt with an export of DynamiCrafter or I2VGen-XL."""
 
-REFINEMENT_USE = '```bash\ninflate refine export clip.mp4 --prompt "a prompt" -o out.mp4\n```'
+REFINEMENT_USE = '```bash\ninflate refine clip.mp4 --model export --prompt "a prompt" -o out.mp4\n```'
 """How to draw a clip anew with a refiner."""
 
 STREAM_USE = (
