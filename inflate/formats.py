@@ -47,7 +47,7 @@ FILES = ("stable-diffusion-file", "svd-file", "dynamicrafter-file", "vgen", "i2v
 ADAPTERS = {
     "inflate": "PEFT, over the layers of our UNets, which are their image model's and those called temporal",
     "svd": "PEFT, over the layers of diffusers' UNetSpatioTemporalConditionModel",
-    "unet3d": "PEFT, over the layers of diffusers' UNet3DConditionModel",
+    "unet3d": "PEFT, over the layers of diffusers' UNet3DConditionModel and I2VGenXLUNet",
     "unet-motion": "PEFT, over the layers of diffusers' UNetMotionModel",
     "comfyui": "ComfyUI, over the original names of the layers",
     "kohya": "kohya's scripts and what reads their files: lora_unet_..., lora_down, lora_up, alpha",

@@ -105,12 +105,17 @@ def test_what_a_unets_file_lacks_must_be_named(beside: Options, vision: Options,
     file, target = write_vgen(i2vgen_xl(tmp_path).unet, tmp_path / "unet.pth"), tmp_path / "target"
     sd, folder = beside[1], i2vgen_xl(tmp_path)
     folder.save_pretrained(tmp_path / "whole")
+    modelscope.to_i2vgen(folder.unet).save_pretrained(tmp_path / "pipeline" / "unet")
     for options, message in (
         ((), "holds no image encoder: name the folder of CLIP ViT-H/14"),
         (vision, "no autoencoder and no text encoder: name the Stable Diffusion that they are of"),
         ((*vision, "--image-model", sd), "v2-1_512-ema-pruned.ckpt holds no tokenizer: name the folder of one"),
         ((*beside, "--image-encoder", sd), "v2-1_512-ema-pruned.ckpt holds no image encoder (visual.*)"),
         ((*vision, "--image-model", tmp_path / "whole", "--tokenizer", tmp_path), "which holds its tokenizer: leave"),
+        (
+            (*vision, "--image-model", tmp_path / "pipeline"),
+            "is of class I2VGenXLUNet; give the folder of a mod",
+        ),
         ((*vision, "--image-model", tmp_path / "nowhere"), "nowhere does not exist; give a folder"),
         ((*vision, *beside, "--double-detail"), "--double-detail is for unet-i2vgen, not for i2vgen_xl-file to i2vg"),
         (("--to", "video-unet", *vision), "not for i2vgen_xl-file to video-unet: leave it out"),

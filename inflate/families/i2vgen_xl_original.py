@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError
@@ -26,6 +26,8 @@ from inflate.models.text_encoders import TextEncoders
 from inflate.models.unet import VideoUNet
 from inflate.objectives import DDPM
 
+_TEXT_MODEL = ("vae/*", "text_encoder/*", "tokenizer/*", "unet/config.json")
+"""Files to download of an image model."""
 VISUAL = "visual."
 """What begins the names of the image encoder's tensors in a file of OpenCLIP."""
 
@@ -74,7 +76,9 @@ class Beside:
             return single_file.load_vae(file, lambda _: tensors), text
         if self.tokenizer is not None:
             raise ConfigError(f"{self.image_model} is a folder, which holds its tokenizer: leave --tokenizer out")
-        folder = folders.resolve(self.image_model)
+        folder = folders.resolve(self.image_model, _TEXT_MODEL)
+        # A pipeline of I2VGen-XL has a longer text encoder, of which it leaves the last layer out.
+        folders.unet_kind(folder / "unet", UNet2DConditionModel, UNet3DConditionModel, VideoUNet)
         return load_vae(folder / "vae"), TextEncoders.load(folder)
 
     def vision(self) -> tuple[CLIPVisionModelWithProjection, dict[str, Any]]:

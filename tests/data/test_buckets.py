@@ -74,6 +74,13 @@ def test_without_buckets_the_size_settings_are_the_one_bucket():
     assert Data(buckets=["1x8x8", "24x16@3"], frames=9).main == Bucket(3, 16, 24)
 
 
+def test_an_export_remembers_the_videos_that_have_most_steps():
+    texts = ["1x8x8:9", "8x8x8@4fps:1", "16x8x8@8fps:5", "32x8x8@16fps:5"]
+    assert str(Data(buckets=texts).main) == "16x8x8@8fps:5"
+    assert str(Data(buckets=texts[:1]).main) == "1x8x8:9"
+    assert Data(buckets=["8x8x8@4fps", "16x8x8@8fps"]).main.frames == 8
+
+
 def test_images_and_videos_have_buckets_of_their_own():
     assert candidates([WIDE, STILL], image=True) == [STILL]
     assert candidates([WIDE, STILL], image=False) == [WIDE]
