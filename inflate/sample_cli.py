@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inflate import sample_options as of
 from inflate.adapters.settings import Weighted
 from inflate.drawing import (
     Adapters,
@@ -49,109 +50,43 @@ if TYPE_CHECKING:
 
 sampling_app = typer.Typer()
 
-SVD_ALONE, DYNAMICRAFTER_ALONE, PROMPTED = "Stable Video Diffusion", "DynamiCrafter", "DynamiCrafter and I2VGen-XL"
-REFINED = "Refinement, by a second model"
-"""Panels of options that not every family has, and of what comes after the drawing."""
-
-
 LEAST_FRAMES = {"story": 2, "end_image": 2, "loop": 3}
 """How long clips must be for options that show a frame of them once, or fix both ends."""
-
-
-def _of_svd(text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=SVD_ALONE, **limits)
-
-
-def _of_dynamicrafter(text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=DYNAMICRAFTER_ALONE, **limits)
-
-
-def _of_prompted(text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=PROMPTED, **limits)
-
-
-def _of_refined(text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=REFINED, **limits)
 
 
 @sampling_app.command()
 @report_errors()
 def sample(
     path: ModelPath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The video, .mp4; a contact sheet lies beside it.")],
-    image: Annotated[
-        Path | None, typer.Argument(metavar="IMAGE", help="The first frame; a story names its own.", show_default=False)
-    ] = None,
-    story: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON list of shots to join, each {image: FILE or previous: true, prompt: TEXT}."),
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Length of a clip [default: the model's, 14 where a file tells none]")
-    ] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames per second, as the model is told [default: its own]")
-    ] = None,
-    play_fps: Annotated[float | None, typer.Option(help="Those of the video, where they are to be others.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps [default: SVD 25, DynamiCrafter 50, I2VGen-XL 50]")
-    ] = None,
-    start: Annotated[
-        float | None,
-        typer.Option(help="Begin lower, for more motion. SVD: a noise level below 700; others: a timestep below 999"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Seed of all noise; each shot of a story has the next.")
-    ] = 0,
-    grid: Annotated[int, typer.Option(min=1, help="Clips side by side, of this seed and the next ones.")] = 1,
-    height: Annotated[
-        int | None, typer.Option(min=1, help="Pixels [default: SVD's area in the image's shape; the others' own]")
-    ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
-    prompt: Annotated[list[str] | None, _of_prompted("What happens; may be repeated: a row each.")] = None,
-    negative: Annotated[
-        str | None,
-        _of_prompted(
-            "A prompt that guidance leads away from [default: the model's]", "--negative", "--negative-prompt"
-        ),
-    ] = None,
-    end_image: Annotated[Path | None, _of_dynamicrafter("The last frame.")] = None,
-    loop: Annotated[bool, _of_dynamicrafter("End on the first frame, which is shown once.", "--loop")] = False,
-    stride: Annotated[
-        float | None, _of_dynamicrafter("What a model is told in place of frames per second [default: its own]", min=1)
-    ] = None,
-    eta: Annotated[
-        float | None,
-        _of_prompted("Noise of each step: 0 for none, up to 1 [default: DynamiCrafter 1, I2VGen-XL 0]", min=0, max=1),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        _of_prompted("Guidance scale; up to 1 there is none [default: DynamiCrafter 7.5, I2VGen-XL 9]"),
-    ] = None,
-    image_guidance: Annotated[
-        float | None, _of_dynamicrafter("That of the image, for a pass more [default: one for both]")
-    ] = None,
-    rescale: Annotated[
-        float | None,
-        _of_prompted(
-            "Share of its overexposure that is undone [default: DynamiCrafter's own, I2VGen-XL 0]", min=0, max=1
-        ),
-    ] = None,
-    motion_bucket: Annotated[float | None, _of_svd("Amount of motion [default: 127]", min=0, max=255)] = None,
-    noise_aug: Annotated[float | None, _of_svd("Noise added to the first frame [default: 0.02]", min=0)] = None,
-    guidance_min: Annotated[float | None, _of_svd("Guidance scale of the first frame [default: 1]")] = None,
-    guidance_max: Annotated[float | None, _of_svd("Guidance scale of the last frame [default: 3]")] = None,
-    refine: Annotated[
-        str | None,
-        _of_refined("A refinement model, which draws the clips anew, larger; they stay beside as NAME-base.mp4."),
-    ] = None,
-    strength: Annotated[
-        float | None, _of_refined("How much is drawn anew: 0 for nothing, up to 1 [default: 1]", min=0, max=1)
-    ] = None,
-    refine_height: Annotated[
-        int | None, _of_refined("Pixels [default: the refinement model's area in the clips' shape]", min=1)
-    ] = None,
-    refine_width: Annotated[int | None, _of_refined("Pixels; give both or neither.", min=1)] = None,
+    output: of.Output,
+    image: of.Image = None,
+    story: of.Story = None,
+    frames: of.Frames = None,
+    fps: of.Fps = None,
+    play_fps: of.PlayFps = None,
+    steps: of.Steps = None,
+    start: of.Start = None,
+    seed: of.Seed = 0,
+    grid: of.Grid = 1,
+    height: of.Height = None,
+    width: of.Width = None,
+    prompt: of.Prompt = None,
+    negative: of.Negative = None,
+    end_image: of.EndImage = None,
+    loop: of.Loop = False,
+    stride: of.Stride = None,
+    eta: of.Eta = None,
+    guidance: of.Guidance = None,
+    image_guidance: of.ImageGuidance = None,
+    rescale: of.Rescale = None,
+    motion_bucket: of.MotionBucket = None,
+    noise_aug: of.NoiseAug = None,
+    guidance_min: of.GuidanceMin = None,
+    guidance_max: of.GuidanceMax = None,
+    refine: of.Refine = None,
+    strength: of.Strength = None,
+    refine_height: of.RefineHeight = None,
+    refine_width: of.RefineWidth = None,
     image_model: OtherImageModel = None,
     image_encoder: ImageEncoder = None,
     prediction: Prediction = None,
@@ -159,7 +94,7 @@ def sample(
     any_base: AnyBase = False,
     dtype: Dtype = None,
     little_memory: LittleMemory = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    overwrite: of.Overwrite = False,
 ) -> None:
     """Animate IMAGE, or the shots of a story, with the model in PATH. Its networks take turns on the GPU.
 
