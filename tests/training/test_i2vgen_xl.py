@@ -172,6 +172,13 @@ def test_what_reads_texts_alone_does_not_learn_where_there_are_none(family: I2VG
     assert frozen == {name for name, value in family.unet.named_parameters() if value.grad is None}
 
 
+def test_an_adapter_that_would_read_texts_alone_is_refused_where_there_are_none(family: I2VGenXL) -> None:
+    wanted = AdapterSettings("lora", rank=2, targets=["attn2.to_v", "temporal.attn2.to_v"])
+    with pytest.raises(ConfigError, match=r"would learn nothing on .*temporal\.attn2\.to_v"):
+        Adapting.on(family.unet, wanted, FAMILY, "base", 3, text=False)
+    assert Adapting.on(family.unet, wanted, FAMILY, "base", 3) is not None
+
+
 def test_an_image_passes_by_the_temporal_layers(family: I2VGenXL) -> None:
     task, image = make(family), clip(0, frames=1)
     losses = []
