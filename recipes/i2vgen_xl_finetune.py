@@ -114,7 +114,9 @@ def make_task(
         refuse_new(config.stage, config.model)
         settings.refuse_other(family.clips)
     fps = float(of_size(batches, config.data.main)["fps"][0])
-    adapter = Adapting.on(family.unet, config.adapter, FAMILIES[config.stage], config.model.path, training.seed)
+    text = isinstance(family, Refiner) or family.clips.prompts
+    place = FAMILIES[config.stage], config.model.path, training.seed
+    adapter = Adapting.on(family.unet, config.adapter, *place, text=text)
     kept = {
         "lr": training.lr, "seed": training.seed, "training": known, "cached": dataset.cache is not None,
         "adapter": adapter, "together": config.data.smallest_batch(training.batch),

@@ -127,11 +127,10 @@ class Data:
 
     @property
     def main(self) -> Bucket:
-        """The size that an export remembers: the first bucket of two or more frames, of a mixture the first of those
-        with the largest share; else the first.
-        """
-        videos = [bucket for bucket in self.sizes if bucket.frames > 1]
-        return max(videos or self.sizes, key=lambda bucket: bucket.share or 0)
+        """The size that an export remembers: the first bucket of two or more frames, else the first; in a mixture the
+        first of those with the largest share."""
+        longer = [bucket for bucket in self.sizes if bucket.frames > 1]
+        return max(longer or self.sizes, key=lambda bucket: bucket.share or 0)
 
     def batch(self, bucket: Bucket, asked: int) -> int:
         """Clips of a bucket in one forward pass: as `asked`, where `tokens` does not say."""

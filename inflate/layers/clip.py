@@ -27,8 +27,9 @@ class ClipState:
     """Skip the temporal layers altogether."""
     image_tokens: int = 0
     """How many tokens of every frame's context, the last ones, are of an image."""
-    image_share: float | None = None
-    """What each of those weighs in attention to text and image together; None = as much as a token of the text."""
+    image_bias: Tensor | None = None
+    """Logarithm () of what each of those weighs in attention to text and image together; None = as much as a token of
+    the text. A tensor, because blocks would be compiled anew for every value of a number."""
 
 
 class Clip:

@@ -14,7 +14,6 @@ Source: Zhang et al., I2VGen-XL (2023), section 3.2, in the form of the released
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
@@ -197,7 +196,7 @@ class FrameEncoder(nn.Module):
         queries, keys, values = self.to_qkv(self.norm(pixels)).chunk(3, dim=-1)  # (N, F, 2C)
         pixels = pixels + self._dropped(self.to_out(attend(queries, keys, values, _HEADS)))
         hidden = self._dropped(functional.gelu(self.linear_1(pixels)))
-        return pixels + self._dropped(self.linear_2(hidden))
+        return pixels + self.linear_2(hidden)
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         return functional.dropout(hidden, self.dropout, self.training)
@@ -229,15 +228,15 @@ class WeighedAttention(ContextAttention):
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Queries (B,N,C) and context (B,L,D) to (B,N,C), as the parent where all tokens weigh the same."""
-        share = self.clip.state.image_share
-        if share is None:
+        weight = self.clip.state.image_bias
+        if weight is None:
             return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
         extra = [name for name, value in kwargs.items() if value is not None]
         if args or extra or not isinstance(encoder_hidden_states, Tensor) or not self._plain():
             what = f"{', '.join(extra)} " if extra else "an image adapter or another processor of attention "
             raise InflateError(f"{what}cannot be used while image tokens fade in: leave it out, or image_share at 1")
         bias = hidden_states.new_zeros(encoder_hidden_states.shape[1])  # (L,)
-        bias[len(bias) - self.clip.state.image_tokens :] = math.log(share)
+        bias[len(bias) - self.clip.state.image_tokens :] = weight
         queries, keys = self.to_q(hidden_states), self.to_k(encoder_hidden_states)  # (B, N, I), (B, L, I)
         found = attend(queries, keys, self.to_v(encoder_hidden_states), self.heads, bias)  # (B, N, I)
         output: Tensor = self.to_out[0](found)  # (B, N, C)

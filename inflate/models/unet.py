@@ -325,6 +325,14 @@ class VideoUNet(UNet2DConditionModel):
         blocks = {n: value for n, value in self.named_parameters() if "transformer_blocks" in n.split(".temporal.")[0]}
         return {n: value for n, value in blocks.items() if any(part in n for part in parts)}
 
+    def textless_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that get no gradient where no text is told: temporal blocks' attention to it, and its norm.
+
+        Freeze them where texts never are: distributed training would be left waiting for their gradients.
+        """
+        parts = (".temporal.attn2.", ".temporal.norm2.")
+        return {n: value for n, value in self.named_parameters() if any(part in n for part in parts)}
+
     def forward(
         self,
         sample: Tensor,
@@ -356,14 +364,14 @@ class VideoUNet(UNet2DConditionModel):
         """
         if sample.ndim != 5:
             raise InflateError(f"sample must be (batch, frames, channels, height, width), got {tuple(sample.shape)}")
-        clips, share = sample.shape[:2], _checked_share(image_share)
+        clips, bias = sample.shape[:2], _bias_of(image_share, sample)
         if self.first_frame is not None or image_latents is not None or image_embeddings is not None:
             detail, tokens = self._told(image_latents, image_embeddings, clips, left_out)
             sample = sample if detail is None else torch.cat([sample, detail.to(sample.dtype)], dim=2)
-            image_tokens = tokens if share is None or share else None
+            image_tokens = tokens if image_share else None
         context, added = self._context(encoder_hidden_states, image_features, image_tokens, clips)
         output = self._folded(
-            ClipState(clips[1], _frame_mask(image_only, clips), image_only is True, added, share if added else None),
+            ClipState(clips[1], _frame_mask(image_only, clips), image_only is True, added, bias if added else None),
             sample.flatten(0, 1),  # (B*F, C, h, w)
             _per_frame(timestep, clips, sample.device),  # (B*F,)
             context,  # (B*F, L + T, D)
@@ -745,11 +753,11 @@ def _frame_context(context: Tensor, clips: torch.Size, name: str) -> Tensor:
     )
 
 
-def _checked_share(share: float) -> float | None:
-    """What tokens of an image weigh; None = as much as those of the text. InflateError where it is no share."""
+def _bias_of(share: float, like: Tensor) -> Tensor | None:
+    """Logarithm () of what tokens of an image weigh; None = as much as those of the text. InflateError for no share."""
     if not 0 <= share <= 1:
         raise InflateError(f"image_share is {share}: it must be 0 to 1")
-    return None if share == 1 else share
+    return None if share == 1 else torch.log(like.new_tensor(share))
 
 
 def _frame_mask(image_only: Tensor | bool | None, clips: torch.Size) -> Tensor | None:

@@ -50,12 +50,14 @@ class Adapting:
         seed: int,
         image_only: bool = False,
         image_model: str | None = None,
+        text: bool = True,
     ) -> Adapting | None:
         """Put a new adapter on a UNet, which was loaded from `path`; it alone is trained from then on. None of none.
 
         `image_only` says that all frames are trained as images, `image_model` what the temporal layers of `path` went
-        over. Of a UNet on paper, whose values are unknown, only the names are checked. ConfigError, with the UNet as it
-        was, for layers that the model does not have or that would learn nothing.
+        over, `text` whether the UNet is told any. Of a UNet on paper, whose values are unknown, only the names are
+        checked. ConfigError, with the UNet as it was, for layers that the model does not have or that would learn
+        nothing.
         """
         if settings.kind == "none":
             return None
@@ -63,7 +65,7 @@ class Adapting:
         known = not on_paper(next(unet.parameters()))
         if known:
             targets.refuse_zero_rows(unet, names, settings)
-            targets.refuse_inert(unet, names, bases.TOKENS[family], image_only)
+            targets.refuse_inert(unet, names, bases.TOKENS[family] if text else 0, image_only)
             _refuse_drawn(unet, names)
         digest = bases.sha256(unet) if known else None
         base = {"name": path, "sha256": digest, **({"image_model": image_model} if image_model else {})}

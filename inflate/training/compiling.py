@@ -111,7 +111,7 @@ def kind_of(unit: nn.Module) -> Kind:
 
 
 def _shapes(given: Sequence[Any], state: ClipState) -> Kind:
-    tensors = [value for value in tree_leaves((given, state.image_only)) if isinstance(value, Tensor)]
+    tensors = [value for value in tree_leaves((given, state.image_only, state.image_bias)) if isinstance(value, Tensor)]
     return (state.frames, state.bypass, *((each.shape, each.dtype, each.requires_grad) for each in tensors))
 
 

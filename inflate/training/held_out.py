@@ -42,9 +42,13 @@ def same_size(batches: list[Batch], most: int) -> Iterator[list[int]]:
 
 
 def of_size(batches: list[Batch], bucket: Bucket) -> Batch:
-    """The first clip of a bucket's size, whose rate an export remembers; the first of all where none has it."""
+    """The first clip of a bucket's size, whose rate an export remembers; the first of all where none has it.
+
+    Where the bucket has a rate of its own, that is told instead, and not another bucket's of that size.
+    """
     size = (bucket.frames, *bucket.size)
-    return next((batch for batch in batches if size_of(batch) == size), batches[0])
+    found = next((batch for batch in batches if size_of(batch) == size), batches[0])
+    return found if bucket.fps is None else found | {"fps": bucket.fps / found["stride"]}
 
 
 def join(batches: list[Batch]) -> Batch:

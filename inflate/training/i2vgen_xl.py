@@ -154,6 +154,8 @@ class I2VGenXLTask(AnimatingTask[I2VGenXL, Condition]):
         self.no_text = family.embed([family.clips.negative]).context  # (1, L, D)
         if adapter is None:
             family.unet.requires_grad_(True)
+            for unread in family.unet.textless_parameters().values():
+                unread.requires_grad_(self.reads_captions)
 
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> Condition:
         """What the UNet is told of clips with these latents (B, F, C, h, w): captions, first frames and frame rates."""

@@ -97,7 +97,8 @@ def _text_to_video(model: Model, weights: bool) -> VideoLDM:
 
 
 def _refiner_of(parent: TextToVideo) -> Refiner:
-    clips = i2vgen_xl_refiner.Clips(parent.clips.frames, parent.clips.fps)
+    negative = parent.clips.negative if isinstance(parent, I2VGenXL) else ""
+    clips = i2vgen_xl_refiner.Clips(parent.clips.frames, parent.clips.fps, negative=negative)
     return Refiner(text_only(parent.unet, parent.clips.fps), parent.vae, parent.text, parent.noise, clips)
 
 

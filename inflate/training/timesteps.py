@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from torch import Tensor
@@ -23,5 +24,5 @@ def by_band(loss: Tensor, timestep: Tensor, bands: int, levels: int = TRAIN_TIME
 
 
 def _names(bands: int, levels: int) -> list[str]:
-    edges = [band * levels // bands for band in range(bands + 1)]
+    edges = [math.ceil(band * levels / bands) for band in range(bands + 1)]
     return [f"loss at timestep {low}-{high - 1}" for low, high in pairwise(edges)]

@@ -93,6 +93,18 @@ def test_frames_are_encoded_as_by_diffusers() -> None:
     torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
 
 
+def test_dropout_is_within_the_encoder_of_frames_and_not_behind_it() -> None:
+    """As in VGen: behind the attention, and between the two layers of the feed-forward."""
+    frames = FirstFrame(Hierarchy(embedding=6, dropout=0.5), WIDTH, 8).double().train().detail.frames
+    with torch.no_grad():
+        frames.linear_2.weight.zero_()
+        frames.linear_2.bias.fill_(1.0)
+        frames.to_out.weight.zero_()
+        frames.to_out.bias.fill_(1.0)
+    added = frames(torch.zeros(64, 3, 4, dtype=torch.float64))
+    assert sorted(added.unique().tolist()) == [1.0, 3.0], "1 of the feed-forward, and 0 or 1 / 0.5 of the attention"
+
+
 def test_a_frame_of_any_size_has_as_many_tokens() -> None:
     first = FirstFrame(HIERARCHY, WIDTH, 8).double()
     for height, width in ((4, 6), (64, 40), (90, 160)):

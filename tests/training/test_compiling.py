@@ -12,14 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from helpers import randomise
+from helpers import randomise, tiny_unet
 from inflate.adapters import attach
 from inflate.adapters.settings import AdapterSettings, Kind
 from inflate.adapters.targets import resolve
 from inflate.errors import TrainingError
 from inflate.layers.clip import ClipState
+from inflate.layers.hierarchy import Hierarchy
 from inflate.layers.temporal import VideoResnet, VideoTransformer
-from inflate.models.unet import TemporalSpec, VideoUNet
+from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet
 from inflate.training import compiling, loop
 from inflate.training.compiling import Compilation, kind_of
 from inflate.training.loop import fit
@@ -113,6 +114,21 @@ def test_stable_video_diffusion_needs_19_graphs_and_gives_the_same(caplog: pytes
     assert told(caplog) == [f"compiled {GRAPHS} graphs for 38 blocks of {GRAPHS} kinds"]
     compilation.release()
     assert not any(getattr(module, "compiled", None) for module in unet.modules())
+
+
+def test_image_tokens_that_fade_in_need_no_graph_for_every_share() -> None:
+    torch.manual_seed(0)
+    unet = VideoUNet.from_2d(tiny_unet(cross_attention_dim=16), VIDEO_LDM)
+    unet.add_hierarchy(Hierarchy(embedding=6, clip_tokens=2))
+    randomise(unet)
+    first = {"image_latents": torch.randn(1, 4, 8, 8), "image_embeddings": torch.randn(1, 1, 6)}
+    given = torch.randn(1, 2, 4, 8, 8), torch.tensor([500]), torch.randn(1, 5, 16)
+    shares = (0.25, 0.5, 0.75, 1.0)
+    plain = [unet(*given, **first, image_share=share).sample for share in shares]
+    compilation = Compilation([unet.mid_block], "eager")
+    for share, wanted in zip(shares, plain, strict=True):
+        torch.testing.assert_close(unet(*given, **first, image_share=share).sample, wanted, atol=1e-5, rtol=0)
+    assert compilation.graphs == 3 <= len(compilation.kinds), "residual blocks, transformers with shares and without"
 
 
 def small(kind: Kind | None = None) -> VideoUNet:

@@ -160,6 +160,25 @@ def test_everything_learns_and_every_part_gets_a_gradient(family: I2VGenXL) -> N
     assert [name for name, value in family.unet.named_parameters() if value.grad is None] == []
 
 
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_what_reads_texts_alone_does_not_learn_where_there_are_none(family: I2VGenXL, frames: int) -> None:
+    """Several processes would wait for its gradients."""
+    family.clips = replace(family.clips, prompts=False)
+    task, data = make(family, drop_image=0.2, fade_in=5), join([clip(0, frames=frames), clip(1, frames=frames)])
+    frozen = {name for name, value in family.unet.named_parameters() if not value.requires_grad}
+    assert frozen == set(family.unet.textless_parameters())
+    assert all(".temporal.norm2" in name or ".temporal.attn2" in name for name in frozen)
+    task.loss(data, Noise(3, data["number"]), 0)[0].sum().backward()
+    assert frozen == {name for name, value in family.unet.named_parameters() if value.grad is None}
+
+
+def test_an_adapter_that_would_read_texts_alone_is_refused_where_there_are_none(family: I2VGenXL) -> None:
+    wanted = AdapterSettings("lora", rank=2, targets=["attn2.to_v", "temporal.attn2.to_v"])
+    with pytest.raises(ConfigError, match=r"would learn nothing on .*temporal\.attn2\.to_v"):
+        Adapting.on(family.unet, wanted, FAMILY, "base", 3, text=False)
+    assert Adapting.on(family.unet, wanted, FAMILY, "base", 3) is not None
+
+
 def test_an_image_passes_by_the_temporal_layers(family: I2VGenXL) -> None:
     task, image = make(family), clip(0, frames=1)
     losses = []

@@ -39,7 +39,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     image = write_text_model(root / "image", prediction_type="v_prediction")
     image_encoder().save_pretrained(root / "vision")
     VideoLDM.load(image).save_pretrained(root / "text")
-    base(root / "of base").save_pretrained(root / "base")
+    whole = base(root / "of base")
+    whole.clips = replace(whole.clips, negative="a box")
+    whole.save_pretrained(root / "base")
     refiner(root / "of refiner").save_pretrained(root / "refiner")
     return {name: root / name for name in ("image", "vision", "text", "base", "refiner")}
 
@@ -82,6 +84,7 @@ def test_a_refiner_of_a_base_is_it_without_the_first_frame_at_its_usual_rate(pla
     parent = I2VGenXL.load(places["base"])
     made = begin("refine", model(places, "base"), Parts(), OWN)
     assert isinstance(made, Refiner)
+    assert made.clips.negative == parent.clips.negative == "a box"
     assert (made.clips.frames, made.clips.fps, made.unet.config.in_channels) == (FRAMES, parent.clips.fps, 4)
     assert not made.unet.created_parameters().keys() - made.unet.temporal_parameters().keys()
     text, noisy, step = made.embed([PROMPT]), torch.randn(1, FRAMES, 4, 8, 8), torch.tensor([300])
