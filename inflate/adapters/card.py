@@ -15,7 +15,7 @@ COMMANDS = {
     "video_ldm": 'inflate generate {base} "a prompt" --adapter {name} -o out.mp4',
     "dynamicrafter": 'inflate sample {base} photo.png --prompt "a prompt" --adapter {name} -o out.mp4',
     "i2vgen_xl": 'inflate sample {base} photo.png --prompt "a prompt" --adapter {name} -o out.mp4',
-    "i2vgen_xl_refiner": 'inflate refine {base} clip.mp4 --prompt "a prompt" --adapter {name} -o out.mp4',
+    "i2vgen_xl_refiner": 'inflate refine clip.mp4 --model {base} --prompt "a prompt" --adapter {name} -o out.mp4',
 }
 CLASSES = {
     "svd": ("inflate.families.svd", "SVD"),
