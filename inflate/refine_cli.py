@@ -90,7 +90,7 @@ def refine(
 
     found = probe(video)
     refining = Refining.load(model, given)
-    size = size or _size(refining, video, found)
+    size = _size(refining, video, found, size)
     note(*_notes(video, found, size), *refining.notes([prompt]))
     adapt(refining.family, wanted, any_base, dtype)
     refining.write(video, found, prompt, seed, size, output)
@@ -98,10 +98,13 @@ def refine(
         typer.echo(f"wrote {file}")
 
 
-def _size(refining: "Refining", video: Path, found: "Probe") -> "Size":
-    """Return the size that a video is refined at by default; ConfigError where its shape leaves a side too small."""
+def _size(refining: "Refining", video: Path, found: "Probe", asked: "Size | None" = None) -> "Size":
+    """Return the size that a video is refined at, asked for or in its own shape; ConfigError for a side too small."""
     from inflate.sampling.refinement import check_size
 
+    if asked is not None:
+        check_size(refining.family, asked)
+        return asked
     size = refining.size(found.height, found.width)
     try:
         check_size(refining.family, size)
@@ -113,9 +116,11 @@ def _size(refining: "Refining", video: Path, found: "Probe") -> "Size":
 def _notes(video: Path, found: "Probe", size: "Size") -> list[str]:
     """Return what of a video is not kept."""
     from inflate.animation import CUT, cut
-    from inflate.data.video import has_sound
+    from inflate.data.video import has_high_range, has_sound
 
     notes = [f"{video} has sound, which is not kept"] if has_sound(video) else []
+    if has_high_range(video):
+        notes.append(f"{video} has colours of high dynamic range, which are read as others: they become flat")
     if size[0] * size[1] < found.height * found.width:
         less = f"{video} is {found.width}x{found.height} and becomes smaller, {size[1]}x{size[0]}"
         notes.append(f"{less}; --height and --width set another size")
