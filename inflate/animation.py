@@ -286,6 +286,15 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
     return KINDS[family]
 
 
+def takes_prompts(path: str) -> bool:
+    """Whether the model in `path`, of a family that animates images, is told prompts; CheckpointError."""
+    family = folders.family_of(path) or svd.FAMILY
+    kind = KINDS.get(family)
+    if family == i2vgen_xl.FAMILY:
+        return i2vgen_xl.read_clips(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).prompts
+    return kind is None or "prompt" in kind.OPTIONS
+
+
 def refuse_refiner(path: str, family: str | None) -> None:
     """Raise CheckpointError for a model that refines clips and draws none by itself."""
     if family == i2vgen_xl_refiner.FAMILY:

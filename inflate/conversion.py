@@ -28,6 +28,7 @@ from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.i2vgen_xl import I2VGenXL
 from inflate.families.i2vgen_xl_original import Beside
+from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
 from inflate.families.video_ldm import VideoLDM
@@ -331,10 +332,18 @@ def _i2vgen_xl_to_diffusers(folder: Path, target: Path, _: Extra) -> str:
 
 
 def _i2vgen_xl_refiner(file: Path, target: Path, extra: Extra) -> str:
-    unet = modelscope.load_vgen(file, refinement=True)
-    family = i2vgen_xl_original.refiner(unet, extra.beside)
-    family.save_pretrained(target)
-    return f"{target} is i2vgen_xl_refiner, as published, with {family.objective} and {family.clips}"
+    told = exchange.told_by(file)
+    unet = modelscope.load_vgen(file, refinement="clips" not in told)
+    about = i2vgen_xl_original.trained_refiner(told, file)
+    i2vgen_xl_original.refiner(unet, about, extra.beside).save_pretrained(target)
+    published = "" if "clips" in told else ", as published,"
+    return f"{target} is i2vgen_xl_refiner{published} with {about.objective} and {about.clips}"
+
+
+def _i2vgen_xl_refiner_file(folder: Path, target: Path, _: Extra) -> str:
+    family = Refiner.load(folder)
+    modelscope.save_vgen(family.unet, target, i2vgen_xl_original.told_of(family))
+    return f"{target} is vgen, the UNet alone; its header tells the noise schedule and clips"
 
 
 PIPELINES: dict[tuple[str, str], Callable[[Path, Path, Extra], str]] = {
@@ -350,6 +359,7 @@ PIPELINES: dict[tuple[str, str], Callable[[Path, Path, Extra], str]] = {
     ("unet-i2vgen", "i2vgen_xl"): _i2vgen_xl_of_diffusers,
     ("i2vgen_xl", "unet-i2vgen"): _i2vgen_xl_to_diffusers,
     ("vgen", "i2vgen_xl_refiner"): _i2vgen_xl_refiner,
+    ("i2vgen_xl_refiner", "vgen"): _i2vgen_xl_refiner_file,
 }
 """How a model of several networks goes from one format into another; returns what to know of it."""
 

@@ -115,9 +115,11 @@ def _checked(refining: "Refining", asked: "Size | None", video: Path, found: "Pr
 def _notes(video: Path, found: "Probe", size: "Size") -> list[str]:
     """Return what of a video is not kept."""
     from inflate.animation import CUT, cut
-    from inflate.data.video import has_sound
+    from inflate.data.video import has_high_range, has_sound
 
     notes = [f"{video} has sound, which is not kept"] if has_sound(video) else []
+    if has_high_range(video):
+        notes.append(f"{video} has colours of high dynamic range, which are read as others: they become flat")
     if size[0] * size[1] < found.height * found.width:
         less = f"{video} is {found.width}x{found.height} and becomes smaller, {size[1]}x{size[0]}"
         notes.append(f"{less}; --height and --width set another size")

@@ -67,8 +67,13 @@ class Refining:
         return fitting(height, width, own[0] * own[1], self.family.factor)
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        """Unknown words of prompts."""
-        return unknown_words(self.family.text, [*prompts, self.settings.negative or ""])
+        """Unknown words of prompts, and noise of levels that it was not trained on."""
+        solver, trained = self.settings.solver(self.family), self.family.clips.levels
+        beyond = [] if solver is None or solver.levels <= trained else [
+            f"{self.path} was trained on {trained} noise levels, and {solver.levels} are drawn anew: --strength "
+            f"{trained * self.settings.strength / solver.levels:.3g} keeps to them"
+        ]  # fmt: skip
+        return beyond + unknown_words(self.family.text, [*prompts, self.settings.negative or ""])
 
     def draw(self, parts: Iterable[Pixels], prompt: str, seed: int, size: Size) -> Iterator[Pixels]:
         """The refined frames (f, H, W, 3), a few at a time, of a clip (F, h, w, 3) that comes in parts."""

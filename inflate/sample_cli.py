@@ -120,12 +120,14 @@ def sample(
     from inflate import refining, shooting
 
     sizes = shooting.sizes_of(shots, story)
+    drawn = shots
     if refine:
         refining.check_model(refine)
-    animator = _animator(path, given, shots, story, long)
+        given, drawn = _of_base(path, given, shots)
+    animator = _animator(path, given, drawn, story, long)
     adapt(animator.family, wanted, any_base, dtype)
     rate = animator.fps if play_fps is None else play_fps
-    taken = shooting.Shooting.at(size or animator.size(*next(iter(sizes.values()))), shots, sizes, note)
+    taken = shooting.Shooting.at(size or animator.size(*next(iter(sizes.values()))), drawn, sizes, note)
     if story:
         _write_story(output, taken, animator, rate)
         return
@@ -133,9 +135,19 @@ def sample(
     if refine:
         _write_grid(_base_of(output), shots, clips, grid, rate)
         del animator, taken  # the refinement model takes their place
-        wished = chosen(strength=strength, little_memory=little_memory)
+        wished = chosen(strength=strength, negative=negative, little_memory=little_memory)
         clips = _refined(refine, wished, refined, shots, clips, dtype)
     _write_grid(output, shots, clips, grid, rate)
+
+
+def _of_base(path: str, given: dict[str, Any], shots: "list[Shot]") -> "tuple[dict[str, Any], list[Shot]]":
+    """Return the options and shots of what is to be refined: without prompts, where its model is told none."""
+    from inflate.animation import takes_prompts
+
+    if takes_prompts(path):
+        return given, shots
+    kept = {name: value for name, value in given.items() if name not in ("prompt", "negative")}
+    return kept, [replace(shot, prompt="") for shot in shots]
 
 
 def _base_of(output: Path) -> Path:

@@ -26,12 +26,15 @@ from test_conversion import converted
 
 from inflate.families import modelscope
 from inflate.families.i2vgen_xl import Clips, I2VGenXL
-from inflate.families.i2vgen_xl_original import MODELSCOPE, REFINED, REFINER, VGEN, Trained
+from inflate.families.i2vgen_xl_original import MODELSCOPE, REFINER, VGEN, Trained
+from inflate.families.i2vgen_xl_refiner import Clips as RefinerClips
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.layers.hierarchy import Hierarchy
 from inflate.models import unet as unets
 from inflate.models.folders import read_json
+from inflate.models.stable_diffusion import noise_for
 from inflate.models.unet import VideoUNet
+from inflate.objectives import DDPM
 
 Options = tuple[object, ...]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -151,7 +154,7 @@ def test_the_refinement_is_told_apart_by_what_it_is_to_become(beside: Options, t
     assert UNet3DConditionModel.from_pretrained(tmp_path / "text").config.downsample_padding == 1
     converted(file, tmp_path / "folder", "--to", "i2vgen_xl_refiner", *beside)
     family = Refiner.load(tmp_path / "folder")
-    assert (family.objective, family.clips) == (REFINER, REFINED)
+    assert (family.objective, family.clips) == REFINER
     assert family.unet.config.downsample_padding == [2, 1]
     assert equal(family.unet.state_dict(), own.state_dict())
     again = tmp_path / "again.safetensors"
@@ -163,6 +166,22 @@ def test_the_refinement_is_told_apart_by_what_it_is_to_become(beside: Options, t
     assert "taken for" not in converted(tmp_path / "t2v.safetensors", tmp_path / "text", "--overwrite")
     told = ("convert", tmp_path / "t2v.safetensors", tmp_path / "x", "--to", "i2vgen_xl_refiner", *beside)
     assert "tells that it is text-to-video" in refused(*told)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_refinement_of_ours_keeps_its_schedule_and_clips(padded: bool, beside: Options, tmp_path: Path) -> None:
+    own, clips = parts(tmp_path, unets.MODELSCOPE), RefinerClips(5, 4.0, 24, 32, levels=300, negative="a blue box")
+    if padded:
+        own["unet"].pad_rows()
+    family = Refiner(own["unet"], own["vae"], own["text"], noise_for(DDPM("epsilon")), clips)
+    family.save_pretrained(tmp_path / "ours")
+    assert "tells the noise schedule and clips" in converted(tmp_path / "ours", tmp_path / "unet.safetensors")
+    said = converted(tmp_path / "unet.safetensors", tmp_path / "again", "--to", "i2vgen_xl_refiner", *beside)
+    assert "as published" not in said
+    again = Refiner.load(tmp_path / "again")
+    assert (again.objective, again.clips) == (family.objective, clips)
+    assert again.unet.config.downsample_padding == ([2, 1] if padded else 1)
+    assert equal(again.unet.state_dict(), family.unet.state_dict())
 
 
 def test_our_folder_becomes_diffusers_pipeline_and_comes_back(tmp_path: Path) -> None:

@@ -182,6 +182,20 @@ def test_what_a_video_loses_is_said(second: Path, clip: Path, tmp_path: Path) ->
     ]
 
 
+def test_colours_of_high_range_are_told_of(clip: Path, tmp_path: Path) -> None:
+    for transfer, told in ((1, []), (16, ["high dynamic range"]), (18, ["high dynamic range"])):
+        file = tmp_path / f"{transfer}.mp4"
+        with av.open(str(file), "w") as container:
+            stream = container.add_stream("libx264", rate=6)
+            stream.height, stream.width, stream.pix_fmt = 16, 24, "yuv420p"
+            stream.codec_context.color_trc = transfer
+            for pixels in video.read(clip):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        found = refine_cli._notes(file, video.probe(file), (16, 24))
+        assert [each in note for each, note in zip(told, found, strict=True)] == [True] * len(told)
+
+
 def add_sound(source: Path, target: Path) -> None:
     """The frames of a video, and a second of silence."""
     with av.open(str(target), "w") as container:
@@ -394,6 +408,49 @@ def test_both_stages_are_cast_and_the_first_alone_adapted(
     out = ("-o", tmp_path / "out.mp4", "--steps", 1, "--adapter", look, "--dtype", "bfloat16")
     done("sample", stage, picture, *out, "--refine", second, "--strength", 0)
     assert adapted == [(I2VGenXL, [Weighted.parse(str(look))], "bfloat16"), (Refiner, [], "bfloat16")]
+
+
+def test_a_negative_prompt_is_of_both_stages(
+    stage: Path, second: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    load = Refining.load
+
+    def watched(path: str, given: Any) -> Refining:
+        asked.append(given)
+        return load(path, given)
+
+    monkeypatch.setattr(Refining, "load", watched)
+    options = ("--negative-prompt", "a box", "--steps", 1, "--strength", 0)
+    done("sample", stage, picture, "-o", tmp_path / "out.mp4", "--refine", second, *options)
+    assert asked == [{"strength": 0.0, "negative": "a box"}]
+
+
+def test_prompts_go_to_the_refinement_alone_where_the_base_is_told_none(
+    stage: Path, image_model: Path, second: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "silent"
+    loaded = I2VGenXL.load(stage)
+    loaded.clips = replace(loaded.clips, prompts=False)
+    loaded.save_pretrained(silent)
+    told: list[str] = []
+    whole = Refining.draw
+    monkeypatch.setattr(
+        Refining, "draw", lambda self, parts, *given: (told.append(given[0]), whole(self, parts, *given))[1]
+    )
+    options = ("--prompt", "a disc", "--negative", "a box", "--frames", 2, "--steps", 1, "--strength", 0)
+    for number, (first, size) in enumerate(((silent, ()), (image_model, ("--height", 16, "--width", 32)))):
+        out = ("-o", tmp_path / f"{number}.mp4")
+        done("sample", first, picture, *out, *options, *size, "--refine", second)
+    assert told == ["a disc", "a disc"]
+    assert "leave" in refused("sample", silent, picture, "-o", tmp_path / "x.mp4", "--prompt", "a disc")
+
+
+def test_noise_of_levels_that_were_not_trained_is_told_of(second: Path) -> None:
+    assert Refining.load(str(second), {"start": "inversion", "strength": 0.5}).notes([]) == []
+    assert Refining.load(str(second), {}).notes([]) == []
+    (told,) = Refining.load(str(second), {"start": "inversion"}).notes([])
+    assert told == f"{second} was trained on 600 noise levels, and 700 are drawn anew: --strength 0.857 keeps to them"
 
 
 def test_clips_of_another_family_are_refined_without_a_prompt(

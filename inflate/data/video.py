@@ -36,6 +36,8 @@ IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MOST_PIXELS = 2**26
 """Pixels of the largest frame that is decoded, 8192 x 8192: a damaged header may claim any size."""
 _BT709, _UNSPECIFIED, _BT2020 = 1, 2, (9, 10)
+_HIGH_RANGE = 16, 18
+"""Transfer characteristics of PQ and HLG."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,12 @@ def has_sound(media: Media) -> bool:
     """Whether a video has a sound track; raises DataError."""
     with _opened(media) as (container, _):
         return bool(container.streams.audio)
+
+
+def has_high_range(media: Media) -> bool:
+    """Whether a video says that its colours are of high dynamic range (PQ or HLG); raises DataError."""
+    with _opened(media) as (_, stream):
+        return stream.codec_context.color_trc in _HIGH_RANGE
 
 
 def is_image(media: Media) -> bool:

@@ -25,10 +25,7 @@ from inflate.layers.hierarchy import Hierarchy, Part
 from inflate.models import folders, temporal_layers
 from inflate.models.animators import Animator, AnimatorEncoders
 from inflate.models.conditions import Batched, left_out
-from inflate.models.image_encoders import (
-    central_square,
-    shown,
-)
+from inflate.models.image_encoders import shown_squarely
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise
 from inflate.models.text_encoders import ZEROS, TextCondition
 from inflate.models.unet import VideoUNet, load_strictly
@@ -114,7 +111,7 @@ class FirstFrameEncoding(Encoding):
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
         """CLIP's embedding (B, 1, E), not normalised, of the central square of images (B, 3, H, W) in [-1, 1]."""
-        pixels = shown(self.image_encoder, central_square(images), self.image_mean, self.image_std)
+        pixels = shown_squarely(self.image_encoder, images, self.image_mean, self.image_std)
         embedding: Tensor = self.image_encoder(pixels).image_embeds
         return embedding[:, None]  # (B, 1, E)
 

@@ -6,7 +6,8 @@ they are told of the first frame. A file of ours tells it in its header.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,16 +40,21 @@ class Trained(NamedTuple):
     clips: Clips
 
 
+class TrainedRefiner(NamedTuple):
+    """What a model of refinement was trained with, and its clips."""
+
+    objective: DDPM
+    clips: i2vgen_xl_refiner.Clips
+
+
 VGEN = Trained(
     DDPM("v_prediction", zero_terminal_snr=True, schedule="cosine"), Clips(16, 16.0, 704, 1280, negative=NEGATIVE)
 )
 """VGen's i2vgen_xl, in whose training a negative prompt stood for none."""
 MODELSCOPE = Trained(DDPM("v_prediction"), Clips(32, 8.0, 256, 448, prompts=False))
 """ModelScope's Image-to-Video, whose UNet is told CLIP's tokens alone."""
-REFINER = DDPM("v_prediction", schedule="shifted_cosine")
-"""What VGen's sr600 and ModelScope's Video-to-Video were trained with."""
-REFINED = i2vgen_xl_refiner.Clips(32, 8.0, 720, 1280)
-"""Their clips."""
+REFINER = TrainedRefiner(DDPM("v_prediction", schedule="shifted_cosine"), i2vgen_xl_refiner.Clips(32, 8.0, 720, 1280))
+"""VGen's sr600 and ModelScope's Video-to-Video."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,27 @@ def trained(unet: VideoUNet, told: Mapping[str, Any], origin: Path) -> Trained:
 
     CheckpointError for a header that is damaged.
     """
-    try:
-        if "clips" in told:
+    if "clips" in told:
+        with _header(origin):
             return Trained(DDPM(**told["objective"]), Clips(**told["clips"]))
-    except (TypeError, LookupError) as error:
-        raise CheckpointError(f"{origin} has a damaged header: {error}; write it again") from error
     own = unet.hierarchy
     return VGEN if own is not None and own.takes_latents else MODELSCOPE
+
+
+def trained_refiner(told: Mapping[str, Any], origin: Path) -> TrainedRefiner:
+    """What a UNet of refinement was trained with, likewise."""
+    if "clips" not in told:
+        return REFINER
+    with _header(origin):
+        return TrainedRefiner(DDPM(**told["objective"]), i2vgen_xl_refiner.Clips(**told["clips"]))
+
+
+@contextmanager
+def _header(origin: Path) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, LookupError) as error:
+        raise CheckpointError(f"{origin} has a damaged header: {error}; write it again") from error
 
 
 def base(unet: VideoUNet, about: Trained, beside: Beside) -> I2VGenXL:
@@ -128,12 +148,12 @@ def base(unet: VideoUNet, about: Trained, beside: Beside) -> I2VGenXL:
     return I2VGenXL(unet, vae, text, noise_for(about.objective), about.clips, encoder, **statistics)
 
 
-def refiner(unet: VideoUNet, beside: Beside) -> Refiner:
+def refiner(unet: VideoUNet, about: TrainedRefiner, beside: Beside) -> Refiner:
     """The refinement model of a UNet, likewise."""
     vae, text = beside.text_model()
-    return Refiner(unet, vae, text, noise_for(REFINER), REFINED)
+    return Refiner(unet, vae, text, noise_for(about.objective), about.clips)
 
 
-def told_of(family: I2VGenXL) -> dict[str, Any]:
-    """What stands in the header of a UNet's file, for `trained`."""
+def told_of(family: I2VGenXL | Refiner) -> dict[str, Any]:
+    """What stands in the header of a UNet's file, for `trained` and `trained_refiner`."""
     return {"objective": asdict(family.objective), "clips": asdict(family.clips)}

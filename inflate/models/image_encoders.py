@@ -89,7 +89,25 @@ def shown(
     `mean` and `std` are those of its inputs in [0, 1], per channel.
     """
     size = encoder.config.image_size
-    small = (resize_antialiased(images, (size, size)) + 1.0) / 2.0  # (B, 3, size, size)
+    return normalised(encoder, resize_antialiased(images, (size, size)), mean, std)
+
+
+def shown_squarely(
+    encoder: CLIPVisionModelWithProjection, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """What an encoder is shown (B, 3, size, size) of the central square of images (B, 3, H, W) in [-1, 1], resized
+    bilinearly, as I2VGen-XL's was."""
+    size = encoder.config.image_size
+    square = central_square(images)
+    small = F.interpolate(square, size=(size, size), mode="bilinear", antialias=True)  # (B, 3, size, size)
+    return normalised(encoder, small, mean, std)
+
+
+def normalised(
+    encoder: CLIPVisionModelWithProjection, small: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """Images (B, 3, size, size) in [-1, 1] as an encoder's inputs, of its precision."""
+    small = (small + 1.0) / 2.0
     centre, spread = (small.new_tensor(value)[:, None, None] for value in (mean, std))
     return ((small - centre) / spread).to(encoder.dtype)
 

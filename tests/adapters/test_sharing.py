@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_what_is_pushed_is_pulled(hub: Hub, adapter: Path, tmp_path: Path) -> No
     assert back.about == sent.about
     assert all(torch.equal(tensor, sent.tensors[name]) for name, tensor in back.tensors.items())
     assert "exists already" in refused("adapter", "pull", NAME, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("family", sorted(card.COMMANDS))
+def test_the_command_of_a_card_is_one_that_there_is(family: str) -> None:
+    written = card.use({"family": family, "base": {"name": "./nowhere"}}).split("\n")[1]
+    said = refused(*shlex.split(written)[1:])
+    assert "nowhere" in said or "no such file" in said
 
 
 def test_what_is_no_adapter_or_too_large_is_not_kept(

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_dynamicrafter import image_encoder
 from tiny_i2vgen_xl import HIERARCHY, base, refiner
 from tiny_video_ldm import FRAMES, PROMPT, SIDE, write_text_model
@@ -20,7 +22,7 @@ from inflate.families.i2vgen_xl import Clips, Condition, Encoders, I2VGenXL
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.video_ldm import VideoLDM
 from inflate.layers.hierarchy import Hierarchy
-from inflate.models.image_encoders import central_square, shown
+from inflate.models.image_encoders import central_square, shown_squarely
 from inflate.models.text_encoders import TextCondition
 
 LATENT = SIDE // 2
@@ -105,10 +107,20 @@ def test_the_image_encoder_sees_the_central_square(model: I2VGenXL) -> None:
     square = wide[..., SIDE : 2 * SIDE]
     assert torch.equal(central_square(wide), square)
     assert torch.equal(central_square(wide.transpose(2, 3)), square.transpose(2, 3))
-    seen = shown(model.image_encoder, square, model.image_mean, model.image_std)
+    assert torch.equal(model.embed_image(wide), model.embed_image(square))
+
+
+def test_the_image_encoder_is_shown_what_pillow_makes_bilinearly(model: I2VGenXL) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    size = model.image_encoder.config.image_size
+    small = Image.fromarray(picture[:, 10:60]).resize((size, size), Image.Resampling.BILINEAR)
+    scaled = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    seen = shown_squarely(model.image_encoder, scaled, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    expected = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
+    assert (seen - expected).abs().max() < 1.5 / 255  # Pillow rounds to whole numbers, twice
     with torch.no_grad():
-        expected = model.image_encoder(seen).image_embeds
-    assert torch.equal(model.embed_image(wide), expected[:, None])
+        inputs = shown_squarely(model.image_encoder, scaled, model.image_mean, model.image_std)
+        assert torch.equal(model.embed_image(scaled)[:, 0], model.image_encoder(inputs).image_embeds)
 
 
 def test_what_is_dropped_is_the_text_and_clip_alone(model: I2VGenXL) -> None:
