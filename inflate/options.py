@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,3 +76,12 @@ def check_output(overwrite: bool, suffixes: tuple[str, ...], *files: Path) -> No
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise DataError(f"{output}: cannot be written: {parent} is not a folder that you may write to")
+
+
+def keep_inputs(read: Iterable[Path], output: Path, *beside: Path) -> None:
+    """Raise `DataError` where an output, or a file that goes with it, is one of those that are read."""
+    inputs = {file.resolve() for file in read}
+    for file in (output, *beside):
+        if file.resolve() in inputs:
+            what = "" if file == output else f", and a file of that name goes with {output}"
+            raise DataError(f"{file} is read{what}: choose another name, it would be written over")

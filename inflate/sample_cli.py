@@ -32,6 +32,7 @@ from inflate.options import (
     check_output,
     check_rates,
     chosen,
+    keep_inputs,
     option,
 )
 
@@ -101,7 +102,8 @@ def sample(
     Ctrl-C while a story is drawn writes the shots that are whole.
     """
     wanted = [Weighted.parse(text) for text in adapter or ()]
-    check_output(overwrite, (".mp4",), output, *_beside(output, story, refine))
+    files = output, *_beside(output, story, refine)
+    check_output(overwrite, (".mp4",), *files)
     size, refined = both(height=height, width=width), both(refine_height=refine_height, refine_width=refine_width)
     _check_refined(refine, story=story, strength=strength, refine_height=refine_height)
     long = {"story": story, "end_image": end_image, "loop": loop}
@@ -120,6 +122,7 @@ def sample(
     from inflate import refining, shooting
 
     sizes = shooting.sizes_of(shots, story)
+    keep_inputs(sizes, *files)
     drawn = shots
     if refine:
         refining.check_model(refine)

@@ -37,7 +37,7 @@ from inflate.fitting import fitted
 from inflate.models.vae import encode_at_most
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
-from inflate.training.card import ANIMATION_USE, STREAM_USE, write_card
+from inflate.training.card import ANIMATION_USE, BETWEEN_USE, STREAM_USE, write_card
 from inflate.training.checkpoint import writing
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import image_text_encoder
@@ -141,7 +141,8 @@ def finish(config: Config, family: DynamiCrafter, result: Result) -> None:
     compare_previews(output / "samples" / "step-000000", last, output / "before_after")
     scores = last / "scores.json"
     exported: dict[str, str] = {}
-    how = STREAM_USE if config.stage == "context" else ANIMATION_USE
+    drawing = BETWEEN_USE if family.clips.interpolation else ANIMATION_USE
+    how = STREAM_USE if config.stage == "context" else drawing
     if config.adapter.kind != "none":
         exported, how = adapting.told(output, result, config.model, configuration.dump(config))
     facts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -158,6 +159,25 @@ def test_sample_checks_its_output_first(picture: Path, tmp_path: Path) -> None:
     assert "ends in .mp4" in refused(*arguments, tmp_path / "out.gif")
     assert "not a folder that you may write to" in refused(*arguments, picture / "out.mp4")
     assert "./nowhere does not exist" in refused(*arguments, tmp_path / "old.mp4", "--overwrite")
+
+
+def test_sample_never_writes_over_what_it_reads(picture: Path, tmp_path: Path) -> None:
+    photo, end = tmp_path / "photo.png", tmp_path / "end.png"
+    for file in (photo, end):
+        shutil.copy(picture, file)
+    before = photo.read_bytes()
+    arguments = ("sample", "./nowhere", photo, "--end-image", end, "--overwrite", "-o")
+    for name in ("photo", "end"):
+        told = refused(*arguments, tmp_path / f"{name}.mp4")
+        assert f"{name}.png is read, and a file of that name goes with" in told
+    assert photo.read_bytes() == end.read_bytes() == before
+
+
+def test_the_folder_of_a_run_is_no_model(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    told = refused("sample", tmp_path / "run", picture, "--prompt", "a disc", "-o", tmp_path / "out.mp4")
+    assert "is the folder of a run; its model is" in told
 
 
 @pytest.mark.parametrize(

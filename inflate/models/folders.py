@@ -53,6 +53,7 @@ def resolve(path: str | Path, files: Sequence[str] = PIPELINE_FILES) -> Path:
     """
     folder = local_folder(path)
     if folder is not None:
+        refuse_run(folder)
         return folder
     unwanted = ["*.bin", "*fp16*", "*non_ema*", "*.msgpack", "*.onnx*"]
     try:
@@ -99,6 +100,12 @@ def local_folder(path: str | Path) -> Path | None:
         known = f"owner/name of a model on the Hugging Face Hub, or one that is shipped: {', '.join(SHIPPED)}"
         raise CheckpointError(f"{path} does not exist; give a folder, {known}")
     return None
+
+
+def refuse_run(folder: Path) -> None:
+    """CheckpointError for the folder of a run, whose model lies in a folder within."""
+    if (folder / "export").is_dir() and (folder / "metrics.json").is_file() and not (folder / SETTINGS_FILE).is_file():
+        raise CheckpointError(f"{folder} is the folder of a run; its model is {folder / 'export'}")
 
 
 def place_of(path: str | Path) -> Path:

@@ -53,6 +53,9 @@ TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
 ANIMATION_USE = '```bash\ninflate sample export image.png --prompt "a prompt" -o out.mp4\n```'
 """How to animate an image by a prompt with an export of DynamiCrafter or I2VGen-XL."""
 
+BETWEEN_USE = ANIMATION_USE.replace("image.png", "first.png --end-image last.png")
+"""How to draw from one image to another with an export of DynamiCrafter that was trained for it."""
+
 REFINEMENT_USE = '```bash\ninflate refine clip.mp4 --model export --prompt "a prompt" -o out.mp4\n```'
 """How to draw a clip anew with a refiner."""
 

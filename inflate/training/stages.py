@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
@@ -18,6 +19,8 @@ from inflate.families.video_ldm import VideoLDM
 from inflate.layers.image_context import ImageContext, OtherLengths
 from inflate.models import folders, image_stream
 from inflate.models.image_encoders import encoder_folder, outline_image_encoder
+
+log = logging.getLogger(__name__)
 
 Stage = Literal["context", "adapt", "joint", "finetune"]
 FROM_TEXT: tuple[Stage, ...] = ("context", "adapt")
@@ -49,11 +52,26 @@ class Queries:
 def begin(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
     """The model that a stage trains, for clips of so many frames; CheckpointError."""
     family = _from_text(stage, model, queries, frames) if stage in FROM_TEXT else model.load()
+    say_order(stage, family, model.path)
     if stage == "joint":
         family.take_detail()
     if queries.other_lengths is not None:
         family.unet.set_other_lengths(queries.other_lengths)
     return family
+
+
+def say_order(stage: Stage, family: DynamiCrafter, path: str) -> None:
+    """Warn where a stage that comes before has been left out, or is done again."""
+    if stage == "finetune" and not family.takes_detail:
+        log.warning(
+            "%s is shown no latent of its image, which stage=joint adds: stage=finetune leaves it so, and clips begin "
+            "with another frame than the image",
+            path,
+        )
+    if stage == "joint" and family.takes_detail:
+        log.warning("%s has been through stage=joint: this trains on, all layers but the temporal ones", path)
+    if stage == "finetune" and family.clips.interpolation:
+        log.info("%s goes from a first to a last frame: so do its clips here, unless interpolation is set", path)
 
 
 def _from_text(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:

@@ -178,6 +178,21 @@ def test_the_stages_begin_with_a_text_to_video_model_of_another_kind(folder: Pat
     torch.testing.assert_close(*losses)  # the new input is born without effect
 
 
+def test_a_stage_left_out_or_done_again_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = made(folder, detail=False)
+    model.save_pretrained(tmp_path / "adapted")
+    begin("finetune", Model(str(tmp_path / "adapted")), Queries(), FRAMES)
+    assert "adapted is shown no latent of its image, which stage=joint adds" in caplog.text
+    joint = begin("joint", Model(str(tmp_path / "adapted")), Queries(), FRAMES)
+    assert "has been through" not in caplog.text
+    joint.save_pretrained(tmp_path / "joint")
+    caplog.clear()
+    begin("finetune", Model(str(tmp_path / "joint")), Queries(), FRAMES)
+    assert caplog.text == ""
+    begin("joint", Model(str(tmp_path / "joint")), Queries(), FRAMES)
+    assert "joint has been through stage=joint" in caplog.text
+
+
 def test_a_stream_that_does_not_belong_is_refused_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
     make(made(folder, detail=False, context=replace(CONTEXT, frames=1)), "context").export(tmp_path)
     text = VideoLDM.load(folder)
