@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class Encoding:
 
 
 @dataclass
-class TextToVideo(Encoding):
+class TextToVideo(Encoding, ABC):
     """A model that draws clips of prompts: its networks, its noise schedule, and what its clips were."""
 
     unet: VideoUNet
@@ -82,13 +83,13 @@ class TextToVideo(Encoding):
         """What the image model was trained with."""
         return replace(objective_of(self.noise.config, "the noise schedule"), base_scale=self.base_scale)
 
+    @abstractmethod
     def predict(self, condition: Any, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it, for a condition of the family's own kind.
 
         `unet` is its wrapped form (DDP, EMA) where there is one. `image_only` takes all frames for images: every
         temporal layer is bypassed.
         """
-        raise NotImplementedError
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -134,9 +135,9 @@ class TextToVideo(Encoding):
         folders.write(Path(folder), self._write)
 
     @property
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What is kept of the model beside its parts, as JSON values."""
-        raise NotImplementedError
 
     def _write(self, folder: Path) -> None:
         for name, part in (("unet", self.unet), ("vae", self.vae), ("scheduler", self.noise)):
