@@ -66,6 +66,10 @@ def refine(
     double_frames: Annotated[
         bool, typer.Option("--double-frames", help="Every frame twice, for clips shorter than the model's.")
     ] = False,
+    keep_colours: Annotated[
+        int | None,
+        typer.Option(min=0, max=10, help="What is larger than 2 to this power pixels stays [default: 0, nothing]"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all noise.")] = 0,
     adapter: Adapters = None,
     any_base: AnyBase = False,
@@ -84,7 +88,7 @@ def refine(
     given = chosen(
         strength=strength, start=start, steps=steps, guidance=guidance, rescale=rescale, eta=eta, negative=negative,
         suffix=suffix, freeu=freeu, double_frames=double_frames or None, window=frames_at_once, overlap=overlap,
-        little_memory=little_memory,
+        keep_colours=keep_colours, little_memory=little_memory,
     )  # fmt: skip
     from inflate.refining import Refining, probe
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from inflate.animation import Pixels, Size, asked_of, device, fitting, in_pixels, progress, unknown_words
 from inflate.data import video
@@ -20,7 +21,17 @@ from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.files import new_files
 from inflate.models import folders
 from inflate.models.visits import visiting
-from inflate.sampling.refinement import PUBLISHED, Refinement, check_size, decoded, encoded, fitted, refine_latents
+from inflate.sampling.colours import recoloured
+from inflate.sampling.refinement import (
+    PUBLISHED,
+    Refinement,
+    check_size,
+    decoded,
+    encoded,
+    enlarged,
+    fitted,
+    refine_latents,
+)
 
 SHOWN = 8
 """Frames of a video in its contact sheet."""
@@ -78,11 +89,15 @@ class Refining:
     def draw(self, parts: Iterable[Pixels], prompt: str, seed: int, size: Size) -> Iterator[Pixels]:
         """The refined frames (f, H, W, 3), a few at a time, of a clip (F, h, w, 3) that comes in parts."""
         check_size(self.family, size)
-        family, place = self.family, device()
+        family, place, levels = self.family, device(), self.settings.keep_colours
+        kept, latents = list[Pixels](), list[Tensor]()  # the frames for their colours' sake, at their own size
         with visiting([family.vae], place):
-            latents = torch.cat([encoded(family, torch.from_numpy(to_float(part)), size, place) for part in parts])
-        latents = refine_latents(family, latents, prompt, seed, self.settings, progress)
-        for frames in decoded(family, latents, size):
+            for part in parts:
+                latents.append(encoded(family, torch.from_numpy(to_float(part)), size, place))
+                kept += list(part) if levels else []
+        refined = refine_latents(family, torch.cat(latents), prompt, seed, self.settings, progress)
+        before = (torch.from_numpy(to_float(frame[None]))[0] for frame in kept)
+        for frames in recoloured(decoded(family, refined, size), enlarged(before, size), levels):
             yield in_pixels(frames)
 
     def write(self, file: Path, found: Probe, prompt: str, seed: int, size: Size, output: Path) -> None:

@@ -86,6 +86,7 @@ def sample(
     guidance_max: of.GuidanceMax = None,
     refine: of.Refine = None,
     strength: of.Strength = None,
+    keep_colours: of.KeepColours = None,
     refine_height: of.RefineHeight = None,
     refine_width: of.RefineWidth = None,
     image_model: OtherImageModel = None,
@@ -105,7 +106,7 @@ def sample(
     files = output, *_beside(output, story, refine)
     check_output(overwrite, (".mp4",), *files)
     size, refined = both(height=height, width=width), both(refine_height=refine_height, refine_width=refine_width)
-    _check_refined(refine, story=story, strength=strength, refine_height=refine_height)
+    _check_refined(refine, story=story, strength=strength, keep_colours=keep_colours, refine_height=refine_height)
     long = {"story": story, "end_image": end_image, "loop": loop}
     shot = chosen(prompt=prompt or None, end_image=end_image, loop=loop or None)
     given = shot | chosen(
@@ -138,7 +139,7 @@ def sample(
     if refine:
         _write_grid(_base_of(output), shots, clips, grid, rate)
         del animator, taken  # the refinement model takes their place
-        wished = chosen(strength=strength, negative=negative, little_memory=little_memory)
+        wished = chosen(strength=strength, keep_colours=keep_colours, negative=negative, little_memory=little_memory)
         clips = _refined(refine, wished, refined, shots, clips, dtype)
     _write_grid(output, shots, clips, grid, rate)
 

@@ -88,6 +88,10 @@ Refine = Annotated[
 Strength = Annotated[
     float | None, _of_refined("How much is drawn anew: 0 for nothing, up to 1 [default: 1]", min=0, max=1)
 ]
+KeepColours = Annotated[
+    int | None,
+    _of_refined("What is larger than 2 to this power pixels stays as drawn first [default: 0, nothing]", min=0, max=10),
+]
 RefineHeight = Annotated[
     int | None, _of_refined("Pixels [default: the refinement model's area in the clips' shape]", min=1)
 ]

@@ -103,8 +103,9 @@ def test_the_whole_command_line_arrives(
     options = {
         "strength": 0.5, "steps": 3, "guidance": 4.0, "rescale": 0.1, "eta": 0.3, "negative": "grey",
         "suffix": ", sharp", "window": 3, "overlap": 2, "start": "inversion",
+        "keep_colours": 3,
     }  # fmt: skip
-    named = {"window": "frames-at-once", "negative": "negative-prompt"}
+    named = {"window": "frames-at-once", "negative": "negative-prompt", "keep_colours": "keep-colours"}
     words = [word for name, value in options.items() for word in (f"--{named.get(name, name)}", value)]
     flags = ("--no-freeu", "--double-frames", "--little-memory", "--height", 30, "--width", 40, "--seed", 7)
     done("refine", clip, "--model", second, "--prompt", "a disc", "-o", tmp_path / "out.mp4", *words, *flags)
@@ -131,7 +132,13 @@ def test_options_change_the_video(second: Path, clip: Path, tmp_path: Path) -> N
     common = ("refine", clip, "--model", second, "-o", tmp_path / "out.mp4", "--overwrite")
     plain = frames(*common)
     assert (plain == frames(*common)).all()
-    for options in (("--prompt", "a disc"), ("--seed", 1), ("--start", "inversion"), ("--frames-at-once", 2)):
+    for options in (
+        ("--prompt", "a disc"),
+        ("--seed", 1),
+        ("--start", "inversion"),
+        ("--frames-at-once", 2),
+        ("--keep-colours", 1),
+    ):
         changed = frames(*common, *options)
         assert changed.shape == plain.shape
         assert (plain != changed).any(), options
@@ -146,8 +153,10 @@ def test_without_strength_a_video_is_enlarged_alone(second: Path, clip: Path, tm
     assert (found == video.read(video.write(tmp_path / "expected.mp4", expected, 6))).all()
 
 
-def test_parts_of_a_video_are_the_whole(second: Path, clip: Path) -> None:
-    loaded, whole = Refining.load(str(second), {"steps": 1, "window": 4}), video.read(clip)
+@pytest.mark.parametrize("levels", [0, 2])
+def test_parts_of_a_video_are_the_whole(second: Path, clip: Path, levels: int) -> None:
+    given = {"steps": 1, "window": 4, "keep_colours": levels}
+    loaded, whole = Refining.load(str(second), given), video.read(clip)
     drawn = [
         np.concatenate([*loaded.draw(parts, "a disc", 3, (20, 32))]) for parts in ([whole], [whole[:1], whole[1:]])
     ]

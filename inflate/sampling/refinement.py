@@ -10,7 +10,7 @@ The networks take turns on the device: each is there while it works, unless it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,6 +27,7 @@ from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, encode_frames
 from inflate.models.visits import away, visiting
 from inflate.objectives import Predict
+from inflate.sampling.colours import check_levels, recoloured
 from inflate.sampling.ddim import Inversion, standard_normal
 from inflate.sampling.dpm_solver import DPMSolver, levels_of
 from inflate.sampling.steps import (
@@ -89,12 +90,16 @@ class Refinement:
     overlapping windows"""
     overlap: int | None = None
     """frames that neighbouring windows share, at least; none: a quarter of a window"""
+    keep_colours: int = 0
+    """wavelet levels beyond which frames stay as enlarged, against shifts of colour and flicker: what is larger than
+    2**levels pixels; StableSR has 5 (2305.07015), 0 leaves frames as drawn"""
     little_memory: bool | None = None
     """take guidance's passes in turn and feed-forwards in parts: the same clips; none: where they are large, more than
     8 frames of 512x512 together"""
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps, levels=self.levels, window=self.window)
+        check_levels(self.keep_colours)
         check_share(rescale=self.rescale)
         if not 0.0 <= self.strength <= 1.0:
             raise ConfigError(f"strength is {self.strength}: it must be 0 (the clip as it is) to 1 (all levels)")
@@ -149,7 +154,8 @@ def refine(
             latents = encoded(family, clip, size, device)
         latents = refine_latents(family, latents, prompt, seed, settings, progress)
         with away(idle):
-            refined.append(torch.cat(list(decoded(family, latents, size))))
+            parts = recoloured(decoded(family, latents, size), enlarged(clip, size), settings.keep_colours)
+            refined.append(torch.cat(list(parts)))
     return torch.stack(refined)
 
 
@@ -185,6 +191,11 @@ def fitted(frames: Tensor, size: Size) -> Tensor:
     scaled = functional.interpolate(frames, covered, mode="bilinear", antialias=scale < 1.0)  # (F, 3, H'', W'')
     top, left = ((there - asked) // 2 for there, asked in zip(covered, size, strict=True))
     return scaled[..., top : top + size[0], left : left + size[1]]  # (F, 3, H, W)
+
+
+def enlarged(frames: Iterable[Tensor], size: Size) -> Iterator[Tensor]:
+    """Frames, each (3, h, w) in [-1, 1] and made (3, H, W), one after the other."""
+    return (fitted(frame[None].float(), size)[0] for frame in frames)
 
 
 def _lengthened(frames: Tensor, factor: int) -> Tensor:

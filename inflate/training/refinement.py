@@ -13,6 +13,7 @@ from torch.nn import functional
 from inflate.errors import ConfigError
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.models.text_encoders import TextCondition
+from inflate.sampling.colours import check_levels
 from inflate.sampling.refinement import Refinement, fitted, refine
 from inflate.training.adapting import Adapting
 from inflate.training.captions import text_of, without_text
@@ -38,6 +39,8 @@ class RefinementPreview:
     """guidance scale; up to 1 there is no guidance, at half the cost"""
     rescale: float = 0.2
     """share of a guided prediction that is brought to the spread of the one it leads to, 0 to 1"""
+    keep_colours: int = 0
+    """wavelet levels beyond which frames stay as enlarged, against shifts of colour and flicker; 0: none of them"""
     little_memory: bool | None = None
     """take guidance's passes in turn, feed-forwards in parts, and decode frame by frame: the same clips; none: where
     they are large, more than 8 frames of 512x512 together"""
@@ -45,6 +48,7 @@ class RefinementPreview:
     def __post_init__(self) -> None:
         if self.shrink < 2:
             raise ConfigError(f"refining.shrink={self.shrink}: must be at least 2, else there is nothing to refine")
+        check_levels(self.keep_colours)
 
 
 class RefinementTask(DenoisingTask[Refiner, TextCondition]):

@@ -21,6 +21,7 @@ from inflate.models.precision import cast
 from inflate.models.vae import VideoVAE
 from inflate.objectives import DDPM
 from inflate.sampling import refinement
+from inflate.sampling.colours import coarse
 from inflate.sampling.ddim import Inversion, standard_normal
 from inflate.sampling.dpm_solver import DPMSolver
 from inflate.sampling.refinement import (
@@ -264,6 +265,15 @@ def test_a_temporal_decoder_is_given_clips_of_the_length_of_training(model: Refi
     found = torch.cat(list(decoded(temporal, latents(8), (SIDE, SIDE))))
     expected = torch.cat(list(decoded(model, latents(8), (SIDE, SIDE))))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # newborn, it decodes as its parent
+
+
+def test_colours_are_kept_beyond_the_levels_asked_for(model: Refiner) -> None:
+    """Of one clip, drawn with and without, the finer part is the same, and the coarse one that of the enlarged clip."""
+    drawn, kept = (refine(model, clips(), [PROMPT], [1], settings=settings(keep_colours=levels)) for levels in (0, 2))
+    enlarged = fitted(clips()[0].float(), model.size)
+    expected = drawn[0] + coarse(enlarged - drawn[0], 2)
+    torch.testing.assert_close(kept[0], expected, atol=1e-6, rtol=0)
+    assert (kept - drawn).abs().max() > 1e-2
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
