@@ -43,24 +43,24 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
+from animations import amount, keeping, reconstructed, tell
 from text_to_video import curve
 from torch import Tensor, nn
 
 from inflate.data import demo
-from inflate.data.motion import flow, motion_score, reduced
+from inflate.data.motion import flow, reduced
 from inflate.data.pixels import to_uint8, unit
 from inflate.families.dynamicrafter import Condition, DynamiCrafter
 from inflate.metrics.perceptual import EncoderFeatures
-from inflate.metrics.video import psnr, ssim
+from inflate.metrics.video import psnr
 from inflate.models.image_encoders import shown
 from inflate.sampling.dynamicrafter import Sampling, sample
-from record import command, record, write
-from scenes import agreement, likeness, masks_of, motions_of, read, sheets
+from scenes import agreement, masks_of, motions_of, read, sheets
 
 Scenes = list[demo.Scene]
 Result = dict[str, Any]
 
+PLACES = "MODEL", "CLIPS", "OUT"
 SHOWN = 6
 """Clips of which contact sheets show all samples."""
 STREAMS = {
@@ -144,23 +144,6 @@ class Bench:
         sheets(self.output, name, rows, labels, max(1, 16 // len(clips)) * len(clips))
 
 
-@torch.no_grad()
-def reconstructed(family: DynamiCrafter, clips: Tensor) -> Tensor:
-    """What the autoencoder makes of clips (N, F, 3, H, W) in [-1, 1]."""
-    return torch.cat([family.decode(family.encode(clip)) for clip in clips.split(1)]).clamp(-1, 1)
-
-
-def moving(clips: Tensor, scenes: Scenes) -> dict[str, float]:
-    """The share of clips (N, F, 3, H, W) in [-1, 1] that move as their captions say, and how much all do."""
-    judged = agreement(clips, scenes)
-    return {"moves as captioned": judged["share"], "by chance": judged["chance"], "motion per frame": amount(clips)}
-
-
-def amount(clips: Tensor) -> float:
-    """The mean motion of clips (N, F, 3, H, W) in [-1, 1] from frame to frame, in sides; noise moves, too."""
-    return fmean(motion_score(to_uint8(unit(clip)), 1.0) for clip in clips)
-
-
 def motion_error(clips: Tensor, truth: Tensor) -> Tensor:
     """The mean distance of the flow in clips (N, F, 3, H, W) in [-1, 1] to the real one, over its length: (N,)."""
 
@@ -172,30 +155,16 @@ def motion_error(clips: Tensor, truth: Tensor) -> Tensor:
     return torch.tensor([np.hypot(*(own - real)).mean() / np.hypot(*real).mean() for own, real in pairs])
 
 
-def embedded(family: DynamiCrafter, frames: Tensor) -> Tensor:
-    """Unit vectors (N, D) of frames (N, 3, H, W) in [-1, 1], by the image encoder and its projection."""
-    pixels = shown(family.image_encoder, frames, family.image_mean, family.image_std)
-    return F.normalize(family.image_encoder(pixels).image_embeds, dim=-1)
-
-
-@torch.no_grad()
-def cosines(family: DynamiCrafter, clips: Tensor, images: Tensor) -> Tensor:
-    """The mean cosine (N,) of the frames of clips (N, F, 3, H, W) to an image each (N, 3, H, W)."""
-    frames = embedded(family, clips.flatten(0, 1)).unflatten(0, clips.shape[:2])  # (N, F, D)
-    return (frames @ embedded(family, images)[:, :, None])[..., 0].mean(1)
-
-
-def keeping(bench: Bench, clips: Tensor) -> dict[str, float]:
+def keeping_of(bench: Bench, clips: Tensor) -> dict[str, float]:
     """What clips (N, F, 3, H, W) in [-1, 1] keep of the real ones' first frames, and how they move."""
-    images = bench.clips[:, :1]
-    first, real = unit(clips[:, :1]), unit(images)
-    return {
-        "psnr": float(psnr(first, real).mean()),
-        "ssim": float(ssim(first, real).mean()),
-        "cosine": float(cosines(bench.family, clips, images[:, 0]).mean()),
-        **likeness(clips, bench.scenes),
-        **moving(clips, bench.scenes),
-    }
+    family = bench.family
+
+    def embed(frames: Tensor) -> Tensor:
+        pixels = shown(family.image_encoder, frames, family.image_mean, family.image_std)
+        vectors: Tensor = family.image_encoder(pixels).image_embeds
+        return vectors
+
+    return keeping(embed, clips, bench.clips, bench.scenes)
 
 
 def streams(bench: Bench) -> Result:
@@ -210,7 +179,7 @@ def streams(bench: Bench) -> Result:
         clips[f"{name}, no caption"] = bench.draw([""] * len(bench.scenes), family=model)
     bench.show("streams", clips)
     clips["other clips"] = bench.clips.roll(1, 0)
-    return {name: keeping(bench, each) for name, each in clips.items()}
+    return {name: keeping_of(bench, each) for name, each in clips.items()}
 
 
 def cross_fade(clips: Tensor) -> Tensor:
@@ -347,19 +316,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in names:
         found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
-        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found}, arguments.runs)
+        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found}, arguments.runs, *PLACES)
     if arguments.runs:
         runs = dict(text.split("=", 1) for text in arguments.runs)
         stages = {stage: curve(Path(run), arguments.output / f"{stage}.png") for stage, run in runs.items()}
-        tell(arguments.output / "stages.json", {"held-out losses": stages}, arguments.runs)
-
-
-def tell(path: Path, result: Result, runs: Sequence[str]) -> None:
-    """Write a result below the command that found it, in which the places of runs stand by name."""
-    told = command("MODEL", "CLIPS", "OUT")
-    for text in runs:
-        told = told.replace(text, text.partition("=")[0] + "=RUN")
-    write(path, record(told, result))
+        tell(arguments.output / "stages.json", {"held-out losses": stages}, arguments.runs, *PLACES)
 
 
 if __name__ == "__main__":

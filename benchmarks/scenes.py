@@ -146,9 +146,12 @@ def agreement(
     }  # fmt: skip
 
 
-def read(clips: Path, count: int | None, frames: int, stride: int = 1) -> tuple[Tensor, list[demo.Scene]]:
-    """So many held-out clips, or all, and their scenes."""
-    data = Data(str(clips), split="held_out", frames=frames, height=64, width=64, window="centre", stride=stride)
+def read(
+    clips: Path, count: int | None, frames: int, stride: int = 1, size: tuple[int, int] = (64, 64)
+) -> tuple[Tensor, list[demo.Scene]]:
+    """So many held-out clips (N, F, 3, H, W) in [-1, 1], or all, of a height and width, and their scenes."""
+    height, width = size
+    data = Data(str(clips), split="held_out", frames=frames, height=height, width=width, window="centre", stride=stride)
     dataset = ClipDataset(data, shuffle=False)
     numbers = range(len(dataset))[:count]
     scenes = [demo.Scene.of(dataset.rows[number].clip.extra) for number in numbers]

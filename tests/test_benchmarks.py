@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_dynamicrafter
+import tiny_i2vgen_xl
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -194,6 +195,49 @@ def test_a_model_is_measured_for_what_it_was_trained_for(tmp_path: Path, ends: b
     assert len(measured) > 3
     with pytest.raises(SystemExit, match=f"was trained for {'interpolation' if ends else 'streams and steering'}"):
         script.main([*words, "--only", "streams" if ends else "interpolation"])
+
+
+def test_a_model_without_a_part_of_the_first_frame_does_not_see_it(tmp_path: Path) -> None:
+    script = load_recipe(BENCHMARKS / "i2vgen_xl.py")
+    family = tiny_i2vgen_xl.base(tmp_path)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    settings = script.Sampling(steps=2, guidance=2.0)
+
+    def apart(without: tuple[str, ...]) -> float:
+        one, other = script.sample(script.Ablated.of(family, without), images, ["a red disc"] * 2, [0, 0], settings)
+        return float((one - other).abs().max())
+
+    found = {name: apart(without) for name, without in script.WITHOUT.items()}
+    assert found.pop("no image") < 1e-6
+    assert all(difference > 1e-4 for difference in found.values())
+    assert len(set(found.values())) == len(found)
+
+
+def test_both_stages_of_i2vgen_xl_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, output = load_recipe(BENCHMARKS / "i2vgen_xl.py"), tmp_path / "out"
+    monkeypatch.setattr(script, "WITHOUT", {"everything": (), "no image": script.ALL})
+    for name, side in (("base", 32), ("refiner", 64)):
+        family = getattr(tiny_i2vgen_xl, name)(tmp_path / f"parent-{name}")
+        family.clips = replace(family.clips, height=side, width=side)
+        for network in family.networks:
+            network.float()
+        family.save_pretrained(tmp_path / name)
+    clips = demo_clips.build(tmp_path / "clips", clips=1, held_out=1)
+    words = [str(tmp_path / "base"), str(clips), str(output), "--count", "1", "--steps", "1", "--guidance", "1"]
+    with pytest.raises(SystemExit, match="--refiner"):
+        script.main([*words, "--only", "refinement"])
+    more = ["--refine-steps", "1", "--strengths", "0", "--keep-colours", "0", "3"]
+    script.main([*words, "--refiner", str(tmp_path / "refiner"), *more])
+    told = {name: json.loads((output / f"{name}.json").read_text())[name] for name in ("hierarchy", "refinement")}
+    assert len(told["hierarchy"]) == 3 + 2 * len(script.WITHOUT)
+    assert told["hierarchy"]["real clips"]["ssim"] == pytest.approx(1)
+    refined = told["refinement"]
+    assert len(refined) == 2 + 3 * (2 + 2)
+    assert refined["true, bicubic"]["sharpness"] < 0.2
+    kept = refined["true, strength 0, colours kept 3"]
+    assert kept["psnr"] > refined["true, strength 0"]["psnr"]  # a tiny autoencoder knows no colours
+    sheets = sorted(file.stem for file in output.glob("*.png"))
+    assert sheets == ["hierarchy-0", *(f"refinement-{kind}-0" for kind in ("autoencoder", "drawn", "true"))]
 
 
 def test_every_arm_computes_the_baselines_losses(tmp_path: Path) -> None:
