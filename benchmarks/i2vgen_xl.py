@@ -56,8 +56,9 @@ from inflate.metrics.video import (
     spectrum_distance,
     ssim,
 )
+from inflate.sampling.colours import recoloured
 from inflate.sampling.i2vgen_xl import Sampling, sample
-from inflate.sampling.refinement import Refinement, refine
+from inflate.sampling.refinement import Refinement, fitted, refine
 from inflate.training.refinement import shrunk
 from scenes import read, sheets
 
@@ -107,7 +108,9 @@ class Bench:
     folder: Path
     """of clips"""
     settings: Sampling
-    refinements: dict[str, Refinement]
+    refinements: Sequence[Refinement]
+    keep_colours: Sequence[int]
+    """wavelet levels that each of them is corrected at"""
     output: Path
     count: int
     """clips that are drawn of"""
@@ -122,12 +125,20 @@ class Bench:
         drawn = sample(family or self.family, images, prompts, range(len(images)), self.settings, device=self.device)
         return drawn.clamp(-1, 1).cpu()
 
-    def refine(self, clips: Tensor, prompts: Sequence[str], settings: Refinement) -> Tensor:
-        """Clips (N, F, 3, h, w) refined by prompts: (N, F, 3, H, W) in [-1, 1]."""
+    def refine(self, clips: Tensor, prompts: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Clips (N, F, 3, h, w) refined by prompts, by name of the settings: (N, F, 3, H, W) in [-1, 1].
+
+        What differs in the colours that are kept is drawn once, and corrected as `refine` does.
+        """
         assert self.refiner is not None
-        return refine(
-            self.refiner, clips, prompts, range(len(clips)), settings=settings, device=self.device
-        ).clamp(-1, 1).cpu()  # fmt: skip
+        before = torch.stack([fitted(clip, self.refiner.size) for clip in clips])  # (N, F, 3, H, W)
+        for settings in self.refinements:
+            drawn = refine(self.refiner, clips, prompts, range(len(clips)), settings=settings, device=self.device).cpu()
+            for levels in self.keep_colours:
+                kept = f", colours kept {levels}" if levels else ""
+                parts = zip(drawn, before, strict=True)
+                refined = [next(recoloured([own], frames, levels)) for own, frames in parts]
+                yield f"strength {settings.strength:g}{kept}", torch.stack(refined).clamp(-1, 1)
 
     def show(self, name: str, clips: dict[str, Tensor]) -> None:
         """Contact sheets of the first clips, those of each kind one under the other."""
@@ -202,24 +213,13 @@ def refinement(bench: Bench) -> Result:
     found["drawn at this size"] = bench.draw(truth[:, 0], captions)
     for kind, small in smaller(bench, truth, captions):
         own = {f"{kind}, {mode}": enlarged(small, size, mode) for mode in ("bicubic", "bilinear")}
-        for name, settings in bench.refinements.items():
-            own[f"{kind}, {name}"] = bench.refine(small, captions, settings)
+        for name, clips in bench.refine(small, captions):
+            own[f"{kind}, {name}"] = clips
             print(kind, name, flush=True)
         bench.show(f"refinement-{kind}", {"truth": truth, **own})
         found |= own
     distance = EncoderFeatures(bench.refiner.vae.cpu())
     return {name: close(each, truth, distance) for name, each in found.items() if name != "truth"}
-
-
-def refinements(arguments: argparse.Namespace) -> dict[str, Refinement]:
-    """All settings that are asked for, by name."""
-    return {
-        f"strength {strength:g}" + (f", colours kept {levels}" if levels else ""): Refinement(
-            strength=strength, keep_colours=levels, steps=arguments.refine_steps, guidance=arguments.refine_guidance
-        )
-        for strength in arguments.strengths
-        for levels in arguments.keep_colours
-    }
 
 
 MEASURES: dict[str, Callable[[Bench], Result]] = {"hierarchy": hierarchy, "refinement": refinement}
@@ -254,9 +254,14 @@ def begun(arguments: argparse.Namespace) -> Bench:
     for each in (family, refiner) if refiner else (family,):
         each.to(device)
     settings = Sampling(steps=arguments.steps, guidance=arguments.guidance, spacing=arguments.spacing)
+    refinements = [
+        Refinement(strength=strength, steps=arguments.refine_steps, guidance=arguments.refine_guidance)
+        for strength in arguments.strengths
+    ]
     return Bench(
-        family, refiner, arguments.clips, settings, refinements(arguments), arguments.output, arguments.count, device
-    )
+        family, refiner, arguments.clips, settings, refinements, arguments.keep_colours, arguments.output,
+        arguments.count, device,
+    )  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -269,7 +274,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in names:
         found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
-        result = {"sampling": asdict(bench.settings), name: found}
+        result = {
+            "sampling": asdict(bench.settings),
+            "refinements": [asdict(each) for each in bench.refinements],
+            name: found,
+        }
         tell(arguments.output / f"{name}.json", result, arguments.runs, *PLACES)
     if arguments.runs:
         runs = dict(text.split("=", 1) for text in arguments.runs)
