@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import ConfigError
-from inflate.families import i2vgen_xl, i2vgen_xl_outline, i2vgen_xl_refiner, video_ldm_outline
+from inflate.families import i2vgen_xl, i2vgen_xl_refiner, video_ldm_outline
 from inflate.families.i2vgen_xl import Encoders, I2VGenXL
 from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner, text_only
@@ -63,7 +63,7 @@ def begin(
 
 def _base(model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool) -> I2VGenXL:
     if folders.family_of(model.path) == i2vgen_xl.FAMILY:
-        return _rescheduled(model.load() if weights else i2vgen_xl_outline.outline(model.path), settings)
+        return _rescheduled(model.load() if weights else I2VGenXL.outline(model.path), settings)
     text = _text_to_video(model, weights)
     folder = encoder_folder(model.image_encoder or model.path)
     vision = load_image_encoder(folder) if weights else outline_image_encoder(folder)
@@ -75,7 +75,7 @@ def _base(model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool)
 def _refiner(model: Model, settings: I2VGenXLSettings, weights: bool) -> Refiner:
     family = folders.family_of(model.path)
     if family == i2vgen_xl_refiner.FAMILY:
-        refiner = model.load_refiner() if weights else i2vgen_xl_outline.outline_refiner(model.path)
+        refiner = model.load_refiner() if weights else Refiner.outline(model.path)
     else:
         refiner = _refiner_of(_base_or_text(model, family, weights))
     if settings.padded_rows is not None:
@@ -85,7 +85,7 @@ def _refiner(model: Model, settings: I2VGenXLSettings, weights: bool) -> Refiner
 
 def _base_or_text(model: Model, family: str | None, weights: bool) -> TextToVideo:
     if family == i2vgen_xl.FAMILY:
-        return model.load() if weights else i2vgen_xl_outline.outline(model.path)
+        return model.load() if weights else I2VGenXL.outline(model.path)
     return _text_to_video(model, weights)
 
 

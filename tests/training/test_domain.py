@@ -15,7 +15,7 @@ from inflate.adapters.settings import AdapterSettings
 from inflate.config import load
 from inflate.data.settings import Data
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families.video_ldm import FAMILY, VideoLDM, read_clips
+from inflate.families.video_ldm import FAMILY, Clips, VideoLDM
 from inflate.files import sha256
 from inflate.training.inputs import check_inputs
 from inflate.training.loop import Result, fit
@@ -92,7 +92,7 @@ def test_temporal_layers_learn_on_top_of_it_and_are_exported_without_it(
     assert all(torch.equal(exported[name], born[name]) for name in born.keys() - temporal)
     assert all(torch.equal(exported[name], resumed[name]) for name in born)
     assert any(not torch.equal(exported[name], without[name]) for name in temporal)
-    said = read_clips(tmp_path / "whole" / "export" / "inflate.json").domain_adapter
+    said = Clips.read(tmp_path / "whole" / "export" / "inflate.json").domain_adapter
     assert said == f"{look}:0.5 (SHA-256 {sha256(look)})"
 
 
