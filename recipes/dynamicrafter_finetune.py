@@ -39,6 +39,7 @@ from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import ANIMATION_USE, BETWEEN_USE, STREAM_USE, write_card
 from inflate.training.checkpoint import writing
+from inflate.training.denoising import Given
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import image_text_encoder
 from inflate.training.held_out import of_size
@@ -126,10 +127,11 @@ def make_task(
     known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
     family.clips = settings.clips(family.clips, config.data.main, of_size(batches, config.data.main))
     adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
-    task = ImageTextToVideoTask(
-        family, config.stage, settings, batches, config.sampling, training.lr, training.seed, known,
-        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(training.batch),
+    given = Given(
+        batches, training.lr, training.seed, known, dataset.cache is not None, adapter,
+        config.data.smallest_batch(training.batch),
     )  # fmt: skip
+    task = ImageTextToVideoTask(family, config.stage, settings, config.sampling, given)
     save_memory(family.unet, config.memory)
     return task
 

@@ -36,6 +36,7 @@ from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import ANIMATION_USE, REFINEMENT_USE, write_card
 from inflate.training.checkpoint import writing
+from inflate.training.denoising import Given
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import i2vgen_xl_encoder
 from inflate.training.held_out import of_size
@@ -117,18 +118,16 @@ def make_task(
     text = isinstance(family, Refiner) or family.clips.prompts
     place = FAMILIES[config.stage], config.model.path, training.seed
     adapter = Adapting.on(family.unet, config.adapter, *place, text=text)
-    kept = {
-        "lr": training.lr, "seed": training.seed, "training": known, "cached": dataset.cache is not None,
-        "adapter": adapter, "together": config.data.smallest_batch(training.batch),
-        "gamma": gamma_of(settings, config.model),
-    }  # fmt: skip
+    given = Given(
+        batches, training.lr, training.seed, known, dataset.cache is not None, adapter,
+        config.data.smallest_batch(training.batch),
+    )  # fmt: skip
+    family.clips, gamma = settings.clips(family.clips, config.data.main, fps), gamma_of(settings, config.model)
     task: I2VGenXLTask | RefinementTask
     if isinstance(family, I2VGenXL):
-        family.clips = settings.clips(family.clips, config.data.main, fps)
-        task = I2VGenXLTask(family, settings, batches, config.sampling, **kept)
+        task = I2VGenXLTask(family, settings, config.sampling, given, gamma)
     else:
-        family.clips = settings.clips(family.clips, config.data.main, fps)
-        task = RefinementTask(family, settings, batches, config.refining, **kept)
+        task = RefinementTask(family, settings, config.refining, given, gamma)
     save_memory(family.unet, config.memory)
     return task
 

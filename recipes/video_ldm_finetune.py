@@ -33,6 +33,7 @@ from inflate.training import adapting
 from inflate.training.adapting import Adapting
 from inflate.training.card import TEXT_USE, write_card
 from inflate.training.checkpoint import writing
+from inflate.training.denoising import Given
 from inflate.training.economy import save_decoding, save_memory
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.held_out import of_size
@@ -121,10 +122,11 @@ def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: 
     family.clips = Clips(main.frames, float(of_size(batches, main)["fps"][0]), main.height, main.width)
     place, over = (FAMILY, config.model.path, config.training.seed), config.model.image_model
     adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
-    task = TextToVideoTask(
-        family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
-        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(config.training.batch),
+    given = Given(
+        batches, config.training.lr, config.training.seed, known, dataset.cache is not None, adapter,
+        config.data.smallest_batch(config.training.batch),
     )  # fmt: skip
+    task = TextToVideoTask(family, config.stage, settings, config.sampling, given)
     save_memory(family.unet, config.memory)
     return task
 

@@ -70,44 +70,51 @@ def check_drops(section: str, text: float, image: float, both: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a run gives such a task beside its model and its settings."""
+
+    held_out: Sequence[Batch]
+    """batches of one clip each: `pixels` (1, F, 3, H, W), `caption`, `fps`, `number`"""
+    lr: float
+    """learning rate"""
+    seed: int
+    """of all that is drawn"""
+    training: Sequence[Batch] = ()
+    """such batches of clips that are trained on"""
+    cached: bool = False
+    """whether a step's batches hold the clips' `latents` and what else is encoded of them: the encoders are then on the
+    device only while they work to look at the model"""
+    adapter: Adapting | None = None
+    """what is on the UNet and learns alone: all else stays as it is, and it alone is exported"""
+    together: int = TOGETHER
+    """how many clips are measured at once, at most: as many as a step has need no more memory than it"""
+
+
 class DenoisingTask(ABC, Generic[Family, Condition]):
     """Trains `family.unet` on clips; measures it on held-out ones.
 
-    `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`). A
-    clip of one frame is an image: the temporal layers are bypassed. Where batches hold the clips' `latents` and what
-    else is encoded of them (`cached`), the encoders are on the device only while they work to look at the model. So
-    many clips are measured `together`, at most: as many as a step has need no more memory than it. `rates` are
-    multipliers of the learning rate by a parameter's name.
-
-    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
+    A clip of one frame is an image: the temporal layers are bypassed. `rates` are multipliers of the learning rate by a
+    parameter's name.
     """
 
     settings: Denoising
 
     def __init__(
-        self,
-        family: Family,
-        settings: Denoising,
-        held_out: list[Batch],
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-        rates: Mapping[str, float] | None = None,
+        self, family: Family, settings: Denoising, given: Given, rates: Mapping[str, float] | None = None
     ) -> None:
-        if not held_out:
+        if not given.held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
-        self.family, self.settings, self.seed, self.adapter, self.together = family, settings, seed, adapter, together
+        self.family, self.settings, self.seed = family, settings, given.seed
+        self.adapter, self.together = given.adapter, given.together
         encoders = [network for network in family.networks if network is not family.unet]
         for module in encoders:
             module.requires_grad_(False).eval()
-        self.frozen, self.visiting = ([], encoders) if cached else (encoders, [])
-        self.held_out = held_out[: settings.held_out_clips]
-        self.training = [*training[: settings.train_clips]]
+        self.frozen, self.visiting = ([], encoders) if given.cached else (encoders, [])
+        self.held_out = [*given.held_out[: settings.held_out_clips]]
+        self.training = [*given.training[: settings.train_clips]]
         self.shown = self.held_out[: settings.preview_clips]
-        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY, rates=rates or {})]
+        self.players = [Player("unet", family.unet, lr=given.lr, loss=self.loss, remedy=REMEDY, rates=rates or {})]
 
     @abstractmethod
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> Condition:

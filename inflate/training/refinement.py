@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +14,9 @@ from inflate.errors import ConfigError
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.models.text_encoders import TextCondition
 from inflate.sampling.refinement import Refinement, fitted, refine
-from inflate.training.adapting import Adapting
 from inflate.training.captions import text_of, without_text
-from inflate.training.denoising import DenoisingTask
-from inflate.training.held_out import TOGETHER, same_size, size_of
+from inflate.training.denoising import DenoisingTask, Given
+from inflate.training.held_out import same_size, size_of
 from inflate.training.i2vgen_xl import I2VGenXLSettings, spatial_rates
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
@@ -56,24 +55,12 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
     settings: I2VGenXLSettings
 
     def __init__(
-        self,
-        family: Refiner,
-        settings: I2VGenXLSettings,
-        held_out: list[Batch],
-        sampling: RefinementPreview,
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-        gamma: float = 1.0,
+        self, family: Refiner, settings: I2VGenXLSettings, sampling: RefinementPreview, given: Given, gamma: float = 1.0
     ) -> None:
-        rates = spatial_rates(family.unet, gamma)
-        super().__init__(family, settings, held_out, lr, seed, training, cached, adapter, together, rates)
+        super().__init__(family, settings, given, spatial_rates(family.unet, gamma))
         self.sampling = sampling
         self.no_text = family.embed([family.clips.negative])
-        if adapter is None:
+        if given.adapter is None:
             family.unet.requires_grad_(True)
 
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> TextCondition:

@@ -17,6 +17,7 @@ from inflate.data.settings import Data
 from inflate.errors import CheckpointError, ConfigError
 from inflate.families.video_ldm import FAMILY, Clips, VideoLDM
 from inflate.files import sha256
+from inflate.training.denoising import Given
 from inflate.training.inputs import check_inputs
 from inflate.training.loop import Result, fit
 from inflate.training.settings import Training
@@ -58,10 +59,8 @@ def repainted(image_model: Path) -> Path:
 def task(image_model: Path, adapter: str | None) -> TextToVideoTask:
     torch.manual_seed(0)  # inflation draws the temporal layers
     settings = TextToVideo(held_out_clips=1, bands=1, preview_clips=1, domain_adapter=adapter)
-    held_out, training = [clip(100)], [clip(0)]
-    return TextToVideoTask(
-        VideoLDM.load(image_model), "temporal", settings, held_out, Preview(steps=1), 1e-2, 3, training, cached=True
-    )
+    given = Given([clip(100)], lr=1e-2, seed=3, training=[clip(0)], cached=True)
+    return TextToVideoTask(VideoLDM.load(image_model), "temporal", settings, Preview(steps=1), given)
 
 
 def run(output: Path, image_model: Path, adapter: str | None, steps: int = 3, resume: str | None = None) -> Result:

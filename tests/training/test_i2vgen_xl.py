@@ -17,6 +17,7 @@ from inflate.errors import ConfigError
 from inflate.families.i2vgen_xl import FAMILY, Clips, I2VGenXL
 from inflate.layers.hierarchy import Hierarchy
 from inflate.training.adapting import Adapting
+from inflate.training.denoising import Given
 from inflate.training.encoding import FirstFrameClipEncoder
 from inflate.training.held_out import join
 from inflate.training.i2vgen_xl import I2VGenXLSettings, I2VGenXLTask, Preview, spatial_rates
@@ -47,8 +48,8 @@ def make(
     kept = {f"drop_{part}": 0.0 for part in ("text", "image", "both")}
     small = I2VGenXLSettings(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, **kept, **settings})
     held_out = [clip(number) for number in (100, 101)]
-    preview = Preview(steps=1, spacing="trailing")
-    return I2VGenXLTask(family, small, held_out, preview, lr=1e-3, seed=3, cached=cached, adapter=adapter, gamma=gamma)
+    given = Given(held_out, lr=1e-3, seed=3, cached=cached, adapter=adapter)
+    return I2VGenXLTask(family, small, Preview(steps=1, spacing="trailing"), given, gamma)
 
 
 def training(output: Path, steps: int = 2, **changes: Any) -> Training:

@@ -16,6 +16,7 @@ from inflate.data.buckets import Bucket
 from inflate.errors import ConfigError
 from inflate.families.i2vgen_xl_refiner import FAMILY, Clips, Refiner
 from inflate.training.adapting import Adapting
+from inflate.training.denoising import Given
 from inflate.training.held_out import join
 from inflate.training.i2vgen_xl import I2VGenXLSettings
 from inflate.training.loop import fit
@@ -45,10 +46,8 @@ def make(
 ) -> RefinementTask:
     small = I2VGenXLSettings(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, "drop_text": 0.0, **settings})
     held_out = [clip(number) for number in (100, 101)]
-    preview = RefinementPreview(steps=1)
-    return RefinementTask(
-        family, small, held_out, preview, lr=1e-3, seed=3, cached=cached, adapter=adapter, gamma=gamma
-    )
+    given = Given(held_out, lr=1e-3, seed=3, cached=cached, adapter=adapter)
+    return RefinementTask(family, small, RefinementPreview(steps=1), given, gamma)
 
 
 def training(output: Path, steps: int = 2, **changes: Any) -> Training:
