@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflate.errors import ConfigError, DataError
 from inflate.models.stable_diffusion import TextToVideo
@@ -23,7 +23,7 @@ from inflate.models.visits import away, visiting
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.training.adapting import Adapting
 from inflate.training.captions import encoded_text
-from inflate.training.economy import as_loaded
+from inflate.training.clip_task import ClipTask
 from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Player, Selected
@@ -91,13 +91,14 @@ class Given:
     """how many clips are measured at once, at most: as many as a step has need no more memory than it"""
 
 
-class DenoisingTask(ABC, Generic[Family, Condition]):
+class DenoisingTask(ClipTask, ABC, Generic[Family, Condition]):
     """Trains `family.unet` on clips; measures it on held-out ones.
 
     A clip of one frame is an image: the temporal layers are bypassed. `rates` are multipliers of the learning rate by a
     parameter's name.
     """
 
+    family: Family
     settings: Denoising
 
     def __init__(
@@ -179,13 +180,6 @@ class DenoisingTask(ABC, Generic[Family, Condition]):
         """The noise for latents (B, F, C, h, w), of their shape."""
         return noise.offset(purpose, self.offset, *clean.shape[1:])
 
-    def clean(self, batch: Batch, device: torch.device) -> Tensor:
-        """The clips' scaled latents (B, F, C, h, w)."""
-        if "latents" in batch:
-            latents: Tensor = batch["latents"].to(device, self.family.vae.dtype)
-            return latents
-        return self.family.encode(batch["pixels"].to(device))
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The loss on fixed noise: its mean, per timestep, per size, without temporal layers and without each of
@@ -246,25 +240,6 @@ class DenoisingTask(ABC, Generic[Family, Condition]):
     def _without_pixels(clip: Batch) -> dict[str, Any]:
         return {name: value for name, value in clip.items() if name not in PIXELS}
 
-    def export(self, folder: Path) -> None:
-        """Write the adapter or, without one, the whole model as a folder that its family loads."""
-        if self.adapter is None:
-            with as_loaded(self.family.unet):
-                self.family.save_pretrained(folder)
-        else:
-            self.adapter.export(self.family.unet, folder)
-
     def _single(self, batch: Batch) -> bool:
         """Whether a batch's frames stand alone: those of images, and all where a stage trains on frames."""
         return self.frames_alone or is_image(batch)
-
-    def _idle(self) -> list[nn.Module]:
-        """What may leave the device while encoders and the decoder work: the UNet of a run of one process.
-
-        Of several, it stays: PyTorch forgets the hooks by which they exchange gradients where a weight changes its
-        device.
-        """
-        return [] if torch.distributed.is_initialized() else [self.family.unet]
-
-    def _device(self) -> torch.device:
-        return next(self.players[0].network.parameters()).device

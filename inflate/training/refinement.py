@@ -20,7 +20,7 @@ from inflate.training.held_out import same_size, size_of
 from inflate.training.i2vgen_xl import I2VGenXLSettings, spatial_rates
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
-from inflate.training.previews import restored, write_rows, write_scores
+from inflate.training.previews import Drawn, restored, write_drawn
 
 
 @dataclass
@@ -101,13 +101,9 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
         of enlarged clips and of refined ones (`previews.restored`).
         """
         self._write_prompts(folder)
-        found = []
-        for places, clips, measured in self.drawn():
-            write_rows(folder, self.shown, places, clips)
-            found += [measured] * len(places)
-        write_scores(folder, found)
+        write_drawn(folder, self.shown, self.drawn())
 
-    def drawn(self) -> Iterator[tuple[list[int], dict[str, Tensor], dict[str, float]]]:
+    def drawn(self) -> Iterator[Drawn]:
         """What a preview shows, by size: places of clips, these, enlarged ones and samples by name, and scores."""
         for places in same_size(self.shown, len(self.shown)):
             truth = torch.cat([self.shown[place]["pixels"] for place in places])
