@@ -21,7 +21,7 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError, ConfigError, InflateError
 from inflate.layers.image_context import ImageContext
 from inflate.models import folders, temporal_layers
-from inflate.models.animators import Animator, AnimatorEncoders
+from inflate.models.animators import Animator, AnimatorEncoders, base_scale_of
 from inflate.models.conditions import Batched, left_out
 from inflate.models.image_encoders import (
     shown,
@@ -177,12 +177,11 @@ class DynamiCrafter(Animator, ImageEncoding):
         encoders = Encoders.load(folder)
         unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         settings = folders.read_json(file)
-        base_scale = float(temporal_layers.entry(file, FAMILY, "objective").get("base_scale", 1.0))
         beside = {name: value for name, value in settings.items() if name not in _OWN_SETTINGS}
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
             unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics,
-            base_scale=base_scale, moments=LatentMoments.told(settings), further=beside,
+            base_scale=base_scale_of(file, FAMILY), moments=LatentMoments.told(settings), further=beside,
         )  # fmt: skip
 
     @classmethod

@@ -23,7 +23,7 @@ from transformers import CLIPVisionModelWithProjection
 from inflate.errors import CheckpointError, ConfigError, InflateError
 from inflate.layers.hierarchy import Hierarchy, Part
 from inflate.models import folders, temporal_layers
-from inflate.models.animators import Animator, AnimatorEncoders
+from inflate.models.animators import Animator, AnimatorEncoders, base_scale_of
 from inflate.models.conditions import Batched, left_out
 from inflate.models.image_encoders import shown_squarely
 from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise
@@ -144,8 +144,9 @@ class I2VGenXL(Animator, FirstFrameEncoding):
         further = {name: value for name, value in folders.read_json(file).items() if name not in _OWN_SETTINGS}
         noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
         return cls(
-            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics, further=further
-        )
+            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics,
+            base_scale=base_scale_of(file, FAMILY), further=further,
+        )  # fmt: skip
 
     @classmethod
     def from_text_to_video(
@@ -166,7 +167,10 @@ class I2VGenXL(Animator, FirstFrameEncoding):
             model.unet.add_hierarchy(hierarchy)
         if not model.unet.spec.added_ids:
             model.unet.add_ids(1, model.unet.config.block_out_channels[0])
-        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
+        return cls(
+            model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
+            base_scale=model.base_scale,
+        )  # fmt: skip
 
     @property
     def hierarchy(self) -> Hierarchy:

@@ -47,6 +47,11 @@ class AnimatorEncoders(Encoding):
         return {"image_mean": self.image_mean, "image_std": self.image_std}
 
 
+def base_scale_of(file: Path, family: str) -> float:
+    """What an export's settings file says of `TextToVideo.base_scale`; errors of `temporal_layers.entry`."""
+    return float(temporal_layers.entry(file, family, "objective").get("base_scale", 1.0))
+
+
 @dataclass
 class Animator(TextToVideo):
     """A model that animates an image by a prompt."""
