@@ -20,7 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, InflateError
 from inflate.layers.image_context import ImageContext
-from inflate.models import folders, temporal_layers
+from inflate.models import folders
 from inflate.models.animators import Animator, AnimatorEncoders, ImageEncoding
 from inflate.models.conditions import Batched, left_out
 from inflate.models.image_encoders import shown
@@ -160,8 +160,7 @@ class DynamiCrafter(Animator, PatchEncoding):
 
     @classmethod
     def _remembered(cls, file: Path) -> Mapping[str, Any]:
-        scale = float(temporal_layers.entry(file, FAMILY, "objective").get("base_scale", 1.0))
-        return {"base_scale": scale, "moments": LatentMoments.told(folders.read_json(file))}
+        return {**super()._remembered(file), "moments": LatentMoments.told(folders.read_json(file))}
 
     @classmethod
     def from_text_to_video(

@@ -138,7 +138,10 @@ class I2VGenXL(Animator, FirstFrameEncoding):
             model.unet.add_hierarchy(hierarchy)
         if not model.unet.spec.added_ids:
             model.unet.add_ids(1, model.unet.config.block_out_channels[0])
-        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
+        return cls(
+            model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
+            base_scale=model.base_scale,
+        )  # fmt: skip
 
     @property
     def hierarchy(self) -> Hierarchy:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
-from inflate.models import image_encoders
+from inflate.models import image_encoders, temporal_layers
 from inflate.models.exports import ExportedEncoders, ExportedModel
 from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD
 from inflate.models.stable_diffusion import Encoding
@@ -76,6 +76,11 @@ class Animator(ExportedModel):
             )
         if self.unet.spec.added_ids not in (0, 1):
             raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
+
+    @classmethod
+    def _remembered(cls, file: Path) -> Mapping[str, Any]:
+        objective = temporal_layers.entry(file, cls.encoders.clips.family, "objective")
+        return {"base_scale": float(objective.get("base_scale", 1.0))}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -21,7 +21,7 @@ from inflate.sampling.ddim import Spacing
 from inflate.sampling.i2vgen_xl import Sampling, sample
 from inflate.training.animating import FEATURES, AnimatingTask
 from inflate.training.captions import text_of
-from inflate.training.denoising import Denoising, Given, check_drops
+from inflate.training.denoising import Denoising, Given
 from inflate.training.held_out import size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
@@ -67,7 +67,6 @@ class I2VGenXLSettings(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_drops(self.section, self.drop_text, self.drop_image, self.drop_both)
         if self.gamma is not None and not 0 < self.gamma < math.inf:
             raise ConfigError(f"i2vgen_xl.gamma={self.gamma}: must be positive; 1 trains all layers at one rate")
         if not 0 <= self.offset_noise < math.inf or self.fade_in < 0:
