@@ -20,12 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.clips import collate
 from inflate.families.svd import FAMILY, SVD
-from inflate.models.vae import encode_at_most
 from inflate.training.adapting import Adapting
 from inflate.training.bfloat16 import Narrow
 from inflate.training.cost import Cost, Watched, measure, on_paper
 from inflate.training.decoder import Decoder, DecoderTask
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.memory import bytes_of
 from inflate.training.memory_settings import Memory
@@ -85,8 +84,7 @@ def prepared(case: Case, paper: Paper | None = None) -> tuple[Watched, Training,
     training = Training(tracker="none", **case.training)
     batch = dict(collate([item(number) for number in range(training.batch)]))
     batch["pixels"] = paper.like(batch["pixels"]) if paper else batch["pixels"]
-    save_decoding(family.vae, case.memory)
-    encode_at_most(family.vae, case.memory.encode_frames)
+    save_coding(family.vae, case.memory)
     task = decoder_task(family, batch) if case.trains == "decoder" else image_to_video_task(case, family)
     return task, training, batch
 

@@ -29,6 +29,7 @@ from inflate.families.svd import SVD
 from inflate.families.video_ldm import VideoLDM
 from inflate.metrics.video import psnr
 from inflate.sampling.text_to_video import Sampling, sample
+from inflate.training.denoising import Given
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask
 from inflate.training.image_to_video import Preview as ImagePreview
 from inflate.training.text_to_video import Preview, TextToVideo, TextToVideoTask
@@ -57,7 +58,7 @@ def text_to_video(path: str, clips: Path, count: int) -> Numbers:
     family = VideoLDM.load(path)
     truth, scenes = read(clips, count, family.clips.frames)
     settings = TextToVideo(held_out_clips=len(scenes), train_clips=0)
-    task = TextToVideoTask(family, "temporal", settings, held_out(clips, count), Preview(), lr=1.0, seed=0)
+    task = TextToVideoTask(family, "temporal", settings, Preview(), Given(held_out(clips, count), lr=1.0, seed=0))
     share = agreement(drawn(family, scenes, GUIDANCE, 15), scenes)["share"]
     return {**losses(task), "moves as named": share, "real clips move as named": agreement(truth, scenes)["share"]}
 

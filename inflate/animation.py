@@ -155,7 +155,7 @@ class DynamiCrafterAnimator:
     @classmethod
     def load(cls, path: str, given: Mapping[str, Any]) -> Self:
         """The model; ConfigError for a rate where it is told a stride, and the reverse."""
-        told = dynamicrafter.read_clips(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).told
+        told = dynamicrafter.Clips.read(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).told
         for name in {"fps", "stride"} & given.keys() - {told}:
             raise ConfigError(
                 f"{option(name)}: {path} is told the {told} of its clips: give {option(told)} in its place"
@@ -291,7 +291,7 @@ def takes_prompts(path: str) -> bool:
     family = folders.family_of(path) or svd.FAMILY
     kind = KINDS.get(family)
     if family == i2vgen_xl.FAMILY:
-        return i2vgen_xl.read_clips(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).prompts
+        return i2vgen_xl.Clips.read(folders.resolve(path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE).prompts
     return kind is None or "prompt" in kind.OPTIONS
 
 

@@ -328,7 +328,11 @@ def _i2vgen_xl_of_diffusers(folder: Path, target: Path, extra: Extra) -> str:
 def _i2vgen_xl_to_diffusers(folder: Path, target: Path, _: Extra) -> str:
     family = I2VGenXL.load(folder)
     i2vgen_xl_pipeline.save(family, modelscope.to_i2vgen(family.unet), target)
-    return f"{target} is the folder of an I2VGenXLPipeline, whose text encoder ends in a layer that changes nothing"
+    skipping = "where diffusers cannot leave it out, as beside transformers from 5.6 on, clip_skip=None draws the same"
+    return (
+        f"{target} is the folder of an I2VGenXLPipeline, whose text encoder ends in a layer that changes nothing: "
+        f"{skipping}"
+    )
 
 
 def _i2vgen_xl_refiner(file: Path, target: Path, extra: Extra) -> str:

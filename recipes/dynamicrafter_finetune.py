@@ -16,7 +16,6 @@ python recipes/dynamicrafter_finetune.py recipes/dynamicrafter_pocket_context.ya
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -28,28 +27,26 @@ import torch
 from inflate import config as configuration
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
-from inflate.data.clips import ClipDataset, collate
+from inflate.data.clips import ClipDataset
 from inflate.data.settings import Data
 from inflate.errors import report_errors
 from inflate.families.dynamicrafter import FAMILY, DynamiCrafter
 from inflate.families.dynamicrafter_model import Model
 from inflate.fitting import fitted
-from inflate.models.vae import encode_at_most
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
-from inflate.training.card import ANIMATION_USE, BETWEEN_USE, STREAM_USE, write_card
-from inflate.training.checkpoint import writing
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.card import ANIMATION_USE, BETWEEN_USE, STREAM_USE
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import image_text_encoder
 from inflate.training.held_out import of_size
 from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
-from inflate.training.inputs import check_inputs, refuse_draws
-from inflate.training.loop import Result, fit
+from inflate.training.inputs import refuse_draws
+from inflate.training.loop import Result
 from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
-from inflate.training.previews import compare_previews
-from inflate.training.processes import join_processes
+from inflate.training.processes import join_processes, let_one_tell
+from inflate.training.recipe import conclude, fit_clips, given_by, open_clips
 from inflate.training.settings import Training
 from inflate.training.stages import Queries, Stage, begin, check_stage
 
@@ -87,29 +84,23 @@ LENGTHS = {
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    if not join_processes().is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    let_one_tell()
     config, foreseen = fitted(config, Path(__file__), arguments)
     say(train(config, foreseen), config.stage, config.training.output, foreseen)
 
 
 def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     """Load, extend where the stage asks for it, fit, write the card; `foreseen` are peaks of memory to compare with."""
-    check_inputs(config.training, config.data, *config.model.places)
-    logging.info("checking the clips of %s", config.data.path)
-    dataset = ClipDataset(config.data, seed=config.training.seed)
-    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    dataset, held_out = open_clips(config, *config.model.places)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # new layers' weights are drawn
     family = begin(config.stage, config.model, config.image_context, config.data.main.frames)
     check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(image_text_encoder(family, config.data, config.image_text_to_video), "none")
     task = make_task(config, family, dataset, held_out)
-    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
+    result = fit_clips(config, task, dataset, held_out, foreseen)
     if result.export and join_processes().is_main_process:
-        with writing(config.training.output, config.training.output):
-            finish(config, family, result)
+        finish(config, family, result)
     return result
 
 
@@ -117,50 +108,29 @@ def make_task(
     config: Config, family: DynamiCrafter, dataset: ClipDataset, held_out: ClipDataset
 ) -> ImageTextToVideoTask:
     """The task; it says what the export has to remember of the clips: those of the main bucket."""
-    settings, training = config.image_text_to_video.continuing(family.clips), config.training
+    settings, main = config.image_text_to_video.continuing(family.clips), config.data.main
     if config.adapter.kind != "none":
         settings.refuse_other(family.clips)
-    encode_at_most(family.vae, config.memory.encode_frames)
-    save_decoding(family.vae, config.memory)
-    batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
-    known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
-    family.clips = settings.clips(family.clips, config.data.main, of_size(batches, config.data.main))
-    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed)
-    task = ImageTextToVideoTask(
-        family, config.stage, settings, batches, config.sampling, training.lr, training.seed, known,
-        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(training.batch),
-    )  # fmt: skip
+    save_coding(family.vae, config.memory)
+    adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, config.training.seed)
+    given = given_by(config, settings, dataset, held_out, adapter)
+    family.clips = settings.clips(family.clips, main, of_size(given.held_out, main))
+    task = ImageTextToVideoTask(family, config.stage, settings, config.sampling, given)
     save_memory(family.unet, config.memory)
     return task
 
 
 def finish(config: Config, family: DynamiCrafter, result: Result) -> None:
     """The before/after video and the card."""
-    output = config.training.output
-    last = output / "samples" / f"step-{result.step:06}"
-    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
-    scores = last / "scores.json"
-    exported: dict[str, str] = {}
+    facts: dict[str, str] = {}
     drawing = BETWEEN_USE if family.clips.interpolation else ANIMATION_USE
-    how = STREAM_USE if config.stage == "context" else drawing
-    if config.adapter.kind != "none":
-        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
-    facts = {
-        "stage": config.stage,
-        "starts from": config.model.path,
-        "clips": config.data.path,
-        "steps": f"{result.step} ({result.stopped})",
-        **exported,
-    }
     if (context := family.unet.image_context) is not None:
         facts["told"] = f"{family.clips.told}, {family.clips.usual:g} unless asked otherwise"
         facts["clips of another length"] = LENGTHS[context.other_lengths].format(context.frames)
     if config.model.image_stream:
         facts["image stream"] = config.model.image_stream
-    write_card(
-        output, f"DynamiCrafter, {config.stage}", facts, result.held_out,
-        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config), how,
-    )  # fmt: skip
+    use = STREAM_USE if config.stage == "context" else drawing
+    conclude(config, result, f"DynamiCrafter, {config.stage}", use, facts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ python recipes/i2vgen_xl_finetune.py recipes/i2vgen_xl_pocket_base.yaml
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -24,30 +23,27 @@ import torch
 from inflate import config as configuration
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
-from inflate.data.clips import ClipDataset, collate
+from inflate.data.clips import ClipDataset
 from inflate.data.settings import Data
 from inflate.errors import report_errors
 from inflate.families.i2vgen_xl import I2VGenXL
 from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.fitting import fitted
-from inflate.models.vae import encode_at_most
-from inflate.training import adapting
 from inflate.training.adapting import Adapting
-from inflate.training.card import ANIMATION_USE, REFINEMENT_USE, write_card
-from inflate.training.checkpoint import writing
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.card import ANIMATION_USE, REFINEMENT_USE
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import i2vgen_xl_encoder
 from inflate.training.held_out import of_size
 from inflate.training.i2vgen_xl import I2VGenXLSettings, I2VGenXLTask, Preview
 from inflate.training.i2vgen_xl_stages import FAMILIES, Parts, Stage, begin, check_stage, gamma_of, refuse_new
-from inflate.training.inputs import check_inputs, refuse_draws
-from inflate.training.loop import Result, fit
+from inflate.training.inputs import refuse_draws
+from inflate.training.loop import Result
 from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
-from inflate.training.previews import compare_previews
-from inflate.training.processes import join_processes
+from inflate.training.processes import join_processes, let_one_tell
+from inflate.training.recipe import conclude, fit_clips, given_by, open_clips
 from inflate.training.refinement import RefinementPreview, RefinementTask
 from inflate.training.settings import Training
 
@@ -75,29 +71,23 @@ class Config:
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    if not join_processes().is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    let_one_tell()
     config, foreseen = fitted(config, Path(__file__), arguments)
     say(train(config, foreseen), config.stage, config.training.output, foreseen)
 
 
 def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     """Load, extend where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
-    check_inputs(config.training, config.data, *config.model.places)
-    logging.info("checking the clips of %s", config.data.path)
-    dataset = ClipDataset(config.data, seed=config.training.seed)
-    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    dataset, held_out = open_clips(config, *config.model.places)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # new layers' weights are drawn
     family = begin(config.stage, config.model, config.hierarchy, config.i2vgen_xl)
     check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(i2vgen_xl_encoder(config.stage, family, config.data), "none")
     task = make_task(config, family, dataset, held_out)
-    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
+    result = fit_clips(config, task, dataset, held_out, foreseen)
     if result.export and join_processes().is_main_process:
-        with writing(config.training.output, config.training.output):
-            finish(config, result)
+        finish(config, result)
     return result
 
 
@@ -105,55 +95,30 @@ def make_task(
     config: Config, family: I2VGenXL | Refiner, dataset: ClipDataset, held_out: ClipDataset
 ) -> I2VGenXLTask | RefinementTask:
     """The task of the stage; the family remembers of the clips what its export is to say."""
-    settings, training = config.i2vgen_xl, config.training
-    encode_at_most(family.vae, config.memory.encode_frames)
-    save_decoding(family.vae, config.memory)
-    batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
-    known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
+    settings, main, gamma = config.i2vgen_xl, config.data.main, gamma_of(config.i2vgen_xl, config.model)
+    save_coding(family.vae, config.memory)
     if config.adapter.kind != "none":
         refuse_new(config.stage, config.model)
         settings.refuse_other(family.clips)
-    fps = float(of_size(batches, config.data.main)["fps"][0])
     text = isinstance(family, Refiner) or family.clips.prompts
-    place = FAMILIES[config.stage], config.model.path, training.seed
+    place = FAMILIES[config.stage], config.model.path, config.training.seed
     adapter = Adapting.on(family.unet, config.adapter, *place, text=text)
-    kept = {
-        "lr": training.lr, "seed": training.seed, "training": known, "cached": dataset.cache is not None,
-        "adapter": adapter, "together": config.data.smallest_batch(training.batch),
-        "gamma": gamma_of(settings, config.model),
-    }  # fmt: skip
+    given = given_by(config, settings, dataset, held_out, adapter)
+    family.clips = settings.clips(family.clips, main, float(of_size(given.held_out, main)["fps"][0]))
     task: I2VGenXLTask | RefinementTask
     if isinstance(family, I2VGenXL):
-        family.clips = settings.clips(family.clips, config.data.main, fps)
-        task = I2VGenXLTask(family, settings, batches, config.sampling, **kept)
+        task = I2VGenXLTask(family, settings, config.sampling, given, gamma)
     else:
-        family.clips = settings.clips(family.clips, config.data.main, fps)
-        task = RefinementTask(family, settings, batches, config.refining, **kept)
+        task = RefinementTask(family, settings, config.refining, given, gamma)
     save_memory(family.unet, config.memory)
     return task
 
 
 def finish(config: Config, result: Result) -> None:
     """The before/after video and the card."""
-    output = config.training.output
-    last = output / "samples" / f"step-{result.step:06}"
-    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
-    scores = last / "scores.json"
-    exported, how = {}, ANIMATION_USE if config.stage == "base" else REFINEMENT_USE
-    if config.adapter.kind != "none":
-        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
-    facts = {
-        "stage": config.stage,
-        "starts from": config.model.path,
-        "clips": config.data.path,
-        "steps": f"{result.step} ({result.stopped})",
-        "learning rate of the image model's layers": f"{gamma_of(config.i2vgen_xl, config.model):g} of the others'",
-        **exported,
-    }
-    write_card(
-        output, f"I2VGen-XL, {config.stage}", facts, result.held_out,
-        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config), how,
-    )  # fmt: skip
+    gamma, use = gamma_of(config.i2vgen_xl, config.model), ANIMATION_USE if config.stage == "base" else REFINEMENT_USE
+    facts = {"learning rate of the image model's layers": f"{gamma:g} of the others'"}
+    conclude(config, result, f"I2VGen-XL, {config.stage}", use, facts)
 
 
 if __name__ == "__main__":

@@ -30,23 +30,21 @@ from inflate.errors import ConfigError, DataError, report_errors
 from inflate.families.svd import FAMILY, SVD, MotionBuckets
 from inflate.families.svd_model import Model
 from inflate.fitting import fitted
-from inflate.models.vae import encode_at_most
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
-from inflate.training.card import image_use, write_card
-from inflate.training.checkpoint import writing
+from inflate.training.card import image_use
 from inflate.training.decoder import Decoder, DecoderTask
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import clip_encoder
-from inflate.training.held_out import join, of_size
+from inflate.training.held_out import first_clips, join, of_size
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
-from inflate.training.inputs import check_inputs, refuse_draws
-from inflate.training.loop import Result, fit
+from inflate.training.inputs import refuse_draws
+from inflate.training.loop import Result
 from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
-from inflate.training.previews import compare_previews
-from inflate.training.processes import join_processes, together
+from inflate.training.processes import join_processes, let_one_tell, together
+from inflate.training.recipe import conclude, fit_clips, open_clips
 from inflate.training.settings import Training
 
 HERE = Path(__file__).parent
@@ -100,8 +98,7 @@ class Config:
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    if not join_processes().is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    let_one_tell()
     config, foreseen = fitted(config, Path(__file__), arguments)
     if config.stage == "demo":
         demo(config, arguments)
@@ -136,21 +133,16 @@ def demo(config: Config, arguments: list[str]) -> None:
 def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     """One stage: load, inflate where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
     model = config.model
-    check_inputs(config.training, config.data, model.path, model.image_encoder, model.image_model)
-    logging.info("checking the clips of %s", config.data.path)
-    dataset = ClipDataset(config.data, seed=config.training.seed)
-    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    dataset, held_out = open_clips(config, model.path, model.image_encoder, model.image_model)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
     family = model.load(config.data.main.frames)
-    check_multiples(config.data.sizes, 2 ** (len(family.vae.config.block_out_channels) - 1))
+    check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(clip_encoder(family, config.data, config.image_to_video), frames_encoded(config))
     task = make_task(config, family, dataset, held_out)
-    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
+    result = fit_clips(config, task, dataset, held_out, foreseen)
     if result.export and join_processes().is_main_process:
-        with writing(config.training.output, config.training.output):
-            finish(config, result)
+        finish(config, result)
     return result
 
 
@@ -166,8 +158,7 @@ def make_task(
 ) -> DecoderTask | ImageToVideoTask:
     """The task of the stage; it says what the export has to remember of the clips: those of the main bucket."""
     training, main, device = config.training, config.data.main, join_processes().device
-    encode_at_most(family.vae, config.memory.encode_frames)
-    save_decoding(family.vae, config.memory)
+    save_coding(family.vae, config.memory)
     if config.stage == "decoder":
         batches = held_out_in_main(held_out, main, config.decoder.held_out_clips)
         fps = float(batches[0]["fps"][0])
@@ -177,12 +168,11 @@ def make_task(
         known = [dataset[n]["pixels"] for n in numbers_in(dataset, main)[: config.decoder.train_clips]]
         save_memory(family.vae, config.memory)
         return DecoderTask(family.vae, config.decoder, pixels, family.save_pretrained, training.seed, fps, known)
-    batches = [collate([held_out[n]]) for n in range(min(config.image_to_video.held_out_clips, len(held_out)))]
-    known = [collate([dataset[n]]) for n in range(min(config.image_to_video.train_clips, len(dataset)))]
-    over = config.model.image_model
+    settings, over = config.image_to_video, config.model.image_model
+    batches, known = first_clips(held_out, settings.held_out_clips), first_clips(dataset, settings.train_clips)
     adapter = Adapting.on(family.unet, config.adapter, FAMILY, config.model.path, training.seed, image_model=over)
     task = ImageToVideoTask(
-        family, config.image_to_video, batches, config.sampling, training.lr, training.seed, known,
+        family, settings, batches, config.sampling, training.lr, training.seed, known,
         frames_encoded(config) if config.data.cache else "all", adapter, config.data.smallest_batch(training.batch),
     )  # fmt: skip
     save_memory(family.unet, config.memory)
@@ -209,25 +199,10 @@ def numbers_in(clips: ClipDataset, bucket: Bucket) -> list[int]:
 
 def finish(config: Config, result: Result) -> None:
     """The before/after video and the card."""
-    output = config.training.output
-    last = output / "samples" / f"step-{result.step:06}"
-    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
-    scores = last / "scores.json"
+    facts, use = {}, ""  # an adapter tells its own
     if config.adapter.kind == "none":
-        exported, how = exported_model(output)
-    else:
-        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
-    facts = {
-        "stage": config.stage,
-        "starts from": config.model.path,
-        "clips": config.data.path,
-        "steps": f"{result.step} ({result.stopped})",
-        **exported,
-    }
-    write_card(
-        output, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", facts, result.held_out,
-        json.loads(scores.read_text()) if scores.is_file() else {}, configuration.dump(config), how,
-    )  # fmt: skip
+        facts, use = exported_model(config.training.output)
+    conclude(config, result, f"Stable Video Diffusion, {config.stage.replace('_', ' ')}", use, facts)
 
 
 def exported_model(output: Path) -> tuple[dict[str, str], str]:

@@ -23,26 +23,23 @@ import torch
 from inflate import config as configuration
 from inflate.adapters.settings import AdapterSettings
 from inflate.data.buckets import check_multiples
-from inflate.data.clips import ClipDataset, collate
+from inflate.data.clips import ClipDataset
 from inflate.data.settings import Data
 from inflate.errors import ConfigError, report_errors
 from inflate.families.video_ldm import FAMILY, Clips, Model, VideoLDM
 from inflate.fitting import fitted
-from inflate.models.vae import encode_at_most
-from inflate.training import adapting
 from inflate.training.adapting import Adapting
-from inflate.training.card import TEXT_USE, write_card
-from inflate.training.checkpoint import writing
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.card import TEXT_USE
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.held_out import of_size
-from inflate.training.inputs import check_inputs, refuse_draws
-from inflate.training.loop import Result, fit
+from inflate.training.inputs import refuse_draws
+from inflate.training.loop import Result
 from inflate.training.memory_settings import Memory
 from inflate.training.noise import seed_of
 from inflate.training.outcome import say
-from inflate.training.previews import compare_previews
-from inflate.training.processes import join_processes
+from inflate.training.processes import join_processes, let_one_tell
+from inflate.training.recipe import conclude, fit_clips, given_by, open_clips
 from inflate.training.settings import Training
 from inflate.training.text_to_video import Preview, Stage, TextToVideo, TextToVideoTask
 
@@ -84,8 +81,7 @@ class Config:
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    if not join_processes().is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # what all processes find, one tells
+    let_one_tell()
     config, foreseen = fitted(config, Path(__file__), arguments)
     say(train(config, foreseen), config.stage, config.training.output, foreseen)
 
@@ -93,60 +89,37 @@ def main(config: Config, arguments: list[str]) -> None:
 def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     """Load, inflate where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
     model, below = config.model, config.text_to_video.domain_adapter
-    check_inputs(config.training, config.data, model.path, model.tokenizer, model.image_model, adapter=below)
-    logging.info("checking the clips of %s", config.data.path)
-    dataset = ClipDataset(config.data, seed=config.training.seed)
-    held_out = ClipDataset(config.data.evaluation(), shuffle=False)
+    dataset, held_out = open_clips(config, model.path, model.tokenizer, model.image_model, adapter=below)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # inflation draws the new layers' weights
     family = model.load()
     check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(TextClipEncoder(family, config.data.cache_dtype), "none")
     task = make_task(config, family, dataset, held_out)
-    table = f"{dataset.preflight.table()}\n\nheld out\n{held_out.preflight.table()}\n"
-    result = fit(task, dataset, config.training, collate, configuration.dump(config), table, foreseen)
+    result = fit_clips(config, task, dataset, held_out, foreseen)
     if result.export and join_processes().is_main_process:
-        with writing(config.training.output, config.training.output):
-            finish(config, result)
+        finish(config, result)
     return result
 
 
 def make_task(config: Config, family: VideoLDM, dataset: ClipDataset, held_out: ClipDataset) -> TextToVideoTask:
     """The task; it says what the export has to remember of the clips: those of the main bucket."""
     settings, main = config.text_to_video, config.data.main
-    encode_at_most(family.vae, config.memory.encode_frames)
-    save_decoding(family.vae, config.memory)
-    batches = [collate([held_out[n]]) for n in range(min(settings.held_out_clips, len(held_out)))]
-    known = [collate([dataset[n]]) for n in range(min(settings.train_clips, len(dataset)))]
-    family.clips = Clips(main.frames, float(of_size(batches, main)["fps"][0]), main.height, main.width)
+    save_coding(family.vae, config.memory)
     place, over = (FAMILY, config.model.path, config.training.seed), config.model.image_model
     adapter = Adapting.on(family.unet, config.adapter, *place, image_only=config.stage == "spatial", image_model=over)
-    task = TextToVideoTask(
-        family, config.stage, settings, batches, config.sampling, config.training.lr, config.training.seed, known,
-        cached=dataset.cache is not None, adapter=adapter, together=config.data.smallest_batch(config.training.batch),
-    )  # fmt: skip
+    given = given_by(config, settings, dataset, held_out, adapter)
+    family.clips = Clips(main.frames, float(of_size(given.held_out, main)["fps"][0]), main.height, main.width)
+    task = TextToVideoTask(family, config.stage, settings, config.sampling, given)
     save_memory(family.unet, config.memory)
     return task
 
 
 def finish(config: Config, result: Result) -> None:
     """The before/after video and the card."""
-    output = config.training.output
-    last = output / "samples" / f"step-{result.step:06}"
-    compare_previews(output / "samples" / "step-000000", last, output / "before_after")
-    exported, how = {}, TEXT_USE
-    if config.adapter.kind != "none":
-        exported, how = adapting.told(output, result, config.model, configuration.dump(config))
-    facts = {
-        "stage": config.stage,
-        "starts from": config.model.path,
-        "clips": config.data.path,
-        "steps": f"{result.step} ({result.stopped})",
-        **exported,
-    }
-    if below := config.text_to_video.domain_adapter:
-        facts["trained on top of, and exported without"] = below
-    write_card(output, f"Text-to-video, {config.stage}", facts, result.held_out, {}, configuration.dump(config), how)
+    below = config.text_to_video.domain_adapter
+    facts = {"trained on top of, and exported without": below} if below else {}
+    conclude(config, result, f"Text-to-video, {config.stage}", TEXT_USE, facts)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def test_our_folder_becomes_diffusers_pipeline_and_comes_back(tmp_path: Path) ->
     family = i2vgen_xl(tmp_path)
     family.save_pretrained(tmp_path / "ours")
     said = converted(tmp_path / "ours", tmp_path / "theirs", "--to", "unet-i2vgen")
-    assert "whose text encoder ends in a layer that changes nothing" in said
+    assert "whose text encoder ends in a layer that changes nothing: where" in said
+    assert "clip_skip=None draws the same" in said
     pipeline = I2VGenXLPipeline.from_pretrained(tmp_path / "theirs")
     assert equal(pipeline.unet.state_dict(), modelscope.to_i2vgen(family.unet).state_dict())
     assert pipeline.feature_extractor.crop_size == {"height": 224, "width": 224}
@@ -201,6 +202,9 @@ def test_our_folder_becomes_diffusers_pipeline_and_comes_back(tmp_path: Path) ->
     expected = family.embed(["a red disc"]).context
     torch.testing.assert_close(states.last_hidden_state, expected, atol=1e-6, rtol=0)
     assert torch.equal(states.hidden_states[-1], states.hidden_states[-2])
+    pipeline._guidance_scale = 1.0  # which a call of the pipeline sets: no negative prompt
+    told, _ = pipeline.encode_prompt("a red disc", torch.device("cpu"), 1, clip_skip=None)
+    torch.testing.assert_close(told, expected, atol=1e-6, rtol=0)
     said = converted(tmp_path / "theirs", tmp_path / "again")
     assert "pads with" not in said
     again = I2VGenXL.load(tmp_path / "again")
@@ -208,6 +212,20 @@ def test_our_folder_becomes_diffusers_pipeline_and_comes_back(tmp_path: Path) ->
     assert again.parts.keys() == family.parts.keys()
     for name, part in again.parts.items():
         assert equal(part.state_dict(), family.parts[name].state_dict()), name
+
+
+def test_rescaled_latents_are_told_in_a_file_and_have_no_place_in_diffusers_pipeline(
+    beside: Options, vision: Options, tmp_path: Path
+) -> None:
+    family = i2vgen_xl(tmp_path)
+    family.base_scale = 0.7
+    family.save_pretrained(tmp_path / "ours")
+    assert "no place for: rescaled latents" in refused(
+        "convert", tmp_path / "ours", tmp_path / "x", "--to", "unet-i2vgen"
+    )
+    converted(tmp_path / "ours", tmp_path / "unet.safetensors")
+    converted(tmp_path / "unet.safetensors", tmp_path / "again", *beside, *vision)
+    assert I2VGenXL.load(tmp_path / "again").objective == family.objective
 
 
 def as_published(folder: Path) -> Path:

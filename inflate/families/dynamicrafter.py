@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,15 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError, ConfigError, InflateError
 from inflate.layers.image_context import ImageContext
-from inflate.models import folders, temporal_layers
-from inflate.models.animators import Animator, AnimatorEncoders
+from inflate.models import folders
+from inflate.models.animators import Animator, AnimatorEncoders, ImageEncoding
 from inflate.models.conditions import Batched, left_out
-from inflate.models.image_encoders import (
-    shown,
-)
+from inflate.models.image_encoders import shown
 from inflate.models.moments import LatentMoments
-from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise
-from inflate.models.text_encoders import ZEROS, TextCondition
-from inflate.models.unet import VideoUNet, load_strictly
+from inflate.models.stable_diffusion import TextToVideo
+from inflate.models.text_encoders import TextCondition
+from inflate.models.trained_clips import TrainedClips
+from inflate.models.unet import VideoUNet
 from inflate.objectives import Predict
 
 FAMILY = "dynamicrafter"
@@ -37,17 +36,11 @@ Told = Literal["fps", "stride"]
 
 
 @dataclass(frozen=True)
-class Clips:
-    """What the clips of training were, which sampling repeats."""
+class Clips(TrainedClips):
+    """What the clips of training were; their frames per second are those of the files that are written."""
 
-    frames: int = 16
-    """length"""
-    fps: float = 8.0
-    """frames per second of the files that are written"""
-    height: int | None = None
-    """pixels; none: the size that the UNet's configuration names"""
-    width: int | None = None
-    """pixels"""
+    family: ClassVar[str] = FAMILY
+
     told: Told = "fps"
     """what the UNet is told of a clip: fps = its frames per second, fewer of which are more motion; stride = how many
     frames of the source lie between two of its own"""
@@ -57,12 +50,11 @@ class Clips:
     """whether it was trained to go from a first to a last frame"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.told not in get_args(Told):
             raise ConfigError(f"clips.told={self.told}: fps or stride")
-        if self.frames < 1 or not 0 < self.fps < math.inf or not 0 < self.usual < math.inf:
-            raise ConfigError(
-                f"clips: frames ({self.frames}), fps ({self.fps:g}) and number ({self.number}) must be positive"
-            )
+        if not 0 < self.usual < math.inf:
+            raise ConfigError(f"clips.number={self.number}: must be positive")
 
     @property
     def usual(self) -> float:
@@ -116,12 +108,8 @@ class Condition(Batched):
         return replace(self, text=kept, image=shown)
 
 
-class ImageEncoding(Encoding):
-    """What a model with an autoencoder, text encoders and an image encoder makes of frames and prompts."""
-
-    image_encoder: CLIPVisionModelWithProjection
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+class PatchEncoding(ImageEncoding):
+    """What a model makes of frames, prompts and images, which it is told patch by patch."""
 
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
@@ -137,15 +125,17 @@ class ImageEncoding(Encoding):
         return self.embed_image(torch.zeros(1, 3, size, size, device=self.image_encoder.device))
 
 
-class Encoders(ImageEncoding, AnimatorEncoders):
+class Encoders(PatchEncoding, AnimatorEncoders):
     """The frozen networks without a UNet."""
 
-    family = FAMILY
+    clips = Clips
 
 
 @dataclass
-class DynamiCrafter(Animator, ImageEncoding):
+class DynamiCrafter(Animator, PatchEncoding):
     """A model that animates an image by a prompt: its networks, its noise schedule, and what its clips were."""
+
+    encoders = Encoders
 
     clips: Clips
     moments: LatentMoments | None = None
@@ -169,21 +159,8 @@ class DynamiCrafter(Animator, ImageEncoding):
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Loads an export of ours; CheckpointError, listing the tensors, where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        file = folder / folders.SETTINGS_FILE
-        clips = read_clips(file)
-        encoders = Encoders.load(folder)
-        unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
-        settings = folders.read_json(file)
-        base_scale = float(temporal_layers.entry(file, FAMILY, "objective").get("base_scale", 1.0))
-        beside = {name: value for name, value in settings.items() if name not in _OWN_SETTINGS}
-        noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
-        return cls(
-            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics,
-            base_scale=base_scale, moments=LatentMoments.told(settings), further=beside,
-        )  # fmt: skip
+    def _remembered(cls, file: Path) -> Mapping[str, Any]:
+        return {**super()._remembered(file), "moments": LatentMoments.told(folders.read_json(file))}
 
     @classmethod
     def from_text_to_video(
@@ -258,17 +235,7 @@ class DynamiCrafter(Animator, ImageEncoding):
     @property
     def settings(self) -> dict[str, Any]:
         """What is kept of the model beside its parts, as JSON values."""
-        return {
-            "family": FAMILY,
-            "clips": asdict(self.clips),
-            "objective": asdict(self.objective),
-            "latent_moments": asdict(self.moments) if self.moments else None,
-            ZEROS: self.text.zeros_for_empty,
-            **self.further,
-        }
-
-
-_OWN_SETTINGS = ("family", "clips", "objective", "latent_moments", ZEROS)
+        return {**super().settings, "latent_moments": asdict(self.moments) if self.moments else None}
 
 
 def repeated(latent: Tensor, frames: int) -> Tensor:
@@ -307,14 +274,6 @@ def predictor(
         return output  # (B, F, C, h, w)
 
     return predict
-
-
-def read_clips(file: Path) -> Clips:
-    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    try:
-        return Clips(**temporal_layers.entry(file, FAMILY, "clips"))
-    except TypeError as error:
-        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
 
 
 def _image(condition: Condition, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,25 +10,23 @@ stage is `inflate.families.i2vgen_xl_refiner`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from inflate.errors import CheckpointError, ConfigError, InflateError
+from inflate.errors import CheckpointError, InflateError
 from inflate.layers.hierarchy import Hierarchy, Part
-from inflate.models import folders, temporal_layers
-from inflate.models.animators import Animator, AnimatorEncoders
+from inflate.models.animators import Animator, AnimatorEncoders, ImageEncoding
 from inflate.models.conditions import Batched, left_out
 from inflate.models.image_encoders import shown_squarely
-from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise
-from inflate.models.text_encoders import ZEROS, TextCondition
-from inflate.models.unet import VideoUNet, load_strictly
+from inflate.models.stable_diffusion import TextToVideo
+from inflate.models.text_encoders import TextCondition
+from inflate.models.trained_clips import TrainedClips
+from inflate.models.unet import VideoUNet
 from inflate.objectives import Predict
 
 FAMILY = "i2vgen_xl"
@@ -40,25 +38,15 @@ NEGATIVE = (
 
 
 @dataclass(frozen=True)
-class Clips:
-    """What the clips of training were, which sampling repeats."""
+class Clips(TrainedClips):
+    """What the clips of training were; the UNet is told their frames per second."""
 
-    frames: int = 16
-    """length"""
-    fps: float = 8.0
-    """frames per second, which the UNet is told"""
-    height: int | None = None
-    """pixels; none: the size that the UNet's configuration names"""
-    width: int | None = None
-    """pixels"""
+    family: ClassVar[str] = FAMILY
+
     prompts: bool = True
     """whether the UNet is told prompts; otherwise the image alone"""
     negative: str = ""
     """prompt that stood for none in training, and that guidance leads away from"""
-
-    def __post_init__(self) -> None:
-        if self.frames < 1 or not 0 < self.fps < math.inf:
-            raise ConfigError(f"clips: frames ({self.frames}) and fps ({self.fps:g}) must be positive")
 
 
 @dataclass(frozen=True)
@@ -101,12 +89,8 @@ class Condition(Batched):
         return replace(self, text=text, embedding=embedding)
 
 
-class FirstFrameEncoding(Encoding):
-    """What a model with an autoencoder, text encoders and an image encoder makes of frames and prompts."""
-
-    image_encoder: CLIPVisionModelWithProjection
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+class FirstFrameEncoding(ImageEncoding):
+    """What a model makes of frames, prompts and first frames, which it is told as a whole."""
 
     @torch.no_grad()
     def embed_image(self, images: Tensor) -> Tensor:
@@ -119,12 +103,14 @@ class FirstFrameEncoding(Encoding):
 class Encoders(FirstFrameEncoding, AnimatorEncoders):
     """The frozen networks without a UNet."""
 
-    family = FAMILY
+    clips = Clips
 
 
 @dataclass
 class I2VGenXL(Animator, FirstFrameEncoding):
     """A model that animates an image by a prompt: its networks, its noise schedule, and what its clips were."""
+
+    encoders = Encoders
 
     clips: Clips
 
@@ -132,20 +118,6 @@ class I2VGenXL(Animator, FirstFrameEncoding):
         super().__post_init__()
         channels = self.vae.config.latent_channels
         check_hierarchy(self.unet, channels, int(self.image_encoder.config.projection_dim))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Loads an export of ours; CheckpointError, listing the tensors, where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        file = folder / folders.SETTINGS_FILE
-        clips = read_clips(file)
-        encoders = Encoders.load(folder)
-        unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
-        further = {name: value for name, value in folders.read_json(file).items() if name not in _OWN_SETTINGS}
-        noise, image_encoder = load_noise(folder / "scheduler"), encoders.image_encoder
-        return cls(
-            unet, encoders.vae, encoders.text, noise, clips, image_encoder, **encoders.statistics, further=further
-        )
 
     @classmethod
     def from_text_to_video(
@@ -166,7 +138,10 @@ class I2VGenXL(Animator, FirstFrameEncoding):
             model.unet.add_hierarchy(hierarchy)
         if not model.unet.spec.added_ids:
             model.unet.add_ids(1, model.unet.config.block_out_channels[0])
-        return cls(model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}))
+        return cls(
+            model.unet, model.vae, model.text, model.noise, clips, image_encoder, **(statistics or {}),
+            base_scale=model.base_scale,
+        )  # fmt: skip
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -211,20 +186,6 @@ class I2VGenXL(Animator, FirstFrameEncoding):
 
         return predict
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is kept of the model beside its parts, as JSON values."""
-        return {
-            "family": FAMILY,
-            "clips": asdict(self.clips),
-            "objective": asdict(self.objective),
-            ZEROS: self.text.zeros_for_empty,
-            **self.further,
-        }
-
-
-_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
-
 
 def check_hierarchy(unet: VideoUNet, channels: int, embedding: int) -> None:
     """CheckpointError where a UNet is not told first frames of such latents and CLIP embeddings."""
@@ -242,11 +203,3 @@ def check_hierarchy(unet: VideoUNet, channels: int, embedding: int) -> None:
         raise CheckpointError(
             f"the UNet takes {unet.config.in_channels} channels; with its hierarchy, {needed} are known"
         )
-
-
-def read_clips(file: Path) -> Clips:
-    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    try:
-        return Clips(**temporal_layers.entry(file, FAMILY, "clips"))
-    except TypeError as error:
-        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error

@@ -145,7 +145,8 @@ def base(unet: VideoUNet, about: Trained, beside: Beside) -> I2VGenXL:
     """The model of a UNet and of networks elsewhere; CheckpointError where they do not fit together."""
     encoder, statistics = beside.vision()
     vae, text = beside.text_model()
-    return I2VGenXL(unet, vae, text, noise_for(about.objective), about.clips, encoder, **statistics)
+    noise, base_scale = noise_for(about.objective), about.objective.base_scale
+    return I2VGenXL(unet, vae, text, noise, about.clips, encoder, **statistics, base_scale=base_scale)
 
 
 def refiner(unet: VideoUNet, about: TrainedRefiner, beside: Beside) -> Refiner:

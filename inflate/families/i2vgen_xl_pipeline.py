@@ -1,7 +1,9 @@
 """I2VGen-XL in the folder of diffusers' pipeline, whose UNet is diffusers' own class.
 
 The pipeline leaves out its text encoder's last layer (`clip_skip` 1), which ours lacks. One that changes nothing stands
-there in a folder that we write, so that the pipeline computes the same whether it leaves it out or not.
+there in a folder that we write, so that the pipeline computes the same whether it leaves it out or not: with
+`clip_skip=None` it does not. To leave it out fails in diffusers 0.42 beside transformers from 5.6 on: the pipeline
+looks for an attribute that their text encoder has no longer.
 """
 
 from __future__ import annotations
@@ -74,9 +76,14 @@ def save(family: I2VGenXL, unet: I2VGenXLUNet, folder: Path) -> None:
 
     CheckpointError, with nothing written, where the pipeline has no place for a part.
     """
-    if isinstance(family.vae, VideoVAE) or len(family.text.networks) != 1:
-        part = "a decoder with temporal layers" if isinstance(family.vae, VideoVAE) else "a second text encoder"
-        raise CheckpointError(f"diffusers' I2VGenXLPipeline has no place for: {part}")
+    found = {
+        "a decoder with temporal layers": isinstance(family.vae, VideoVAE),
+        "a second text encoder": len(family.text.networks) != 1,
+        "rescaled latents (base_scale)": family.base_scale != 1.0,
+    }
+    if any(found.values()):
+        parts = ", ".join(part for part, is_there in found.items() if is_there)
+        raise CheckpointError(f"diffusers' I2VGenXLPipeline has no place for: {parts}")
     size = family.image_encoder.config.image_size
     side = {"height": size, "width": size}
     statistics = {"image_mean": list(family.image_mean), "image_std": list(family.image_std)}

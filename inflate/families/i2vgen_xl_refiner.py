@@ -6,71 +6,54 @@ it refines: a clip is enlarged, noised up to the highest of those levels, and dr
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from inflate.errors import CheckpointError, ConfigError
-from inflate.models import exchange, folders, temporal_layers
-from inflate.models.stable_diffusion import Encoding, TextToVideo, load_noise, load_vae
-from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
-from inflate.models.unet import VideoUNet, load_strictly
+from inflate.models import exchange, folders
+from inflate.models.exports import ExportedEncoders, ExportedModel
+from inflate.models.text_encoders import TextCondition
+from inflate.models.trained_clips import TrainedClips
+from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS, Predict
 
 FAMILY = "i2vgen_xl_refiner"
 
 
 @dataclass(frozen=True)
-class Clips:
-    """What the clips of training were, which sampling repeats."""
+class Clips(TrainedClips):
+    """What the clips of training were; their frames per second are those of the files that are written."""
+
+    family: ClassVar[str] = FAMILY
 
     frames: int = 32
     """length"""
-    fps: float = 8.0
-    """frames per second of the files that are written"""
-    height: int | None = None
-    """pixels; none: the size that the UNet's configuration names"""
-    width: int | None = None
-    """pixels"""
     levels: int = 600
     """how many noise levels, the lower ones, the model was trained on"""
     negative: str = ""
     """prompt that stood for none in training, and that guidance leads away from"""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or not 0 < self.fps < math.inf:
-            raise ConfigError(f"clips: frames ({self.frames}) and fps ({self.fps:g}) must be positive")
+        super().__post_init__()
         if not 1 <= self.levels <= TRAIN_TIMESTEPS:
             raise ConfigError(f"clips.levels={self.levels}: noise levels are 1 to {TRAIN_TIMESTEPS}")
 
 
-@dataclass
-class Encoders(Encoding):
+class Encoders(ExportedEncoders):
     """The frozen networks without a UNet."""
 
-    vae: AutoencoderKL
-    text: TextEncoders
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Those of an export of ours; CheckpointError where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        temporal_layers.entry(folder / folders.SETTINGS_FILE, FAMILY, "clips")
-        return cls(load_vae(folder / "vae"), TextEncoders.load(folder))
+    clips = Clips
 
 
 @dataclass
-class Refiner(TextToVideo):
+class Refiner(ExportedModel):
     """A model that refines clips by prompts: its networks, its noise schedule, and what its clips were."""
 
+    encoders = Encoders
+
     clips: Clips
-    further: dict[str, Any] = field(default_factory=dict)
-    """further entries of inflate.json, which stay with the model"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,16 +66,6 @@ class Refiner(TextToVideo):
             raise CheckpointError(f"the UNet takes {self.unet.config.in_channels} channels but the VAE has {channels}")
         if self.unet.spec.added_ids:
             raise CheckpointError("a refiner is not told the frame rate, but this UNet is: inflate it with added_ids=0")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Loads an export of ours; CheckpointError, listing the tensors, where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        file = folder / folders.SETTINGS_FILE
-        clips, encoders = read_clips(file), Encoders.load(folder)
-        unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
-        further = {name: value for name, value in folders.read_json(file).items() if name not in _OWN_SETTINGS}
-        return cls(unet, encoders.vae, encoders.text, load_noise(folder / "scheduler"), clips, further=further)
 
     def predict(self, condition: TextCondition, unet: nn.Module | None = None, image_only: bool = False) -> Predict:
         """The network as objectives and samplers call it, for a condition.
@@ -108,17 +81,6 @@ class Refiner(TextToVideo):
             return output  # (B, F, C, h, w)
 
         return predict
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is kept of the model beside its parts, as JSON values."""
-        return {
-            "family": FAMILY,
-            "clips": asdict(self.clips),
-            "objective": asdict(self.objective),
-            ZEROS: self.text.zeros_for_empty,
-            **self.further,
-        }
 
 
 def text_only(unet: VideoUNet, fps: float) -> VideoUNet:
@@ -139,14 +101,3 @@ def text_only(unet: VideoUNet, fps: float) -> VideoUNet:
         tensors["time_embedding.linear_2.bias"] = bias + unet.embedded_ids(bias.new_tensor([[fps]]))[0]
     exchange.adopt(made, tensors)
     return made
-
-
-_OWN_SETTINGS = ("family", "clips", "objective", ZEROS)
-
-
-def read_clips(file: Path) -> Clips:
-    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    try:
-        return Clips(**temporal_layers.entry(file, FAMILY, "clips"))
-    except TypeError as error:
-        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error

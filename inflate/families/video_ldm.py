@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -25,6 +25,7 @@ from inflate.models import exchange, folders, single_file, temporal_layers
 from inflate.models.single_file_text import load_text_encoders, tokenizer_folder
 from inflate.models.stable_diffusion import SHARED_WITH_EULER, Encoding, TextToVideo, load_noise, load_vae, noise_of
 from inflate.models.text_encoders import ZEROS, TextCondition, TextEncoders
+from inflate.models.trained_clips import TrainedClips
 from inflate.models.unet import VIDEO_LDM, TemporalSpec, VideoUNet, load_strictly
 from inflate.models.vae import VideoVAE
 from inflate.objectives import Predict
@@ -39,17 +40,11 @@ SIZES = 6
 
 
 @dataclass(frozen=True)
-class Clips:
-    """What the clips of training were, which sampling repeats."""
+class Clips(TrainedClips):
+    """What the clips of training were."""
 
-    frames: int = 16
-    """length"""
-    fps: float = 8.0
-    """frames per second"""
-    height: int | None = None
-    """pixels; none: the size that the UNet's configuration names"""
-    width: int | None = None
-    """pixels"""
+    family: ClassVar[str] = FAMILY
+
     domain_adapter: str | None = None
     """what held their look below the temporal layers meanwhile, which sampling leaves out: file, weight and hash"""
     number: float | None = None
@@ -132,7 +127,7 @@ class VideoLDM(TextToVideo):
         noise = load_noise(folder / "scheduler")
         if kind is VideoUNet:
             file = folder / folders.SETTINGS_FILE
-            clips, base_scale = read_clips(file), folders.read_json(file).get("base_scale", 1.0)
+            clips, base_scale = Clips.read(file), folders.read_json(file).get("base_scale", 1.0)
             unet = load_strictly(VideoUNet.from_pretrained, folder / "unet", {"torch_dtype": torch.float32})
         else:
             clips, base_scale = Clips(), 1.0
@@ -258,7 +253,7 @@ class VideoLDM(TextToVideo):
         prediction: single_file.Prediction | None,
     ) -> Self:
         file = folder / folders.SETTINGS_FILE
-        clips, spec = read_clips(file), temporal_layers.spec_of(file)
+        clips, spec = Clips.read(file), temporal_layers.spec_of(file)
         parent = image_model or temporal_layers.image_model_of(file, FAMILY)
         if image_model is None:
             prediction = temporal_layers.source(file, "prediction", prediction)
@@ -355,16 +350,3 @@ def time_ids(origin: Tensor | None, latents: Tensor, factor: int) -> Tensor:
     target = own.expand(len(latents), -1)  # (B, 2)
     before = torch.cat([target, torch.zeros_like(target)], dim=1) if origin is None else origin.to(target)  # (B, 4)
     return torch.cat([before, target], dim=1)  # (B, 6)
-
-
-def read_clips(file: Path) -> Clips:
-    """What an export's settings file says of its clips; CheckpointError where it is missing or not whole."""
-    try:
-        return Clips(**entry(file, "clips"))
-    except TypeError as error:
-        raise CheckpointError(f"{file} is not whole: {error}; export the model again") from error
-
-
-def entry(file: Path, name: str) -> Any:
-    """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
-    return temporal_layers.entry(file, FAMILY, name)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
-from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from inflate.errors import CheckpointError
-from inflate.models import folders, temporal_layers
-from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD, image_statistics, load_image_encoder
-from inflate.models.stable_diffusion import Encoding, TextToVideo, load_vae
-from inflate.models.text_encoders import TextEncoders
+from inflate.models import image_encoders, temporal_layers
+from inflate.models.exports import ExportedEncoders, ExportedModel
+from inflate.models.image_encoders import CLIP_MEAN, CLIP_STD
+from inflate.models.stable_diffusion import Encoding
+
+
+class ImageEncoding(Encoding, ABC):
+    """What a model with an autoencoder, text encoders and an image encoder makes of frames and prompts."""
+
+    image_encoder: CLIPVisionModelWithProjection
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @abstractmethod
+    def embed_image(self, images: Tensor) -> Tensor:
+        """What the image encoder tells of images (B, 3, H, W) in [-1, 1]: (B, P, E)."""
 
 
 @dataclass
-class AnimatorEncoders(Encoding):
+class AnimatorEncoders(ExportedEncoders):
     """The frozen networks of such a model, without a UNet."""
 
-    family: ClassVar[str]
-
-    vae: AutoencoderKL
-    text: TextEncoders
     image_encoder: CLIPVisionModelWithProjection
     image_mean: tuple[float, ...] = CLIP_MEAN
     """per channel, of the image encoder's inputs in [0, 1]"""
@@ -33,13 +41,15 @@ class AnimatorEncoders(Encoding):
     """per channel, of the image encoder's inputs in [0, 1]"""
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Those of an export of ours; CheckpointError where a part is missing or not whole."""
-        folder = folders.resolve(path)
-        temporal_layers.entry(folder / folders.SETTINGS_FILE, cls.family, "clips")
-        encoder = load_image_encoder(folder / "image_encoder")
-        statistics = image_statistics(folder / "feature_extractor")
-        return cls(load_vae(folder / "vae"), TextEncoders.load(folder), encoder, **statistics)
+    def _loaded(cls, folder: Path) -> dict[str, Any]:
+        encoder = image_encoders.load_image_encoder(folder / "image_encoder")
+        statistics = image_encoders.image_statistics(folder / "feature_extractor")
+        return {**super()._loaded(folder), "image_encoder": encoder, **statistics}
+
+    @classmethod
+    def _outlined(cls, folder: Path) -> dict[str, Any]:
+        encoder = image_encoders.outline_image_encoder(folder / "image_encoder")
+        return {**super()._outlined(folder), "image_encoder": encoder}
 
     @property
     def statistics(self) -> Mapping[str, Any]:
@@ -48,7 +58,7 @@ class AnimatorEncoders(Encoding):
 
 
 @dataclass
-class Animator(TextToVideo):
+class Animator(ExportedModel):
     """A model that animates an image by a prompt."""
 
     image_encoder: CLIPVisionModelWithProjection
@@ -56,8 +66,6 @@ class Animator(TextToVideo):
     """per channel, of the image encoder's inputs in [0, 1]"""
     image_std: tuple[float, ...] = CLIP_STD
     """per channel, of the image encoder's inputs in [0, 1]"""
-    further: dict[str, Any] = field(default_factory=dict)
-    """further entries of inflate.json, which stay with the model"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +76,11 @@ class Animator(TextToVideo):
             )
         if self.unet.spec.added_ids not in (0, 1):
             raise CheckpointError(f"the UNet is told {self.unet.spec.added_ids} numbers; the frame rate alone is known")
+
+    @classmethod
+    def _remembered(cls, file: Path) -> Mapping[str, Any]:
+        objective = temporal_layers.entry(file, cls.encoders.clips.family, "objective")
+        return {"base_scale": float(objective.get("base_scale", 1.0))}
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from inflate.errors import CheckpointError, ConfigError
 from inflate.models import folders
 from inflate.models.text_encoders import SUFFIXES, TextCondition, TextEncoders
+from inflate.models.trained_clips import TrainedClips
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, decode_clips, encode_clips
 from inflate.objectives import BETA_END, BETA_START, DDPM, TRAIN_TIMESTEPS, Predict, Schedule, schedule_signal
@@ -68,8 +69,8 @@ class TextToVideo(Encoding, ABC):
     text: TextEncoders
     noise: DDIMScheduler
     """the image model's noise schedule, as a DDIM sampler's settings"""
-    clips: Any
-    """what the clips of training were: at least their height and width, if known"""
+    clips: TrainedClips
+    """what the clips of training were"""
     base_scale: float = field(default=1.0, kw_only=True)
     """what clean latents are scaled by at noisy timesteps (dynamic rescale); 1: not at all"""
 

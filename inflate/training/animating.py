@@ -19,7 +19,7 @@ from inflate.training.denoising import Condition, DenoisingTask
 from inflate.training.held_out import same_size
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
-from inflate.training.previews import scores, write_rows, write_scores
+from inflate.training.previews import Drawn, scores, write_drawn
 
 Family = TypeVar("Family", bound=Animator)
 FEATURES = "features"
@@ -57,18 +57,14 @@ class AnimatingTask(DenoisingTask[Family, Condition], Generic[Family, Condition]
         `scores.json` holds the mean over all of them.
         """
         self._write_prompts(folder)
-        found = []
-        for places, truth, generated, measured in self.drawn():
-            write_rows(folder, self.shown, places, {"truth": truth, "sample": generated})
-            found += [measured] * len(places)
-        write_scores(folder, found)
+        write_drawn(folder, self.shown, self.drawn())
 
-    def drawn(self) -> Iterator[tuple[list[int], Tensor, Tensor, dict[str, float]]]:
-        """What a preview shows, by size: places of clips, the clips, their animations (`animate`) and `score`."""
+    def drawn(self) -> Iterator[Drawn]:
+        """What a preview shows, by size: places of clips, these and their animations (`animate`) by name, `score`."""
         for places in same_size(self.shown, len(self.shown)):
             truth = torch.cat([self.shown[place]["pixels"] for place in places])
             generated = self.animate(places)
-            yield places, truth, generated, self.score(truth, generated)
+            yield places, {"truth": truth, "sample": generated}, self.score(truth, generated)
 
     @torch.no_grad()
     def score(self, truth: Tensor, generated: Tensor) -> dict[str, float]:

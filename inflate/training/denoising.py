@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflate.errors import ConfigError, DataError
 from inflate.models.stable_diffusion import TextToVideo
@@ -23,7 +23,7 @@ from inflate.models.visits import away, visiting
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.training.adapting import Adapting
 from inflate.training.captions import encoded_text
-from inflate.training.economy import as_loaded
+from inflate.training.clip_task import ClipTask
 from inflate.training.held_out import REMEDY, TOGETHER, fixed_losses, is_image, named_losses, size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Player, Selected
@@ -70,44 +70,52 @@ def check_drops(section: str, text: float, image: float, both: float) -> None:
         )
 
 
-class DenoisingTask(ABC, Generic[Family, Condition]):
+@dataclass(frozen=True)
+class Given:
+    """What a run gives such a task beside its model and its settings."""
+
+    held_out: Sequence[Batch]
+    """batches of one clip each: `pixels` (1, F, 3, H, W), `caption`, `fps`, `number`"""
+    lr: float
+    """learning rate"""
+    seed: int
+    """of all that is drawn"""
+    training: Sequence[Batch] = ()
+    """such batches of clips that are trained on"""
+    cached: bool = False
+    """whether a step's batches hold the clips' `latents` and what else is encoded of them: the encoders are then on the
+    device only while they work to look at the model"""
+    adapter: Adapting | None = None
+    """what is on the UNet and learns alone: all else stays as it is, and it alone is exported"""
+    together: int = TOGETHER
+    """how many clips are measured at once, at most: as many as a step has need no more memory than it"""
+
+
+class DenoisingTask(ClipTask, ABC, Generic[Family, Condition]):
     """Trains `family.unet` on clips; measures it on held-out ones.
 
-    `held_out` and `training` are batches of one clip each (`pixels` (1, F, 3, H, W), `caption`, `fps`, `number`). A
-    clip of one frame is an image: the temporal layers are bypassed. Where batches hold the clips' `latents` and what
-    else is encoded of them (`cached`), the encoders are on the device only while they work to look at the model. So
-    many clips are measured `together`, at most: as many as a step has need no more memory than it. `rates` are
-    multipliers of the learning rate by a parameter's name.
-
-    Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
+    A clip of one frame is an image: the temporal layers are bypassed. `rates` are multipliers of the learning rate by a
+    parameter's name.
     """
 
+    family: Family
     settings: Denoising
 
     def __init__(
-        self,
-        family: Family,
-        settings: Denoising,
-        held_out: list[Batch],
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-        rates: Mapping[str, float] | None = None,
+        self, family: Family, settings: Denoising, given: Given, rates: Mapping[str, float] | None = None
     ) -> None:
-        if not held_out:
+        if not given.held_out:
             raise DataError("there are no held-out clips (data.held_out) to measure and preview")
-        self.family, self.settings, self.seed, self.adapter, self.together = family, settings, seed, adapter, together
+        self.family, self.settings, self.seed = family, settings, given.seed
+        self.adapter, self.together = given.adapter, given.together
         encoders = [network for network in family.networks if network is not family.unet]
         for module in encoders:
             module.requires_grad_(False).eval()
-        self.frozen, self.visiting = ([], encoders) if cached else (encoders, [])
-        self.held_out = held_out[: settings.held_out_clips]
-        self.training = [*training[: settings.train_clips]]
+        self.frozen, self.visiting = ([], encoders) if given.cached else (encoders, [])
+        self.held_out = [*given.held_out[: settings.held_out_clips]]
+        self.training = [*given.training[: settings.train_clips]]
         self.shown = self.held_out[: settings.preview_clips]
-        self.players = [Player("unet", family.unet, lr=lr, loss=self.loss, remedy=REMEDY, rates=rates or {})]
+        self.players = [Player("unet", family.unet, lr=given.lr, loss=self.loss, remedy=REMEDY, rates=rates or {})]
 
     @abstractmethod
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> Condition:
@@ -172,13 +180,6 @@ class DenoisingTask(ABC, Generic[Family, Condition]):
         """The noise for latents (B, F, C, h, w), of their shape."""
         return noise.offset(purpose, self.offset, *clean.shape[1:])
 
-    def clean(self, batch: Batch, device: torch.device) -> Tensor:
-        """The clips' scaled latents (B, F, C, h, w)."""
-        if "latents" in batch:
-            latents: Tensor = batch["latents"].to(device, self.family.vae.dtype)
-            return latents
-        return self.family.encode(batch["pixels"].to(device))
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The loss on fixed noise: its mean, per timestep, per size, without temporal layers and without each of
@@ -239,25 +240,6 @@ class DenoisingTask(ABC, Generic[Family, Condition]):
     def _without_pixels(clip: Batch) -> dict[str, Any]:
         return {name: value for name, value in clip.items() if name not in PIXELS}
 
-    def export(self, folder: Path) -> None:
-        """Write the adapter or, without one, the whole model as a folder that its family loads."""
-        if self.adapter is None:
-            with as_loaded(self.family.unet):
-                self.family.save_pretrained(folder)
-        else:
-            self.adapter.export(self.family.unet, folder)
-
     def _single(self, batch: Batch) -> bool:
         """Whether a batch's frames stand alone: those of images, and all where a stage trains on frames."""
         return self.frames_alone or is_image(batch)
-
-    def _idle(self) -> list[nn.Module]:
-        """What may leave the device while encoders and the decoder work: the UNet of a run of one process.
-
-        Of several, it stays: PyTorch forgets the hooks by which they exchange gradients where a weight changes its
-        device.
-        """
-        return [] if torch.distributed.is_initialized() else [self.family.unet]
-
-    def _device(self) -> torch.device:
-        return next(self.players[0].network.parameters()).device

@@ -19,7 +19,7 @@ from inflate.layers.policy import Policy
 from inflate.layers.quantised import Kind
 from inflate.layers.recompute import feed_forwards, recompute_by, units
 from inflate.models.unet import VideoUNet
-from inflate.models.vae import VideoVAE, decode_in_half
+from inflate.models.vae import VideoVAE, decode_in_half, encode_at_most
 from inflate.training.memory import bytes_of
 from inflate.training.memory_settings import Memory
 
@@ -42,8 +42,9 @@ def save_memory(network: VideoUNet | VideoVAE, settings: Memory) -> None:
     recompute_by(network, policies, settings.feed_forward_parts, Offload() if settings.offload else None)
 
 
-def save_decoding(vae: AutoencoderKL, settings: Memory) -> None:
-    """Let a VAE, trained or not, decode as the settings say; that of an image model decodes image by image."""
+def save_coding(vae: AutoencoderKL, settings: Memory) -> None:
+    """Let a VAE, trained or not, encode and decode as the settings say; an image model's decodes image by image."""
+    encode_at_most(vae, settings.encode_frames)
     decode_in_half(vae, settings.decode_bf16)
     if settings.decode_rows and isinstance(vae, VideoVAE):
         vae.stream(settings.decode_rows)

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from inflate.data.settings import Data
-from inflate.families.dynamicrafter import ImageEncoding
 from inflate.families.i2vgen_xl import FirstFrameEncoding
 from inflate.families.svd_encoders import Encoding
 from inflate.models import stable_diffusion
+from inflate.models.animators import ImageEncoding
 from inflate.models.text_encoders import SUFFIXES, TextEncoders
 from inflate.models.vae import encoder_sha256
 from inflate.models.weights import weights_sha256
@@ -149,9 +149,9 @@ class ImageTextClipEncoder(TextClipEncoder):
     The image encoder's features are those of every frame, or of first frames alone.
     """
 
-    family: ImageEncoding | FirstFrameEncoding
+    family: ImageEncoding
 
-    def __init__(self, family: ImageEncoding | FirstFrameEncoding, precision: Precision, every_frame: bool) -> None:
+    def __init__(self, family: ImageEncoding, precision: Precision, every_frame: bool) -> None:
         super().__init__(family, precision)
         self.every_frame = every_frame
 
@@ -185,7 +185,7 @@ class FirstFrameClipEncoder(ImageTextClipEncoder):
         return {**super().identity, "image features": "projected embeddings of first frames"}
 
 
-def image_identity(family: Encoding | ImageEncoding | FirstFrameEncoding) -> dict[str, str]:
+def image_identity(family: Encoding | ImageEncoding) -> dict[str, str]:
     """All that an image encoder's results depend on."""
     return {
         "image_encoder": weights_sha256(family.image_encoder),

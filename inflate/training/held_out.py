@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inflate.data.buckets import Bucket
+from inflate.data.clips import ClipDataset, collate
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 
@@ -20,6 +21,11 @@ TOGETHER = 4
 
 Measure = Callable[[Batch, Noise], Tensor]
 """The loss of a batch at each noise level (B, levels)."""
+
+
+def first_clips(clips: ClipDataset, count: int) -> list[Batch]:
+    """The first clips of a dataset, at most so many, as batches of one."""
+    return [collate([clips[number]]) for number in range(min(count, len(clips)))]
 
 
 def is_image(batch: Batch) -> bool:

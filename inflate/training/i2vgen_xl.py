@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -19,11 +19,10 @@ from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.ddim import Spacing
 from inflate.sampling.i2vgen_xl import Sampling, sample
-from inflate.training.adapting import Adapting
 from inflate.training.animating import FEATURES, AnimatingTask
 from inflate.training.captions import text_of
-from inflate.training.denoising import Denoising, check_drops
-from inflate.training.held_out import TOGETHER, size_of
+from inflate.training.denoising import Denoising, Given
+from inflate.training.held_out import size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 
@@ -68,7 +67,6 @@ class I2VGenXLSettings(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_drops(self.section, self.drop_text, self.drop_image, self.drop_both)
         if self.gamma is not None and not 0 < self.gamma < math.inf:
             raise ConfigError(f"i2vgen_xl.gamma={self.gamma}: must be positive; 1 trains all layers at one rate")
         if not 0 <= self.offset_noise < math.inf or self.fade_in < 0:
@@ -135,24 +133,12 @@ class I2VGenXLTask(AnimatingTask[I2VGenXL, Condition]):
     settings: I2VGenXLSettings
 
     def __init__(
-        self,
-        family: I2VGenXL,
-        settings: I2VGenXLSettings,
-        held_out: list[Batch],
-        sampling: Preview,
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-        gamma: float = 1.0,
+        self, family: I2VGenXL, settings: I2VGenXLSettings, sampling: Preview, given: Given, gamma: float = 1.0
     ) -> None:
-        rates = spatial_rates(family.unet, gamma)
-        super().__init__(family, settings, held_out, lr, seed, training, cached, adapter, together, rates)
+        super().__init__(family, settings, given, spatial_rates(family.unet, gamma))
         self.sampling = sampling
         self.no_text = family.embed([family.clips.negative]).context  # (1, L, D)
-        if adapter is None:
+        if given.adapter is None:
             family.unet.requires_grad_(True)
             for unread in family.unet.textless_parameters().values():
                 unread.requires_grad_(self.reads_captions)

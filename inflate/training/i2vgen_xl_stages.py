@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import ConfigError
-from inflate.families import i2vgen_xl, i2vgen_xl_outline, i2vgen_xl_refiner, video_ldm_outline
+from inflate.families import i2vgen_xl, i2vgen_xl_refiner, video_ldm_outline
 from inflate.families.i2vgen_xl import Encoders, I2VGenXL
 from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner, text_only
@@ -22,7 +23,10 @@ from inflate.models.image_encoders import encoder_folder, image_statistics, load
 from inflate.models.stable_diffusion import Encoding, TextToVideo, noise_for
 from inflate.models.unet import MODELSCOPE
 from inflate.objectives import DDPM
+from inflate.training.denoising import check_drops
 from inflate.training.i2vgen_xl import I2VGenXLSettings
+
+log = logging.getLogger(__name__)
 
 Stage = Literal["base", "refine"]
 Trained = TypeVar("Trained", I2VGenXL, Refiner)
@@ -63,7 +67,9 @@ def begin(
 
 def _base(model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool) -> I2VGenXL:
     if folders.family_of(model.path) == i2vgen_xl.FAMILY:
-        return _rescheduled(model.load() if weights else i2vgen_xl_outline.outline(model.path), settings)
+        saved = model.load() if weights else I2VGenXL.outline(model.path)
+        _check_tokens(settings, saved.clips.prompts if settings.text is None else settings.text, saved.hierarchy)
+        return _rescheduled(saved, settings)
     text = _text_to_video(model, weights)
     folder = encoder_folder(model.image_encoder or model.path)
     vision = load_image_encoder(folder) if weights else outline_image_encoder(folder)
@@ -75,7 +81,7 @@ def _base(model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool)
 def _refiner(model: Model, settings: I2VGenXLSettings, weights: bool) -> Refiner:
     family = folders.family_of(model.path)
     if family == i2vgen_xl_refiner.FAMILY:
-        refiner = model.load_refiner() if weights else i2vgen_xl_outline.outline_refiner(model.path)
+        refiner = model.load_refiner() if weights else Refiner.outline(model.path)
     else:
         refiner = _refiner_of(_base_or_text(model, family, weights))
     if settings.padded_rows is not None:
@@ -85,7 +91,7 @@ def _refiner(model: Model, settings: I2VGenXLSettings, weights: bool) -> Refiner
 
 def _base_or_text(model: Model, family: str | None, weights: bool) -> TextToVideo:
     if family == i2vgen_xl.FAMILY:
-        return model.load() if weights else i2vgen_xl_outline.outline(model.path)
+        return model.load() if weights else I2VGenXL.outline(model.path)
     return _text_to_video(model, weights)
 
 
@@ -97,6 +103,11 @@ def _text_to_video(model: Model, weights: bool) -> VideoLDM:
 
 
 def _refiner_of(parent: TextToVideo) -> Refiner:
+    if parent.base_scale != 1.0:
+        log.warning(
+            "the model that the refiner is made of rescales clean latents at noisy timesteps (base_scale %g), which a "
+            "refiner's sampler does not: it learns to do without", parent.base_scale,
+        )  # fmt: skip
     negative = parent.clips.negative if isinstance(parent, I2VGenXL) else ""
     clips = i2vgen_xl_refiner.Clips(parent.clips.frames, parent.clips.fps, negative=negative)
     return Refiner(text_only(parent.unet, parent.clips.fps), parent.vae, parent.text, parent.noise, clips)
@@ -120,6 +131,7 @@ def _rescheduled(family: Trained, settings: I2VGenXLSettings) -> Trained:
     if settings.schedule is not None:
         zero = settings.schedule == "cosine"
         family.noise = noise_for(DDPM("v_prediction", zero, schedule=settings.schedule))
+        family.base_scale = 1.0  # the published schedules do not rescale latents
     return family
 
 
@@ -152,18 +164,29 @@ def check_stage(stage: Stage, model: Model, settings: I2VGenXLSettings, parts: P
         raise ConfigError(f"i2vgen_xl.{changed[0]} is for stage={other}: leave it out of stage={stage}")
     if stage == "refine" and _changed(parts):
         raise ConfigError(f"hierarchy.{_changed(parts)[0]} is for stage=base: a refiner is told texts alone")
-    if settings.text is False and not (parts.global_encoder or parts.clip_tokens):
-        raise ConfigError(
-            "i2vgen_xl.text=false leaves attention no token beside hierarchy.global_encoder=false and clip_tokens=0"
-        )
     if model.image_encoder and stage == "refine":
         raise ConfigError("model.image_encoder is for stage=base: a refiner sees no first frame; set it to null")
-    if settings.fade_in and settings.text is False:
-        raise ConfigError("i2vgen_xl.fade_in weighs first frames beside the text, and i2vgen_xl.text=false has none")
+    seen = (settings.drop_image, settings.drop_both) if stage == "base" else (0.0, 0.0)
+    check_drops(settings.section, settings.drop_text, *seen)
+    _check_tokens(settings, settings.text is not False, parts)
     if settings.fade_in >= steps:
         raise ConfigError(
             f"i2vgen_xl.fade_in={settings.fade_in}: a run of training.steps={steps} would end before first frames "
             "weigh as much as in sampling; make it shorter"
+        )
+
+
+def _check_tokens(settings: I2VGenXLSettings, text: bool, parts: Parts | Hierarchy) -> None:
+    """Raise ConfigError where attention is left no token, or where those of first frames are to fade in beside none."""
+    tokens = parts.global_encoder or parts.clip_tokens > 0
+    if not (text or tokens):
+        raise ConfigError(
+            "i2vgen_xl.text=false leaves attention no token beside hierarchy.global_encoder=false and clip_tokens=0"
+        )
+    if settings.fade_in and not (text and tokens):
+        lacking = "there is no text (i2vgen_xl.text)" if tokens else "the model has none (hierarchy)"
+        raise ConfigError(
+            f"i2vgen_xl.fade_in weighs the first frame's tokens beside the text's, and {lacking}: set it to 0"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -17,11 +16,10 @@ from inflate.models import image_stream
 from inflate.models.moments import LatentMoments
 from inflate.models.unet import VideoUNet
 from inflate.sampling.dynamicrafter import Sampling, sample
-from inflate.training.adapting import Adapting
 from inflate.training.animating import FEATURES, AnimatingTask
 from inflate.training.captions import text_of
-from inflate.training.denoising import Denoising, check_drops
-from inflate.training.held_out import TOGETHER, size_of
+from inflate.training.denoising import Denoising, Given, check_drops
+from inflate.training.held_out import size_of
 from inflate.training.leakage import ConditionNoise
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
@@ -120,20 +118,9 @@ class ImageTextToVideoTask(AnimatingTask[DynamiCrafter, Condition]):
     settings: ImageTextToVideo
 
     def __init__(
-        self,
-        family: DynamiCrafter,
-        stage: Stage,
-        settings: ImageTextToVideo,
-        held_out: list[Batch],
-        sampling: Preview,
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
+        self, family: DynamiCrafter, stage: Stage, settings: ImageTextToVideo, sampling: Preview, given: Given
     ) -> None:
-        super().__init__(family, settings, held_out, lr, seed, training, cached, adapter, together)
+        super().__init__(family, settings, given)
         if settings.condition_noise.maximum and not family.takes_detail:
             raise ConfigError(
                 "image_text_to_video.condition_noise is on the image's latent, which the model of "
@@ -141,7 +128,7 @@ class ImageTextToVideoTask(AnimatingTask[DynamiCrafter, Condition]):
             )
         self.stage, self.sampling = stage, sampling
         self.no_text, self.no_image = family.embed([""]).context, family.null_image()  # (1, L, D), (1, P, E)
-        if adapter is None:
+        if given.adapter is None:
             choose_trainable(family.unet, stage)
 
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> Condition:

@@ -22,7 +22,7 @@ from inflate.models.unet import VideoUNet
 from inflate.models.visits import away, visiting
 from inflate.sampling.svd import Sampling, decoded, sample
 from inflate.training.adapting import Adapting
-from inflate.training.economy import as_loaded
+from inflate.training.clip_task import ClipTask
 from inflate.training.held_out import (
     REMEDY,
     TOGETHER,
@@ -37,7 +37,7 @@ from inflate.training.leakage import ConditionNoise
 from inflate.training.loop import Player
 from inflate.training.noise import Noise
 from inflate.training.player import Batch, Selected
-from inflate.training.previews import scores, write_rows, write_scores
+from inflate.training.previews import Drawn, scores, write_drawn
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Preview:
     is large, of more than 8 frames of 512x512"""
 
 
-class ImageToVideoTask:
+class ImageToVideoTask(ClipTask):
     """Trains `family.unet` to animate a clip's first frame; measures and shows it on held-out clips.
 
     `held_out` are batches of one clip each (`pixels` (1, F, 3, H, W), `fps`, `motion`, `number`), of one or more sizes;
@@ -118,6 +118,8 @@ class ImageToVideoTask:
 
     Beside an `adapter`, which is on the UNet, all else stays as it is, and the adapter alone is exported.
     """
+
+    family: SVD
 
     def __init__(
         self,
@@ -161,13 +163,6 @@ class ImageToVideoTask:
         predict = family.predict(condition, self.players[0].network, is_image(batch))
         loss = objective.loss(predict, clean, sigma, noise.normal("noise", *clean.shape[1:]))  # (B,)
         return loss, {name: Selected(loss, (low <= sigma) & (sigma < high)) for name, (low, high) in self.bands.items()}
-
-    def clean(self, batch: Batch, device: torch.device) -> Tensor:
-        """The clips' scaled latents (B, F, C, h, w)."""
-        if "latents" in batch:
-            latents: Tensor = batch["latents"].to(device, self.family.vae.dtype)
-            return latents
-        return self.family.encode(batch["pixels"].to(device))
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
         """The condition of each clip's first frame, noise-augmented by a draw of its own; of an image, without it."""
@@ -267,17 +262,13 @@ class ImageToVideoTask:
 
         `scores.json` holds the mean over all of them.
         """
-        found = []
-        for places, truth, generated, measured in self.drawn():
-            write_rows(folder, self.shown, places, {"truth": truth, "sample": generated})
-            found += [measured] * len(places)
-        write_scores(folder, found)
+        write_drawn(folder, self.shown, self.drawn())
 
-    def drawn(self) -> Iterator[tuple[list[int], Tensor, Tensor, dict[str, float]]]:
-        """What a preview shows, by size: places of clips, the clips, their animations (`animate`) and `score`."""
+    def drawn(self) -> Iterator[Drawn]:
+        """What a preview shows, by size: places of clips, these and their animations (`animate`) by name, `score`."""
         for places in same_size(self.shown, len(self.shown)):
             truth, generated = self.animate([self.shown[place] for place in places], places)
-            yield places, truth, generated, self.score(truth, generated)
+            yield places, {"truth": truth, "sample": generated}, self.score(truth, generated)
 
     @torch.no_grad()
     def animate(self, batches: list[Batch], numbers: list[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -314,26 +305,12 @@ class ImageToVideoTask:
         """Write the adapter or, without one, the whole model as diffusers' StableVideoDiffusionPipeline loads it."""
         if self.adapter is None:
             self._keep_moments()
-            with as_loaded(self.family.unet):
-                self.family.save_pretrained(folder)
-        else:
-            self.adapter.export(self.family.unet, folder)
+        super().export(folder)
 
     def _keep_moments(self) -> None:
         """Let the family know what the latents of the measured clips are like, for sampling from a lower level."""
         held_out, training = self.measured
         self.family.moments = LatentMoments.of(clip["latents"] for clip in [*held_out, *training])
-
-    def _idle(self) -> list[nn.Module]:
-        """What may leave the device while encoders and the decoder work: the UNet of a run of one process.
-
-        Of several, it stays: PyTorch forgets the hooks by which they exchange gradients where a weight changes its
-        device.
-        """
-        return [] if torch.distributed.is_initialized() else [self.family.unet]
-
-    def _device(self) -> torch.device:
-        return next(self.players[0].network.parameters()).device
 
 
 def drawn(batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:

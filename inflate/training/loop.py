@@ -140,28 +140,15 @@ def fit(
     report = Report(settings, accelerator, state, clock, task.players)
     keeper = Keeper(settings, accelerator, trainees, report, state, stop, {found} if found else set())
     batches = iter(loader(dataset, settings, accelerator, state.step, collate, stop.over))
-    reason = ""
     with preferring(settings.attention), stop, keeper, noticing_losses(), report, gauge:
         run = Run(task, settings, accelerator, trainees, report, state, keeper)
-        if state.step == 0:
-            with report.paused():
-                run.look()
-        stop.begin()
-        while state.step < settings.steps and not (reason := stop.reason(accelerator)):
-            run.step(batches)
-            if compilation:
-                compilation.check()
-            run.keep_up()
-        completes = reason not in SIGNALS
-        run.look(evaluate=completes, preview=False)
-        run.save()
-        exported = run.finish() if completes else None
+        reason, exported = run.to_its_end(batches, stop, compilation)
     if compilation:
         compilation.release()
     for one in trainees:
         one.release(accelerator)
-    record.end(settings.output, accelerator, state.step, reason or "finished", dict(predicted or {}), gauge.peaks)
-    return Result(state.step, reason or "finished", state.held_out, exported, gauge.peaks)
+    record.end(settings.output, accelerator, state.step, reason, dict(predicted or {}), gauge.peaks)
+    return Result(state.step, reason, state.held_out, exported, gauge.peaks)
 
 
 @dataclass
@@ -179,6 +166,28 @@ class Run:
     report: Report
     state: State
     keeper: Keeper
+
+    def to_its_end(
+        self, batches: Iterator[Batch | InflateError], stop: Stop, compilation: Compilation | None
+    ) -> tuple[str, Path | None]:
+        """Look, step until the last step or a reason to stop, look again, save and, but after a signal, export.
+
+        Why it ended, and the exported folder.
+        """
+        if self.state.step == 0:
+            with self.report.paused():
+                self.look()
+        stop.begin()
+        reason = ""
+        while self.state.step < self.settings.steps and not (reason := stop.reason(self.accelerator)):
+            self.step(batches)
+            if compilation:
+                compilation.check()
+            self.keep_up()
+        completes = reason not in SIGNALS
+        self.look(evaluate=completes, preview=False)
+        self.save()
+        return reason or "finished", self.finish() if completes else None
 
     def step(self, batches: Iterator[Batch | InflateError]) -> None:
         """Make one optimiser step of every player that acts by now, and log it."""

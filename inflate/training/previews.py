@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,21 @@ from inflate.training.held_out import size_of
 from inflate.training.player import Batch
 
 Pixels = npt.NDArray[np.uint8]
+Drawn = tuple[list[int], Mapping[str, Tensor], dict[str, float]]
+"""Of the shown clips that have one size: their places, clips by name (`write_rows`), and what is measured of them."""
 SHOWN = 4
 """Videos side by side."""
 LEAST_HEIGHT = 192
 """Smaller videos are enlarged by a whole factor, so that a person sees their pixels."""
+
+
+def write_drawn(folder: Path, shown: Sequence[Batch], drawn: Iterable[Drawn]) -> None:
+    """Write what is drawn of the shown clips (`write_rows`), and scores.json, the mean of what is measured of each."""
+    found = []
+    for places, clips, measured in drawn:
+        write_rows(folder, shown, places, clips)
+        found += [measured] * len(places)
+    write_scores(folder, found)
 
 
 def write_rows(folder: Path, shown: Sequence[Batch], places: list[int], clips: Mapping[str, Tensor]) -> None:

@@ -41,6 +41,12 @@ SAME_NORM = 1e-3
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
+def let_one_tell() -> None:
+    """Join the processes of this run, of which the main one tells what all find; of the others warnings are shown."""
+    if not join_processes().is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
 def join_processes() -> Any:
     """Join the processes of this run; accelerate's state of them, the same at each call.
 

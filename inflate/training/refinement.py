@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.models.text_encoders import TextCondition
 from inflate.sampling.colours import check_levels
 from inflate.sampling.refinement import Refinement, fitted, refine
-from inflate.training.adapting import Adapting
 from inflate.training.captions import text_of, without_text
-from inflate.training.denoising import DenoisingTask
-from inflate.training.held_out import TOGETHER, same_size, size_of
+from inflate.training.denoising import DenoisingTask, Given
+from inflate.training.held_out import same_size, size_of
 from inflate.training.i2vgen_xl import I2VGenXLSettings, spatial_rates
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
-from inflate.training.previews import restored, write_rows, write_scores
+from inflate.training.previews import Drawn, restored, write_drawn
 
 
 @dataclass
@@ -60,24 +59,12 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
     settings: I2VGenXLSettings
 
     def __init__(
-        self,
-        family: Refiner,
-        settings: I2VGenXLSettings,
-        held_out: list[Batch],
-        sampling: RefinementPreview,
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-        gamma: float = 1.0,
+        self, family: Refiner, settings: I2VGenXLSettings, sampling: RefinementPreview, given: Given, gamma: float = 1.0
     ) -> None:
-        rates = spatial_rates(family.unet, gamma)
-        super().__init__(family, settings, held_out, lr, seed, training, cached, adapter, together, rates)
+        super().__init__(family, settings, given, spatial_rates(family.unet, gamma))
         self.sampling = sampling
         self.no_text = family.embed([family.clips.negative])
-        if adapter is None:
+        if given.adapter is None:
             family.unet.requires_grad_(True)
 
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> TextCondition:
@@ -118,13 +105,9 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
         of enlarged clips and of refined ones (`previews.restored`).
         """
         self._write_prompts(folder)
-        found = []
-        for places, clips, measured in self.drawn():
-            write_rows(folder, self.shown, places, clips)
-            found += [measured] * len(places)
-        write_scores(folder, found)
+        write_drawn(folder, self.shown, self.drawn())
 
-    def drawn(self) -> Iterator[tuple[list[int], dict[str, Tensor], dict[str, float]]]:
+    def drawn(self) -> Iterator[Drawn]:
         """What a preview shows, by size: places of clips, these, enlarged ones and samples by name, and scores."""
         for places in same_size(self.shown, len(self.shown)):
             truth = torch.cat([self.shown[place]["pixels"] for place in places])

@@ -24,12 +24,15 @@ from inflate.adapters.file import Adapter
 from inflate.data.clips import ClipDataset
 from inflate.data.settings import Data
 from inflate.errors import CheckpointError, ConfigError, DataError, TrainingError
-from inflate.families import svd, svd_model, video_ldm
+from inflate.families import i2vgen_xl, i2vgen_xl_model, i2vgen_xl_refiner, svd, svd_model, video_ldm
 from inflate.models.exchange import listing
 from inflate.training.record import device_name
 from inflate.training.settings import Training
 
-RECIPES = {svd.FAMILY: "svd_finetune.py", video_ldm.FAMILY: "video_ldm_finetune.py"}
+RECIPES = {
+    svd.FAMILY: "svd_finetune.py", video_ldm.FAMILY: "video_ldm_finetune.py",
+    i2vgen_xl.FAMILY: "i2vgen_xl_finetune.py", i2vgen_xl_refiner.FAMILY: "i2vgen_xl_finetune.py",
+}  # fmt: skip
 FINISHED = "finished"
 """How a run ends that came to its last step."""
 STDERR = 2
@@ -58,7 +61,17 @@ class TextToVideoSettings(Settings):
     model: video_ldm.Model = field(default_factory=video_ldm.Model)
 
 
-SETTINGS = {svd.FAMILY: ImageToVideoSettings, video_ldm.FAMILY: TextToVideoSettings}
+@dataclass
+class StagedSettings(Settings):
+    """Likewise, and the base, of either stage."""
+
+    model: i2vgen_xl_model.Model = field(default_factory=i2vgen_xl_model.Model)
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    svd.FAMILY: ImageToVideoSettings, video_ldm.FAMILY: TextToVideoSettings,
+    i2vgen_xl.FAMILY: StagedSettings, i2vgen_xl_refiner.FAMILY: StagedSettings,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Reproduction:
 
     def settings(self) -> Settings:
         """What the file tells of the run, with the changes; ConfigError."""
-        schema: type[Settings] = SETTINGS[self.adapter.about["family"]]
+        schema = SETTINGS[self.adapter.about["family"]]
         with tempfile.TemporaryDirectory() as folder:
             return configuration.load(schema, [self.write(Path(folder)), *self.changes], partial=True)
 

@@ -11,7 +11,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from inflate.data.buckets import Bucket
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families import dynamicrafter_outline, video_ldm_outline
+from inflate.families import video_ldm_outline
 from inflate.families.dynamicrafter import FAMILY, Clips, DynamiCrafter, Encoders
 from inflate.families.dynamicrafter_model import Model
 from inflate.families.video_ldm import Encoders as TextEncoders
@@ -84,9 +84,8 @@ def _from_text(stage: Stage, model: Model, queries: Queries, frames: int) -> Dyn
         context = new_context(queries, encoders.image_encoder)
     else:
         image_stream.load(text.unet, encoders.image_encoder, folders.resolve(str(model.image_stream)), frames)
-    statistics = {"image_mean": encoders.image_mean, "image_std": encoders.image_std}
     clips = Clips(frames, text.clips.fps, text.clips.height, text.clips.width)
-    return DynamiCrafter.from_text_to_video(text, encoders.image_encoder, clips, context, statistics)
+    return DynamiCrafter.from_text_to_video(text, encoders.image_encoder, clips, context, encoders.statistics)
 
 
 def refuse_image_model(path: str) -> None:
@@ -101,7 +100,7 @@ def refuse_image_model(path: str) -> None:
 def outline(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
     """The shape of that model, of which no weights are read; CheckpointError where a configuration is missing."""
     if stage not in FROM_TEXT:
-        family = dynamicrafter_outline.outline(model.path)
+        family = DynamiCrafter.outline(model.path)
         if stage == "joint":
             family.take_detail()
         return family

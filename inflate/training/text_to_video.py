@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,11 +17,10 @@ from inflate.families.video_ldm import Sampler, VideoLDM
 from inflate.models.text_encoders import TextCondition
 from inflate.models.unet import VideoUNet
 from inflate.sampling.text_to_video import Sampling, sample
-from inflate.training.adapting import Adapting
 from inflate.training.captions import text_of, without_text
-from inflate.training.denoising import Denoising, DenoisingTask
+from inflate.training.denoising import Denoising, DenoisingTask, Given
 from inflate.training.domain import Domain
-from inflate.training.held_out import TOGETHER, same_size, size_of
+from inflate.training.held_out import same_size, size_of
 from inflate.training.noise import Noise
 from inflate.training.player import Batch
 from inflate.training.previews import sheet_name
@@ -74,26 +73,13 @@ class TextToVideoTask(DenoisingTask[VideoLDM, TextCondition]):
 
     settings: TextToVideo
 
-    def __init__(
-        self,
-        family: VideoLDM,
-        stage: Stage,
-        settings: TextToVideo,
-        held_out: list[Batch],
-        sampling: Preview,
-        lr: float,
-        seed: int,
-        training: Sequence[Batch] = (),
-        cached: bool = False,
-        adapter: Adapting | None = None,
-        together: int = TOGETHER,
-    ) -> None:
-        super().__init__(family, settings, held_out, lr, seed, training, cached, adapter, together)
+    def __init__(self, family: VideoLDM, stage: Stage, settings: TextToVideo, sampling: Preview, given: Given) -> None:
+        super().__init__(family, settings, given)
         self.stage, self.sampling = stage, sampling
         self.nothing = family.embed([""])
         self.domain = Domain.below(family.unet, settings.domain_adapter)
         family.clips = replace(family.clips, domain_adapter=self.domain.name if self.domain else None)
-        if adapter is None:
+        if given.adapter is None:
             choose_trainable(family.unet, stage)
 
     def condition(self, batch: Batch, clean: Tensor, noise: Noise) -> TextCondition:

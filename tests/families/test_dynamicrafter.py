@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel
 
 from helpers import randomise, tiny_unet
 from inflate.errors import CheckpointError, ConfigError, InflateError
-from inflate.families.dynamicrafter import Clips, Condition, DynamiCrafter, Encoders, ends, read_clips, repeated
+from inflate.families.dynamicrafter import Clips, Condition, DynamiCrafter, Encoders, ends, repeated
 from inflate.families.video_ldm import VideoLDM
 from inflate.layers.image_context import ImageContext
 from inflate.models.text_encoders import TextCondition
@@ -253,7 +253,7 @@ def test_settings_that_are_not_whole_are_refused(export: Path, tmp_path: Path, c
     file = tmp_path / "inflate.json"
     file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
     with pytest.raises(CheckpointError, match=message):
-        read_clips(file)
+        Clips.read(file)
 
 
 def unet_of(context: ImageContext | None = CONTEXT, ids: int = 0, **settings: Any) -> VideoUNet:

@@ -17,7 +17,7 @@ from tiny_video_ldm import FRAMES, PROMPT, SIDE, write_text_model
 from torch import Tensor
 
 from inflate.errors import CheckpointError, ConfigError, InflateError
-from inflate.families import i2vgen_xl, i2vgen_xl_refiner
+from inflate.families import i2vgen_xl_refiner
 from inflate.families.i2vgen_xl import Clips, Condition, Encoders, I2VGenXL
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.video_ldm import VideoLDM
@@ -209,13 +209,13 @@ def test_what_does_not_fit_is_refused(model: I2VGenXL, tmp_path: Path) -> None:
 
 def test_another_familys_folder_is_refused(export: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is of family i2vgen_xl, not i2vgen_xl_refiner"):
-        i2vgen_xl_refiner.read_clips(export / "inflate.json")
+        i2vgen_xl_refiner.Clips.read(export / "inflate.json")
     settings = json.loads((export / "inflate.json").read_text())
     settings["clips"]["levels"] = 600
     file = tmp_path / "inflate.json"
     file.write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="is not whole: .*levels"):
-        i2vgen_xl.read_clips(file)
+        Clips.read(file)
 
 
 # --- the refiner ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from inflate.families.svd_model import Model
 from inflate.families.video_ldm import VideoLDM
 from inflate.training import adapting
 from inflate.training.adapting import Adapting
+from inflate.training.denoising import Given
 from inflate.training.economy import save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.loop import fit
@@ -184,7 +185,8 @@ def text_task(model: VideoLDM, stage: Stage, *layers: str) -> TextToVideoTask:
     small = TextToVideo(held_out_clips=1, bands=1, preview_clips=1, drop_caption=0.0)
     settings = replace(WANTED, targets=[*layers])
     adapter = Adapting.on(model.unet, settings, video_ldm.FAMILY, "tiny", 3, image_only=stage == "spatial")
-    return TextToVideoTask(model, stage, small, [clip], TextPreview(steps=1), lr=1e-2, seed=3, adapter=adapter)
+    given = Given([clip], lr=1e-2, seed=3, adapter=adapter)
+    return TextToVideoTask(model, stage, small, TextPreview(steps=1), given)
 
 
 def test_text_to_video_trains_what_the_adapter_names(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from inflate.adapters.settings import AdapterSettings
 from inflate.config import load
 from inflate.data.settings import Data
 from inflate.errors import CheckpointError, ConfigError
-from inflate.families.video_ldm import FAMILY, VideoLDM, read_clips
+from inflate.families.video_ldm import FAMILY, Clips, VideoLDM
 from inflate.files import sha256
+from inflate.training.denoising import Given
 from inflate.training.inputs import check_inputs
 from inflate.training.loop import Result, fit
 from inflate.training.settings import Training
@@ -58,10 +59,8 @@ def repainted(image_model: Path) -> Path:
 def task(image_model: Path, adapter: str | None) -> TextToVideoTask:
     torch.manual_seed(0)  # inflation draws the temporal layers
     settings = TextToVideo(held_out_clips=1, bands=1, preview_clips=1, domain_adapter=adapter)
-    held_out, training = [clip(100)], [clip(0)]
-    return TextToVideoTask(
-        VideoLDM.load(image_model), "temporal", settings, held_out, Preview(steps=1), 1e-2, 3, training, cached=True
-    )
+    given = Given([clip(100)], lr=1e-2, seed=3, training=[clip(0)], cached=True)
+    return TextToVideoTask(VideoLDM.load(image_model), "temporal", settings, Preview(steps=1), given)
 
 
 def run(output: Path, image_model: Path, adapter: str | None, steps: int = 3, resume: str | None = None) -> Result:
@@ -92,7 +91,7 @@ def test_temporal_layers_learn_on_top_of_it_and_are_exported_without_it(
     assert all(torch.equal(exported[name], born[name]) for name in born.keys() - temporal)
     assert all(torch.equal(exported[name], resumed[name]) for name in born)
     assert any(not torch.equal(exported[name], without[name]) for name in temporal)
-    said = read_clips(tmp_path / "whole" / "export" / "inflate.json").domain_adapter
+    said = Clips.read(tmp_path / "whole" / "export" / "inflate.json").domain_adapter
     assert said == f"{look}:0.5 (SHA-256 {sha256(look)})"
 
 

@@ -20,7 +20,7 @@ from inflate.layers import quantised
 from inflate.layers.quantised import Kind
 from inflate.models.unet import VideoUNet
 from inflate.models.vae import VideoVAE, decode_clips, streams
-from inflate.training.economy import save_decoding, save_memory
+from inflate.training.economy import save_coding, save_memory
 from inflate.training.image_to_video import ImageToVideo, ImageToVideoTask, Preview
 from inflate.training.memory import bytes_of
 from inflate.training.memory_settings import Memory
@@ -102,12 +102,12 @@ def test_clips_are_decoded_in_parts_where_that_is_asked_for() -> None:
     video = VideoVAE.from_2d(image)
     for rows in (0, 4):
         for vae in (image, video):
-            save_decoding(vae, Memory(decode_rows=rows))
+            save_coding(vae, Memory(decode_rows=rows))
         assert streams(video) is streams(image) is (rows > 0)
         latents = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
         for vae in (image, video):
             exact = decode_clips(vae, latents, temporal=vae is video)
-            save_decoding(vae, Memory(decode_rows=rows, decode_bf16=True))
+            save_coding(vae, Memory(decode_rows=rows, decode_bf16=True))
             rounded = decode_clips(vae, latents, temporal=vae is video)
             assert rounded.dtype == torch.float32
             assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()

@@ -167,7 +167,10 @@ def test_gamma_is_the_papers_from_an_image_model_alone(places: dict[str, Path]) 
         ("refine", {"fade_in": 5}, Parts(), r"i2vgen_xl\.fade_in is for stage=base"),
         ("refine", {}, Parts(clip_tokens=0), r"hierarchy\.clip_tokens is for stage=base"),
         ("base", {"text": False}, Parts(global_encoder=False, clip_tokens=0), "leaves attention no token"),
-        ("base", {"text": False, "fade_in": 5}, Parts(), r"text=false has none"),
+        ("base", {"text": False, "fade_in": 5}, Parts(), r"fade_in weighs .*there is no text \(i2vgen_xl\.text\)"),
+        ("base", {"fade_in": 5}, Parts(global_encoder=False, clip_tokens=0), r"the model has none \(hierarchy\)"),
+        ("base", {"drop_text": 0.8, "drop_image": 0.3}, Parts(), "drop_text, drop_image and drop_both are shares"),
+        ("refine", {"drop_text": 1.1}, Parts(), "drop_text, drop_image and drop_both are shares"),
         ("base", {"fade_in": 100}, Parts(), r"training\.steps=100 would end before"),
     ],
 )
@@ -176,6 +179,53 @@ def test_settings_of_the_other_stage_or_without_effect_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_stage(stage, Model(), I2VGenXLSettings(**changes), parts, 100)
+
+
+def test_a_refiner_loses_its_text_alone() -> None:
+    check_stage("refine", Model(), I2VGenXLSettings(drop_text=1.0), Parts(), 100)
+
+
+@pytest.mark.parametrize(
+    ("detail_alone", "prompts", "changes", "message"),
+    [
+        (True, True, {"text": False}, r"i2vgen_xl\.text=false leaves attention no token"),
+        (True, True, {"fade_in": 5}, r"i2vgen_xl\.fade_in weighs .*the model has none"),
+        (False, False, {"fade_in": 5}, r"i2vgen_xl\.fade_in weighs .*there is no text"),
+    ],
+)
+def test_settings_that_a_saved_base_leaves_without_effect_are_refused(
+    detail_alone: bool, prompts: bool, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    alone = {"global_encoder": False, "clip_tokens": 0} if detail_alone else {}
+    made = base(tmp_path / "parent", replace(HIERARCHY, **alone))
+    made.clips = replace(made.clips, prompts=prompts)
+    made.save_pretrained(tmp_path / "base")
+    start, settings = Model(str(tmp_path / "base")), I2VGenXLSettings(**changes)
+    check_stage("base", start, settings, Parts(), 100)
+    for weights in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            begin("base", start, Parts(), settings, weights)
+    told = begin("base", start, Parts(), replace(settings, text=prompts or None, fade_in=0))
+    assert told.clips == made.clips
+
+
+def test_a_base_keeps_how_its_parent_rescales_latents(
+    places: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = VideoLDM.load(places["text"])
+    parent.base_scale = 0.7
+    parent.save_pretrained(tmp_path / "text")
+    start = Model(str(tmp_path / "text"), image_encoder=str(places["vision"]))
+    made = begin("base", start, PARTS, OWN)
+    assert made.objective == parent.objective
+    assert made.objective.base_scale == 0.7
+    made.save_pretrained(tmp_path / "base")
+    assert I2VGenXL.load(tmp_path / "base").objective == parent.objective
+    moved = begin("base", start, PARTS, I2VGenXLSettings(schedule="cosine"))
+    assert moved.objective == DDPM("v_prediction", True, schedule="cosine")
+    assert caplog.messages == []
+    assert begin("refine", Model(str(tmp_path / "base")), Parts(), OWN).objective.base_scale == 1.0
+    assert "rescales clean latents at noisy timesteps (base_scale 0.7)" in caplog.text
 
 
 def test_a_refiner_sees_no_first_frame() -> None:

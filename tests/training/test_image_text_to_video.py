@@ -20,6 +20,7 @@ from inflate.families.video_ldm import VideoLDM
 from inflate.models import image_stream
 from inflate.models.unet import MODELSCOPE, VideoUNet
 from inflate.training.adapting import Adapting
+from inflate.training.denoising import Given
 from inflate.training.held_out import join
 from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
 from inflate.training.loop import fit
@@ -48,9 +49,8 @@ def make(
     kept = {f"drop_{part}": 0.0 for part in ("text", "image", "both")}
     small = ImageTextToVideo(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, **kept, **settings})
     held_out = [strided(number, 1 if stage == "context" else FRAMES) for number in (100, 101)]
-    return ImageTextToVideoTask(
-        family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached, adapter=adapter
-    )
+    given = Given(held_out, lr=1e-3, seed=3, cached=cached, adapter=adapter)
+    return ImageTextToVideoTask(family, stage, small, Preview(steps=1), given)
 
 
 def training(output: Path, steps: int = 2, **changes: Any) -> Training:
@@ -294,7 +294,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
 
 def test_a_run_needs_held_out_clips(family: DynamiCrafter) -> None:
     with pytest.raises(DataError, match="held-out"):
-        ImageTextToVideoTask(family, "joint", ImageTextToVideo(), [], Preview(), lr=1e-3, seed=3)
+        ImageTextToVideoTask(family, "joint", ImageTextToVideo(), Preview(), Given([], lr=1e-3, seed=3))
 
 
 CLIPS, IMAGES = Bucket(FRAMES, 16, 16), Bucket(1, 16, 16)

@@ -11,6 +11,7 @@ from inflate.errors import ConfigError
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.models.moments import LatentMoments
 from inflate.objectives import DDPM, EDM
+from inflate.training.denoising import Given
 from inflate.training.held_out import join
 from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVideoTask, Preview
 from inflate.training.leakage import ConditionNoise
@@ -91,7 +92,7 @@ def animating(model: DynamiCrafter, sampling: Preview | None = None, **settings:
         bands=1, preview_clips=1, condition_frame="first", drop_text=0.0, drop_both=0.0, drop_image=0.0, **settings
     )
     return ImageTextToVideoTask(
-        model, "joint", small, [clips_of(100), clips_of(101)], sampling or Preview(steps=1), lr=1e-3, seed=3
+        model, "joint", small, sampling or Preview(steps=1), Given([clips_of(100), clips_of(101)], lr=1e-3, seed=3)
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_cli import inflate, refused
+from tiny_i2vgen_xl import refiner
 
 from helpers import load_recipe, randomise, write_image_model
-from inflate.adapters import card, file
+from inflate.adapters import card, file, verify
 from inflate.config import load
 from inflate.data.demo_clips import build
 from inflate.errors import CheckpointError
@@ -76,6 +77,31 @@ def test_an_adapter_is_made_again_to_the_bit(trained: Trained, tmp_path: Path) -
     assert result.stdout == f"all {count} tensors of {made} equal those of {trained.file}, to the bit\n"
     assert file.read(made).about["data"] == file.read(trained.file).about["data"]
     assert any(bool(tensor.any()) for name, tensor in file.read(made).tensors.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # three new processes, one after the other, each with its imports
+@pytest.mark.usefixtures("on_cpu")
+def test_an_adapter_of_a_refiner_is_made_again_to_the_bit(tmp_path: Path) -> None:
+    refiner(tmp_path / "parent").save_pretrained(tmp_path / "base")
+    clips = build(tmp_path / "clips", clips=3, held_out=1, size=16, frames=3)
+    told = {
+        "data.path": clips, "data.height": 16, "data.width": 16, "data.frames": 2, "data.seconds_per_clip": "null",
+        "model.path": tmp_path / "base", "training.output": tmp_path / "run", "training.steps": 2,
+        "training.warmup": 0, "training.batch": 1, "training.precision": "no", "training.progress": "false",
+        "adapter.kind": "lora", "adapter.rank": 2, "adapter.targets": "[attn2.to_v]", "refining.steps": 1,
+        "i2vgen_xl.held_out_clips": 1, "i2vgen_xl.train_clips": 0, "i2vgen_xl.preview_clips": 1,
+        "training.tracker": "none",
+    }  # fmt: skip
+    module, card = load_recipe(ROOT / "recipes" / "i2vgen_xl_finetune.py"), "i2vgen_xl_pocket_refine.yaml"
+    sources = [str(ROOT / "recipes" / card), *(f"{name}={value}" for name, value in told.items())]
+    module.train(load(module.Config, sources))
+    made = file.read(tmp_path / "run" / "export" / file.NAME)
+    assert made.about["verified"]["max_abs_diff"] <= verify.TOLERANCE
+    assert made.about["verified"]["effect"] > 0
+    result = inflate("adapter", "repro", tmp_path / "run" / "export" / file.NAME, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"all {len(made.tensors)} tensors of {tmp_path / 'out'}")
 
 
 def test_the_card_tells_what_the_run_took_and_shows_samples(trained: Trained) -> None:

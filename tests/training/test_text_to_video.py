@@ -14,6 +14,7 @@ from inflate.errors import ConfigError, DataError
 from inflate.families.video_ldm import VideoLDM
 from inflate.models.text_encoders import TextCondition
 from inflate.training.captions import without_text
+from inflate.training.denoising import Given
 from inflate.training.encoding import TextClipEncoder
 from inflate.training.held_out import join
 from inflate.training.loop import fit
@@ -51,7 +52,8 @@ def sdxl(sdxl_folder: Path) -> VideoLDM:
 def make(family: VideoLDM, stage: Stage = "temporal", cached: bool = False, **settings: Any) -> TextToVideoTask:
     small = TextToVideo(**{"held_out_clips": 2, "bands": 2, "preview_clips": 2, "drop_caption": 0.0, **settings})
     held_out = [clip(100), clip(101)]
-    return TextToVideoTask(family, stage, small, held_out, Preview(steps=1), lr=1e-3, seed=3, cached=cached)
+    given = Given(held_out, lr=1e-3, seed=3, cached=cached)
+    return TextToVideoTask(family, stage, small, Preview(steps=1), given)
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
@@ -214,4 +216,4 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
 
 def test_a_run_needs_held_out_clips(family: VideoLDM) -> None:
     with pytest.raises(DataError, match="held-out"):
-        TextToVideoTask(family, "temporal", TextToVideo(), [], Preview(), lr=1e-3, seed=3)
+        TextToVideoTask(family, "temporal", TextToVideo(), Preview(), Given([], lr=1e-3, seed=3))
