@@ -8,12 +8,12 @@ What is on the meta device is away, as in the CPU's memory: a network that visit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.nn import functional
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from inflate.models.visits import waiting_on
 from inflate.objectives import Schedule, schedule_signal
@@ -37,7 +39,7 @@ PLAIN = {
     **dict.fromkeys((
         ATEN.detach.default, ATEN.expand.default, ATEN.permute.default, ATEN.select.int, ATEN.slice.Tensor,
         ATEN.split.Tensor, ATEN.squeeze.dim, ATEN.t.default, ATEN.transpose.int, ATEN.unbind.int,
-        ATEN.unsqueeze.default, ATEN.view.default,
+        ATEN.unsqueeze.default, ATEN.view.default, ATEN._unsafe_view.default,
     ), 1),
     ATEN.copy_.default: 2,
 }  # fmt: skip
@@ -120,6 +122,9 @@ def on_paper(tensor: Tensor) -> bool:
 class _Routes(TorchDispatchMode):
     """Sends to the paper what concerns it, and everything else to where values are known."""
 
+    known: ClassVar[dict[tuple[Any, ...], list[tuple[Any, ...]]]] = {}
+    """shape, strides and type of what operations make of arguments"""
+
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self.mode = mode
@@ -140,19 +145,76 @@ class _Routes(TorchDispatchMode):
             return 0
         if func in PLAIN and all(isinstance(args[place], FakeTensor) for place in range(PLAIN[func])):
             return self._plainly(func, args, given)
-        return func(*args, **given)
+        return self._anew(func, args, given) if _makes_anew(func) else func(*args, **given)
 
     def _plainly(self, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """What an operation makes of tensors on paper, by its own rule for shapes.
-
-        PyTorch's fake tensors would look it up among all that they have seen, which takes several times as long.
-        """
+        """What an operation makes of tensors on paper, by its own rule for shapes: in a quarter of the time."""
         with in_kernel_invocation_manager(self.mode):
             made = func(*args, **given)
         return [self._wrapped(one) for one in made] if isinstance(made, list | tuple) else self._wrapped(made)
 
+    def _anew(self, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """The same of an operation that makes new tensors: those that it made of others of these shapes before.
+
+        PyTorch's fake tensors keep such a table, too; but to look something up in theirs takes several times as long.
+        """
+        key: list[Any] = [func]
+        if not (_tell(args, key) and _tell(given.items(), key)):
+            return func(*args, **given)
+        asked = tuple(key)
+        if asked in self.known:
+            with no_dispatch():
+                made = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in self.known[asked]]
+            return self._wrapped(made[0]) if _is_single(func) else tuple(map(self._wrapped, made))
+        result = func(*args, **given)
+        made = [result] if _is_single(func) else list(result)
+        if all(_is_whole(one) for one in made) and not _storages(made) & _storages([*args, *given.values()]):
+            self.known[asked] = [(one.shape, one.stride(), one.dtype) for one in made]
+        return result
+
     def _wrapped(self, made: Tensor) -> Tensor:
         return made if on_paper(made) else FakeTensor(self.mode, made, DEVICE)
+
+
+@cache
+def _makes_anew(func: Any) -> bool:
+    """Whether all that an operation gives are tensors that are neither its arguments nor views of them."""
+    schema = func._schema
+    plain = all(str(one.type) == "Tensor" and one.alias_info is None for one in schema.returns)
+    return bool(schema.returns) and plain and not schema.is_mutable
+
+
+@cache
+def _is_single(func: Any) -> bool:
+    return len(func._schema.returns) == 1
+
+
+def _tell(values: Iterable[Any], into: list[Any]) -> bool:
+    """Put what the shape of a result depends on into a list; False where a tensor has values, which it may hang on."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            into += (value.shape, value.stride(), value.dtype)
+        elif isinstance(value, list | tuple):
+            into.append(len(value))
+            if not _tell(value, into):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        else:
+            into += (type(value), value)
+    return True
+
+
+def _is_whole(made: Any) -> bool:
+    """Whether a result is a tensor on paper with a storage of just its own size."""
+    if not isinstance(made, FakeTensor) or made.fake_device != DEVICE:
+        return False
+    reach = 1 + sum((size - 1) * step for size, step in zip(made.shape, made.stride(), strict=True))
+    return made.untyped_storage().nbytes() == (made.element_size() * reach if made.numel() else 0)
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {each.untyped_storage()._cdata for each in tree_leaves(list(values)) if isinstance(each, Tensor)}
 
 
 @contextmanager
