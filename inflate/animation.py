@@ -269,7 +269,7 @@ def kind_of(path: str, given: Iterable[str]) -> type[Animator]:
     """
     _refuse_unconverted(path)
     family = folders.family_of(path) or svd.FAMILY
-    if (Path(path).expanduser() / image_stream.FILE).is_file():
+    if image_stream.is_in(Path(path).expanduser()):
         raise CheckpointError(f"{path} is an image stream alone: stage=adapt of a run makes a model of it")
     if family == video_ldm.FAMILY:
         raise CheckpointError(

@@ -141,7 +141,7 @@ def _file_format(file: Path) -> str:
 def _folder_format(folder: Path) -> str:
     if temporal_layers.are_in(folder):
         return "temporal-layers"
-    if (folder / image_stream.FILE).is_file():
+    if image_stream.is_in(folder):
         return "image-stream"
     if (folder / "state.json").is_file():
         return "checkpoint"

@@ -43,7 +43,7 @@ Settings = Annotated[
 ]
 RunSettings = Annotated[
     list[str],
-    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: stage, data, model, image_to_video."),
+    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: stage, data, model, its task."),
 ]
 
 

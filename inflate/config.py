@@ -59,6 +59,8 @@ _WORDS: dict[Any, str] = {
     float: "a float",
 }
 _ARGUMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+_MISSPELT = 0.85
+"""Likeness of two words from which on one is taken for the other misspelt, and not for another group of settings."""
 _PAIR = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w")
 """A character that JSON writes as two."""
 
@@ -200,10 +202,16 @@ def _merge(schema: Schema, sources: Sequence[str], defaults: Path | None, partia
 
 
 def _own(schema: Schema, source: _Source) -> yaml.MappingNode:
-    """The entries of a file whose first word is a setting of the schema; all of an argument's."""
-    if source.argument is not None:
-        return source.entries
-    own = [(key, node) for key, node in source.entries.value if str(key.value).split(".")[0] in _hints(schema)]
+    """The entries of a file whose first word is a setting of the schema; all of an argument's, which must be one."""
+    words, own = list(_hints(schema)), []
+    for key, node in source.entries.value:
+        first, _, rest = str(key.value).partition(".")
+        if source.argument is None and first not in words:
+            continue
+        if rest and first not in words and not difflib.get_close_matches(first, words, 1, _MISSPELT):
+            told = f"{first} is not read here, where a run's other settings count for nothing: leave it out"
+            raise ConfigError(f"{source.at(key)}: {told}; what is read: {', '.join(words)}")
+        own.append((key, node))
     return yaml.MappingNode("", own)
 
 

@@ -84,8 +84,12 @@ def write(
     rows: Sequence[Pixels] | None = None,
     labels: Sequence[str] | None = None,
     page: str | None = None,
+    columns: int = 8,
 ) -> None:
-    """Write the video, a contact sheet of it or of the clips that it is made of, and a page: together or not at all."""
+    """Write the video, a contact sheet of it or of the clips that it is made of, and a page: together or not at all.
+
+    The sheet has so many columns at most.
+    """
     from inflate.data import video
     from inflate.files import new_files, write_text
 
@@ -93,7 +97,7 @@ def write(
     try:
         with new_files(output.parent, output.name) as aside:
             video.write(aside / output.name, frames, fps)
-            video.contact_sheet(aside / sheet.name, rows or [frames], labels)
+            video.contact_sheet(aside / sheet.name, rows or [frames], labels, columns)
             if page is not None:
                 write_text(aside / text.name, page)
     except OSError as error:

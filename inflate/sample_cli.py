@@ -280,7 +280,8 @@ def _write_shots(output: Path, shots: "Sequence[Shot]", clips: "Sequence[Pixels]
 
     parts = story.shown(shots, clips)
     labels = [f"{number}: {shot.label}" for number, shot in enumerate(shots[: len(parts)], 1)]
-    write(output, np.concatenate(parts), fps, parts, labels, story.page(output.name, shots, parts, fps))
+    page = story.page(output.name, shots, parts, fps)
+    write(output, np.concatenate(parts), fps, parts, labels, page, story.columns(parts))
 
 
 @sampling_app.command()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LABEL = 40
 """Characters of a prompt beside a contact sheet."""
+FEWEST, MOST = 8, 32
+"""Frames of a shot in a contact sheet: those of a single clip, and what a picture has room for."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def continues(shots: Sequence[Shot], number: int) -> bool:
 def shown(shots: Sequence[Shot], clips: Sequence[Pixels]) -> list[Pixels]:
     """What a video shows of each shot's clip (F, H, W, 3): all but a first frame that the shot before has ended on."""
     return [clip[1:] if continues(shots, number) else clip for number, clip in enumerate(clips)]
+
+
+def columns(parts: Sequence[Pixels]) -> int:
+    """How many frames of the longest shot a contact sheet shows: one of each few, as it would of a clip of 16."""
+    return min(max(FEWEST, max(map(len, parts)) // 2), MOST)
 
 
 def page(video: str, shots: Sequence[Shot], parts: Sequence[Pixels], fps: float) -> str:

@@ -354,6 +354,8 @@ def test_a_part_of_the_settings_is_read_from_whole_files(tmp_path: Path) -> None
         load(Base, [str(file)])
     with pytest.raises(ConfigError, match="argument sed=4: unknown setting sed; did you mean seed"):
         load(Base, ["sed=4"], partial=True)
+    with pytest.raises(ConfigError, match=r"argument training\.steps=4: training is not read here.*leave it out"):
+        load(Base, ["training.steps=4"], partial=True)
 
 
 def test_report_errors_lets_bugs_through() -> None:

@@ -89,6 +89,10 @@ def test_a_frame_that_two_shots_share_is_shown_once(tmp_path: Path) -> None:
     assert [len(part) for part in story.shown(shots, clips(5, 4, 5, 5))] == [5, 3, 5, 4]
 
 
+def test_a_sheet_shows_more_of_longer_shots() -> None:
+    assert [story.columns(clips(5, length)) for length in (4, 16, 24, 49, 200)] == [8, 8, 12, 24, 32]
+
+
 def test_the_page_lists_the_shots_that_there_are(tmp_path: Path) -> None:
     text = '- {image: "<a>.png", prompt: "1 < 2"}\n- {previous: true, end_image: b.png}\n- {image: c.png}'
     shots = story.read(written(tmp_path, text))

@@ -46,7 +46,7 @@ CAPTION = "caption"
 """Begins the names of tensors of the caption, of one row."""
 FRAME = "frame_"
 """Begins the names of tensors that, as `latents`, have a row for every frame."""
-FILL = "run `inflate data cache` with the same files, and the same settings of data, model and image_to_video"
+FILL = "run `inflate data cache` with the run's own files and settings: its stage, data, model and task"
 _SHOWN = 5
 
 Identity = Mapping[str, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inflate.families.dynamicrafter import DynamiCrafter, Encoders
+from inflate.models import image_stream
 from inflate.models.image_encoders import encoder_folder, image_statistics, load_image_encoder
 from inflate.models.single_file import Prediction
 from inflate.models.stable_diffusion import Encoding
@@ -31,8 +32,10 @@ class Model:
 
     @property
     def places(self) -> tuple[str | None, ...]:
-        """All that must be there."""
-        return self.path, self.image_stream, self.image_encoder, self.image_model, self.tokenizer
+        """All models that must be there; CheckpointError where the image stream, which is none, is not."""
+        if self.image_stream is not None:
+            image_stream.check_place(self.image_stream)
+        return self.path, self.image_encoder, self.image_model, self.tokenizer
 
     def load(self) -> DynamiCrafter:
         """The model, of a DynamiCrafter folder; CheckpointError."""

@@ -210,13 +210,20 @@ class Original:
         )  # fmt: skip
 
 
+ORIGINALS_LAYERS = (
+    "DynamiCrafter's single file is for models with VideoCrafter's layers, such as those that training began from its "
+    "converted checkpoint or DynamiCrafter's; keep the folder of this one, which sampling and training read. The file"
+)
+"""What is told of it to whoever wants to write another model."""
+
+
 def write(family: DynamiCrafter, file: Path) -> None:
     """Writes a .safetensors file that `Original.read` and the original's code read whole, atomic.
 
     What no tensor tells stands in its header. CheckpointError, with nothing written, where a reader would take it for
     another model, naming the settings.
     """
-    refuse_what_originals_lack(family.unet, LVDM.code)
+    refuse_what_originals_lack(family.unet, ORIGINALS_LAYERS)
     context = family.unet.image_context
     if context is not None and context.counted is not None:
         raise CheckpointError(

@@ -24,6 +24,19 @@ FILE = "image_stream.safetensors"
 KIND = "image_stream"
 
 
+def is_in(folder: Path) -> bool:
+    """Whether a folder holds an image stream."""
+    return (folder / FILE).is_file()
+
+
+def check_place(path: str) -> None:
+    """CheckpointError for a path that is no folder here: no stream is shipped or on the Hub."""
+    if not Path(path).expanduser().is_dir():
+        raise CheckpointError(
+            f"model.image_stream={path} does not exist; name the folder `export` of a run of stage=context"
+        )
+
+
 def save(unet: VideoUNet, encoder: nn.Module, folder: Path) -> None:
     """Writes the image stream of a UNet, and a hash of the image encoder whose features it has learned to read."""
     context = unet.image_context
@@ -62,7 +75,7 @@ def context_of(folder: Path) -> ImageContext:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    if not (folder / FILE).is_file():
+    if not is_in(folder):
         raise CheckpointError(f"{folder} holds no image stream ({FILE}): name the export of a run of stage=context")
     file = folder / folders.SETTINGS_FILE
     told = folders.read_json(file)

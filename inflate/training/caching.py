@@ -40,6 +40,7 @@ from inflate.training.processes import join_processes, together
 from inflate.training.text_to_video import Stage
 
 Say = Callable[[str], None]
+PRUNING = "--prune removes them all, also those that another run reads"
 
 
 @dataclass
@@ -151,7 +152,7 @@ def tell(cache: ClipCache, parts: Sequence[Filled], others: int, say: Say) -> No
     say(f"{made + found} clips: {made} encoded ({frames} frames), {found} were there")
     say(f"{cache.store.folder}: {size:.1f} MiB in {shards} shards")
     if others:
-        say(f"{others} entries are of other files or settings; --prune removes them")
+        say(f"{others} entries are of other files or settings, such as another stage's; {PRUNING}")
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ class DenoisingTask(ClipTask, ABC, Generic[Family, Condition]):
         `parts`: as much as it rises, the model has learned to make of each."""
         held_out, training = self.measured
         losses = self.fixed_losses(held_out)  # (N, levels)
-        bypassed = losses if self.frames_alone else self.fixed_losses(held_out, image_only=True)  # (N, levels)
+        bypassed = None if self.frames_alone else self.fixed_losses(held_out, image_only=True)  # (N, levels)
         named = [f"timestep {timestep}" for timestep in self.middles]
         sizes = [size_of(clip) for clip in self.held_out]
         told = named_losses(losses, bypassed, self.fixed_losses(training), named, sizes)

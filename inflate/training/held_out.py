@@ -87,11 +87,12 @@ def fixed_losses(
 
 
 def named_losses(
-    losses: Tensor, bypassed: Tensor, known: Tensor, levels: Sequence[str], sizes: Sequence[tuple[int, int, int]]
+    losses: Tensor, bypassed: Tensor | None, known: Tensor, levels: Sequence[str], sizes: Sequence[tuple[int, int, int]]
 ) -> dict[str, float]:
     """Means of held-out losses (N, levels): over all, at each level, in each size where there are several.
 
-    Those with the temporal layers bypassed, and those of clips that are trained on, if there are any, are told beside.
+    Those with the temporal layers bypassed, where any are passed, and those of clips that are trained on, if there are
+    any, are told beside.
     """
     named = {"held-out loss": float(losses.mean())}
     if len(known):
@@ -101,4 +102,6 @@ def named_losses(
     for size in dict.fromkeys(sizes) if len(set(sizes)) > 1 else ():
         chosen = torch.tensor([one == size for one in sizes])
         named[f"held-out loss in {'x'.join(map(str, size))}"] = float(losses[chosen].mean())
-    return {**named, "held-out loss, temporal layers bypassed": float(bypassed.mean())}
+    if bypassed is not None:
+        named["held-out loss, temporal layers bypassed"] = float(bypassed.mean())
+    return named

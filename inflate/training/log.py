@@ -87,6 +87,15 @@ class Report:
             self._show(entry)
             self._advise(entry)
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say before the progress bar what a run is busy with, which would else stand still without a word."""
+        self.bar.set_description(what)
+        try:
+            yield
+        finally:
+            self.bar.set_description()
+
     def _entry(self) -> dict[str, float]:
         """The means since the last entry, over all processes: of what was logged, and of the shares of time."""
         seconds = self.clock.read()

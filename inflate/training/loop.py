@@ -244,11 +244,12 @@ class Run:
         gauge = self.report.clock.gauge
         if evaluate:
             gauge.begin("evaluate")
-            self.report.held_out(self.state.step, self.task.evaluate())
+            with self.report.doing("measuring held-out clips"):
+                self.report.held_out(self.state.step, self.task.evaluate())
         if preview:
             gauge.begin("preview")
             folder = self.settings.output / "samples" / f"step-{self.state.step:06}"
-            with writing(folder, self.settings.output), new_folder(folder) as aside:
+            with self.report.doing("previews"), writing(folder, self.settings.output), new_folder(folder) as aside:
                 self.task.preview(aside)
         gauge.begin(None)
 
@@ -263,7 +264,7 @@ class Run:
         folder = self.settings.output / "export"
         with together(), at_rest(self.trainees, exact=True), in_full_precision(self.trainees):
             if self.accelerator.is_main_process:
-                with writing(folder, self.settings.output), new_folder(folder) as aside:
+                with self.report.doing("export"), writing(folder, self.settings.output), new_folder(folder) as aside:
                     self.task.export(aside)
         return folder
 

@@ -73,12 +73,19 @@ class Ledger(TorchDispatchMode):
         self.modules: list[str] = [""]
         self._live: dict[int, tuple[Holding, Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing that is counted is compiled, and to say so costs as much as the counting."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # asked of every tensor by autocast: half of all calls
+            return device_of(args[0])
         result = func(*args, **(kwargs or {}))
-        values = tree_leaves(result)
-        self.record(values, str(func))
+        values = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        self.record(values, func)
         if self.workspaces and func is torch.ops.aten.convolution.default:
             self._reach(self.current + workspace(args[0], args[1], result))
         formula = flop_registry.get(func._overloadpacket)
@@ -96,20 +103,20 @@ class Ledger(TorchDispatchMode):
         self.phase = phase
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.current)
 
-    def record(self, values: Iterable[Any], operation: str = "given") -> None:
+    def record(self, values: Iterable[Any], operation: object = "given") -> None:
         """Enter the storages of the tensors among `values` that are not entered yet."""
         for value in values:
             if isinstance(value, Tensor):
                 self._enter(value, operation)
 
-    def _enter(self, tensor: Tensor, operation: str) -> None:
-        if tensor.device.type != self.device or is_resting():
+    def _enter(self, tensor: Tensor, operation: object) -> None:
+        if device_of(tensor).type != self.device or is_resting():
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return
-        holding = Holding(storage.nbytes(), tuple(tensor.shape), tensor.dtype, operation, self.modules[-1])
+        holding = Holding(storage.nbytes(), tuple(tensor.shape), tensor.dtype, str(operation), self.modules[-1])
         self._live[key] = (holding, weakref.ref(storage, lambda _: self._leave(key)))
         self.current += holding.bytes
         self._reach(self.current)
@@ -147,6 +154,12 @@ class Ledger(TorchDispatchMode):
 
     def _pop(self, *_: Any) -> None:
         self.modules.pop()
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where a tensor is; one on paper tells it without a call of PyTorch's dispatcher."""
+    told: torch.device | None = getattr(tensor, "fake_device", None)
+    return tensor.device if told is None else told
 
 
 def workspace(given: Tensor, weight: Tensor, made: Tensor) -> int:

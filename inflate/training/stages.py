@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 from transformers import CLIPVisionModelWithProjection
@@ -51,6 +52,7 @@ class Queries:
 
 def begin(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
     """The model that a stage trains, for clips of so many frames; CheckpointError."""
+    refuse_stream(stage, model.path)
     family = _from_text(stage, model, queries, frames) if stage in FROM_TEXT else model.load()
     say_order(stage, family, model.path)
     if stage == "joint":
@@ -88,6 +90,16 @@ def _from_text(stage: Stage, model: Model, queries: Queries, frames: int) -> Dyn
     return DynamiCrafter.from_text_to_video(text, encoders.image_encoder, clips, context, encoders.statistics)
 
 
+def refuse_stream(stage: Stage, path: str) -> None:
+    """CheckpointError for an image stream alone in place of the model that a stage begins with."""
+    if image_stream.is_in(Path(path).expanduser()):
+        raise CheckpointError(
+            f"model.path={path} is an image stream alone, the export of stage=context, and no model that "
+            f"stage={stage} begins with: stage=adapt makes one of it and a text-to-video model, by "
+            f"model.image_stream={path}"
+        )
+
+
 def refuse_image_model(path: str) -> None:
     """CheckpointError for a model that draws images: its temporal layers would stay as they are, and do nothing."""
     if folders.is_image_model(path):
@@ -99,6 +111,7 @@ def refuse_image_model(path: str) -> None:
 
 def outline(stage: Stage, model: Model, queries: Queries, frames: int) -> DynamiCrafter:
     """The shape of that model, of which no weights are read; CheckpointError where a configuration is missing."""
+    refuse_stream(stage, model.path)
     if stage not in FROM_TEXT:
         family = DynamiCrafter.outline(model.path)
         if stage == "joint":
@@ -132,6 +145,7 @@ def named(stage: str, path: str) -> Stage | None:
 
 def encoders(stage: Stage, model: Model) -> Encoders:
     """The frozen networks of that model; CheckpointError."""
+    refuse_stream(stage, model.path)
     if stage not in FROM_TEXT:
         return Encoders.load(model.path)
     return model.encoders(TextEncoders.load(model.path, model.tokenizer, model.image_model))

@@ -97,7 +97,9 @@ def test_damage_is_found_and_mended_and_what_is_not_needed_goes(clips: Path, tmp
     ]  # fmt: skip
     said = cached(clips, tmp_path, window="head")
     assert said == [
-        "5 clips: 5 encoded (20 frames), 0 were there", "5 entries are of other files or settings; --prune removes them"
+        "5 clips: 5 encoded (20 frames), 0 were there",
+        "5 entries are of other files or settings, such as another stage's; "
+        "--prune removes them all, also those that another run reads",
     ]  # fmt: skip
     said = cached(clips, tmp_path, window="head", prune=True)
     assert said == ["removed 5 entries that these settings do not need", "5 clips: 0 encoded (0 frames), 5 were there"]

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from inflate.training.image_text_to_video import ImageTextToVideo, ImageTextToVi
 from inflate.training.loop import fit
 from inflate.training.noise import Noise
 from inflate.training.settings import Training
-from inflate.training.stages import Queries, Stage, begin, check_stage, named
+from inflate.training.stages import Queries, Stage, begin, check_stage, encoders, named
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,19 @@ def test_a_stage_left_out_or_done_again_is_told(folder: Path, tmp_path: Path, ca
     assert "joint has been through stage=joint" in caplog.text
 
 
+def test_a_stream_in_place_of_a_model_is_named_with_the_stage(folder: Path, tmp_path: Path) -> None:
+    make(made(folder, detail=False, context=replace(CONTEXT, frames=1)), "context").export(tmp_path)
+    start = Model(str(tmp_path))
+    for stage in get_args(Stage):
+        told = f"is an image stream alone, the export of stage=context, and no model that stage={stage} begins with"
+        with pytest.raises(CheckpointError, match=rf"{told}: .*model\.image_stream={tmp_path}"):
+            begin(stage, start, Queries(), 1)
+        with pytest.raises(CheckpointError, match=told):
+            encoders(stage, start)
+    with pytest.raises(CheckpointError, match=r"image_stream=run/export does not exist; .* of stage=context"):
+        _ = Model("pocket-t2v", image_stream="run/export").places
+
+
 def test_a_stream_that_does_not_belong_is_refused_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
     make(made(folder, detail=False, context=replace(CONTEXT, frames=1)), "context").export(tmp_path)
     text = VideoLDM.load(folder)
@@ -224,6 +237,10 @@ def test_what_each_part_of_the_model_is_worth_is_told(folder: Path) -> None:
     assert parts == ["temporal layers bypassed", "without text", "without image tokens", "without image latent"]
     assert len({told[f"held-out loss, {part}"] for part in parts} | {told["held-out loss"]}) == 5
     assert make(made(folder)).evaluate() == told
+    alone = make(made(folder, detail=False), "context").evaluate()
+    assert [name for name in alone if "," in name] == [
+        "held-out loss, without text", "held-out loss, without image tokens"
+    ]  # fmt: skip
     assert "held-out loss, without image latent" not in make(made(folder, detail=False), "adapt").evaluate()
 
 

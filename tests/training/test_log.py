@@ -77,6 +77,17 @@ def test_what_wastes_time_is_told_once_with_its_remedy(tmp_path: Path, caplog: p
     assert caplog.messages == []  # its first steps make ready
 
 
+def test_the_bar_says_what_a_run_is_busy_with_while_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(Regression(), Points(), settings(tmp_path / "run", steps=2, progress=True))
+    told = capsys.readouterr().err
+    at_the_start = told.index("measuring held-out clips:   0%"), told.index("previews:   0%")
+    at_the_end = told.index("measuring held-out clips: 100%"), told.index("previews: 100%"), told.index("export: 100%")
+    assert sorted([*at_the_start, *at_the_end]) == [*at_the_start, *at_the_end]
+    assert told[told.rindex("\r") :].startswith("\r100%"), "and nothing once it is done"
+
+
 def test_without_a_remedy_a_slow_loss_is_not_told_of() -> None:
     assert list(log.remedies(Regression().players)) == ["data_wait"]
 
