@@ -44,9 +44,9 @@ def curve(run: Path, target: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = json.loads((run / "metrics.json").read_text())["held_out"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in rows[0]:
-        if name.startswith("held-out loss"):
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", label=name)
+    for name in dict.fromkeys(name for row in rows for name in row if name.startswith("held-out loss")):
+        known = [row for row in rows if name in row]  # a run that went on with another version may measure others
+        axes.plot([row["step"] for row in known], [row[name] for row in known], marker=".", label=name)
     axes.set(xlabel="step", ylabel="squared error of v", yscale="log")
     axes.legend(fontsize=7)
     figure.savefig(target, dpi=90)

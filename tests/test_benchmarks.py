@@ -40,6 +40,13 @@ def test_equal_loss_counts_the_steps_that_each_run_took(tmp_path: Path) -> None:
     assert compare(tmp_path, [0], 3000)[1] == {}
 
 
+def test_a_curve_is_drawn_of_a_run_that_did_not_measure_the_same_throughout(tmp_path: Path) -> None:
+    rows = [{"step": 0, "held-out loss": 2.0, "held-out loss, bypassed": 2.5}, {"step": 9, "held-out loss": 1.0}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"held_out": rows}))
+    assert load_recipe(BENCHMARKS / "text_to_video.py").curve(tmp_path, tmp_path / "curve.png") == rows
+    assert (tmp_path / "curve.png").is_file()
+
+
 def test_a_loss_is_compared_with_that_over_the_base_as_loaded() -> None:
     script = load_recipe(BENCHMARKS / "quantised_base.py")
     losses = {

@@ -143,7 +143,7 @@ class _Routes(TorchDispatchMode):
                 return func(*args, **given)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
-        if func in PLAIN and all(isinstance(args[place], FakeTensor) for place in range(PLAIN[func])):
+        if func in PLAIN and all(_is_here(args[place]) for place in range(PLAIN[func])):
             return self._plainly(func, args, given)
         return self._anew(func, args, given) if _makes_anew(func) else func(*args, **given)
 
@@ -190,9 +190,12 @@ def _is_single(func: Any) -> bool:
 
 
 def _tell(values: Iterable[Any], into: list[Any]) -> bool:
-    """Put what the shape of a result depends on into a list; False where a tensor has values, which it may hang on."""
+    """Put what a result depends on, but for values, into a list.
+
+    False where a tensor has values, which its shape may hang on, or is away, where the result then is, too.
+    """
     for value in values:
-        if isinstance(value, FakeTensor):
+        if _is_here(value):
             into += (value.shape, value.stride(), value.dtype)
         elif isinstance(value, list | tuple):
             into.append(len(value))
@@ -205,9 +208,14 @@ def _tell(values: Iterable[Any], into: list[Any]) -> bool:
     return True
 
 
+def _is_here(value: Any) -> bool:
+    """Whether a value is a tensor on paper that is not away."""
+    return isinstance(value, FakeTensor) and value.fake_device == DEVICE
+
+
 def _is_whole(made: Any) -> bool:
     """Whether a result is a tensor on paper with a storage of just its own size."""
-    if not isinstance(made, FakeTensor) or made.fake_device != DEVICE:
+    if not _is_here(made):
         return False
     reach = 1 + sum((size - 1) * step for size, step in zip(made.shape, made.stride(), strict=True))
     return made.untyped_storage().nbytes() == (made.element_size() * reach if made.numel() else 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from inflate.training.memory import device_of
 from inflate.training.paper import Paper, on_paper
 
 IMAGES, WEIGHT, COUNTS = torch.rand(2, 8, 6, 4), torch.rand(5, 8, 3, 3), torch.arange(12).view(3, 4)
@@ -46,6 +47,16 @@ def test_what_is_made_again_is_what_is_made(operation: Callable[..., Any], given
                 other.shape, other.stride(), other.dtype, other.device,
             )  # fmt: skip
             assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("operation", [Tensor.clone, Tensor.t, lambda x: x.view(-1), lambda x: x.split(1)[0]])
+def test_what_is_made_of_what_is_away_is_away(operation: Callable[[Tensor], Tensor]) -> None:
+    paper = Paper()
+    with paper.active():
+        here = paper.empty(4, 6)
+        away = here.to("meta")
+        for _ in range(2):
+            assert [device_of(operation(tensor)).type for tensor in (here, away)] == ["cpu", "meta"]
 
 
 def test_views_share_what_they_are_views_of_and_results_do_not() -> None:
