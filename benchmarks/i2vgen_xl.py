@@ -248,7 +248,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="BASE")
     parser.add_argument("clips", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--only", choices=MEASURES, help="both by default, if there is a --refiner")
+    parser.add_argument(
+        "--only", choices=MEASURES, nargs="*", help="both by default, if there is a --refiner; without a name, neither"
+    )
     parser.add_argument("--refiner")
     parser.add_argument("--count", type=int, default=32, help="held-out clips")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
@@ -285,7 +287,7 @@ def begun(arguments: argparse.Namespace) -> Bench:
 
 def main(words: Sequence[str] | None = None) -> None:
     arguments = parsed(words)
-    names = [arguments.only] if arguments.only else list(MEASURES)[: 2 if arguments.refiner else 1]
+    names = list(MEASURES)[: 2 if arguments.refiner else 1] if arguments.only is None else arguments.only
     if "refinement" in names and not arguments.refiner:
         sys.exit("error: a refinement needs its model: --refiner REFINER")
     bench = begun(arguments)
