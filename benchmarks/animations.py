@@ -59,9 +59,15 @@ def keeping(embed: Embed, clips: Tensor, truth: Tensor, scenes: list[demo.Scene]
     }
 
 
-def tell(path: Path, result: dict[str, Any], runs: Sequence[str], *places: str) -> None:
-    """Write a result below the command that found it, in which the script's first arguments and runs stand by name."""
+def tell(
+    path: Path, result: dict[str, Any], places: Sequence[str], runs: Sequence[str], refiners: Sequence[str] = ()
+) -> None:
+    """Write a result below the command that found it.
+
+    In it the script's first arguments stand by the names of `places`, `refiners` as REFINER, runs by their stages.
+    """
+    names = {text: text.partition("=")[0] + "=RUN" for text in runs} | dict.fromkeys(refiners, "REFINER")
     told = command(*places)
-    for text in runs:
-        told = told.replace(text, text.partition("=")[0] + "=RUN")
+    for text, name in names.items():
+        told = told.replace(text, name)
     write(path, record(told, result))

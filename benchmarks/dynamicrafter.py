@@ -316,11 +316,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in names:
         found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
-        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found}, arguments.runs, *PLACES)
+        tell(arguments.output / f"{name}.json", {"sampling": asdict(settings), name: found}, PLACES, arguments.runs)
     if arguments.runs:
         runs = dict(text.split("=", 1) for text in arguments.runs)
         stages = {stage: curve(Path(run), arguments.output / f"{stage}.png") for stage, run in runs.items()}
-        tell(arguments.output / "stages.json", {"held-out losses": stages}, arguments.runs, *PLACES)
+        tell(arguments.output / "stages.json", {"held-out losses": stages}, PLACES, arguments.runs)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ the clip moves as its caption says, and how much. The same of real clips, of wha
 ceiling) and of other clips (the floor).
 
 `refinement`: clips of the refiner's size against their truth: PSNR, SSIM, sharpness (power in the upper half of
-frequencies over the true one, 1 is as sharp), the distance of both spectra there (decades), change from frame to
-frame that is not in the truth (flicker error), all change (flicker), and the perceptual distance. What is enlarged and
-refined is the true clip at BASE's size, what the autoencoder makes of it there (the best that BASE can draw), and what
-BASE draws of the first frame and the caption; each is enlarged bicubically and bilinearly, as before a refinement, and
-refined at every --strengths and --keep-colours. Beside them stand what BASE draws at the refiner's size at once, and
-the true clips through the refiner's autoencoder, the ceiling of what is not kept.
+frequencies over the true one, 1 is as sharp), the distance of both spectra there (decades), change from frame to frame
+that is not in the truth (flicker error), all change (flicker), change where the truth stands still (shimmer), and the
+perceptual distance. What is enlarged and refined is the true clip at BASE's size, what the autoencoder makes of it
+there (the best that BASE can draw), and what BASE draws of the first frame and the caption; each is enlarged
+bicubically and bilinearly, as before a refinement, and refined with every one of --starts, --strengths and
+--keep-colours. Beside them stand what BASE draws at the refiner's size at once, and the true clips through the
+refiner's autoencoder, the ceiling of what is not kept.
 
 Writes OUT/NAME.json and contact sheets OUT/NAME-*.png; with --runs, the held-out losses of each stage's run in
 OUT/stages.json and OUT/STAGE.png.
@@ -32,8 +33,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,7 @@ from inflate.metrics.video import (
 )
 from inflate.sampling.colours import recoloured
 from inflate.sampling.i2vgen_xl import Sampling, sample
-from inflate.sampling.refinement import Refinement, fitted, refine
+from inflate.sampling.refinement import Refinement, Start, fitted, refine
 from inflate.training.refinement import shrunk
 from scenes import read, sheets
 
@@ -68,6 +70,10 @@ Result = dict[str, Any]
 PLACES = "BASE", "CLIPS", "OUT"
 SHOWN = 6
 """Clips of which contact sheets show all samples."""
+EVERY = 4
+"""Frames of which one is compared by the perceptual distance, which is slow."""
+STILL = 2 / 255
+"""Change of any colour up to which a pixel of a real clip stands still."""
 ALL: tuple[Part, ...] = ("detail", "global", "clip")
 WITHOUT: dict[str, tuple[Part, ...]] = {
     "everything": (),
@@ -138,7 +144,7 @@ class Bench:
                 kept = f", colours kept {levels}" if levels else ""
                 parts = zip(drawn, before, strict=True)
                 refined = [next(recoloured([own], frames, levels)) for own, frames in parts]
-                yield f"strength {settings.strength:g}{kept}", torch.stack(refined).clamp(-1, 1)
+                yield f"{settings.start}, strength {settings.strength:g}{kept}", torch.stack(refined).clamp(-1, 1)
 
     def show(self, name: str, clips: dict[str, Tensor]) -> None:
         """Contact sheets of the first clips, those of each kind one under the other."""
@@ -176,10 +182,20 @@ def enlarged(clips: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return frames.unflatten(0, clips.shape[:2]).clamp(-1, 1)
 
 
+def shimmer(clips: Tensor, truth: Tensor) -> Tensor:
+    """The mean change from frame to frame of clips (N, F, 3, H, W) in [0, 1] where the real ones stand still.
+
+    Nothing moves there, so that sharper edges, which change more where they move, count for nothing.
+    """
+    still = truth.diff(dim=1).abs().amax(2, keepdim=True) < STILL  # (N, F - 1, 1, H, W)
+    change = clips.diff(dim=1).abs().mean(2, keepdim=True)  # (N, F - 1, 1, H, W)
+    return change[still].mean()
+
+
+@torch.no_grad()
 def close(clips: Tensor, truth: Tensor, distance: nn.Module) -> dict[str, float]:
     """How close clips (N, F, 3, H, W) in [-1, 1] come to the real ones, how sharp and how steady they are."""
-    with torch.no_grad():
-        far = distance(clips.flatten(0, 1), truth.flatten(0, 1)).mean()
+    far = distance(clips[:, ::EVERY].flatten(0, 1), truth[:, ::EVERY].flatten(0, 1)).mean()
     clips, truth = unit(clips), unit(truth)
     own, true = power_spectrum(clips).sum(0), power_spectrum(truth).sum(0)
     found = {
@@ -189,6 +205,7 @@ def close(clips: Tensor, truth: Tensor, distance: nn.Module) -> dict[str, float]
         "spectrum distance": spectrum_distance(own, true),
         "flicker error": flicker_error(clips, truth).mean(),
         "flicker": flicker(clips).mean(),
+        "shimmer": shimmer(clips, truth),
         "perceptual distance": far,
     }
     return {name: float(value) for name, value in found.items()}
@@ -231,12 +248,15 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="BASE")
     parser.add_argument("clips", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--only", choices=MEASURES, help="both by default, if there is a --refiner")
+    parser.add_argument(
+        "--only", choices=MEASURES, nargs="*", help="both by default, if there is a --refiner; without a name, neither"
+    )
     parser.add_argument("--refiner")
     parser.add_argument("--count", type=int, default=32, help="held-out clips")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--spacing", choices=("leading", "trailing"), default="trailing")
+    parser.add_argument("--starts", choices=get_args(Start), nargs="+", default=["noise"])
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="shares of the refiner's levels")
     parser.add_argument("--keep-colours", type=int, nargs="+", default=[0], help="wavelet levels; 0: as drawn")
     parser.add_argument("--refine-steps", type=int, default=Refinement.steps)
@@ -255,7 +275,8 @@ def begun(arguments: argparse.Namespace) -> Bench:
         each.to(device)
     settings = Sampling(steps=arguments.steps, guidance=arguments.guidance, spacing=arguments.spacing)
     refinements = [
-        Refinement(strength=strength, steps=arguments.refine_steps, guidance=arguments.refine_guidance)
+        Refinement(start, strength, steps=arguments.refine_steps, guidance=arguments.refine_guidance)
+        for start in arguments.starts
         for strength in arguments.strengths
     ]
     return Bench(
@@ -266,24 +287,21 @@ def begun(arguments: argparse.Namespace) -> Bench:
 
 def main(words: Sequence[str] | None = None) -> None:
     arguments = parsed(words)
-    names = [arguments.only] if arguments.only else list(MEASURES)[: 2 if arguments.refiner else 1]
+    names = list(MEASURES)[: 2 if arguments.refiner else 1] if arguments.only is None else arguments.only
     if "refinement" in names and not arguments.refiner:
         sys.exit("error: a refinement needs its model: --refiner REFINER")
     bench = begun(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    told = partial(tell, places=PLACES, runs=arguments.runs, refiners=[arguments.refiner] if arguments.refiner else [])
+    how = {"sampling": asdict(bench.settings), "refinements": [asdict(each) for each in bench.refinements]}
     for name in names:
         found = MEASURES[name](bench)
         print(name, json.dumps(found, indent=1))
-        result = {
-            "sampling": asdict(bench.settings),
-            "refinements": [asdict(each) for each in bench.refinements],
-            name: found,
-        }
-        tell(arguments.output / f"{name}.json", result, arguments.runs, *PLACES)
+        told(arguments.output / f"{name}.json", how | {name: found})
     if arguments.runs:
         runs = dict(text.split("=", 1) for text in arguments.runs)
         stages = {stage: curve(Path(run), arguments.output / f"{stage}.png") for stage, run in runs.items()}
-        tell(arguments.output / "stages.json", {"held-out losses": stages}, arguments.runs, *PLACES)
+        told(arguments.output / "stages.json", {"held-out losses": stages})
 
 
 if __name__ == "__main__":

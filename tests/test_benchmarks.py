@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import load_recipe
+from inflate import refining, shooting
 from inflate.data import demo, demo_clips
 from inflate.sampling.dynamicrafter import Sampling, sample
 
@@ -241,10 +242,27 @@ def test_both_stages_of_i2vgen_xl_are_measured(tmp_path: Path, monkeypatch: pyte
     refined = told["refinement"]
     assert len(refined) == 2 + 3 * (2 + 2)
     assert refined["true, bicubic"]["sharpness"] < 0.2
-    kept = refined["true, strength 0, colours kept 3"]
-    assert kept["psnr"] > refined["true, strength 0"]["psnr"]  # a tiny autoencoder knows no colours
+    kept = refined["true, noise, strength 0, colours kept 3"]
+    assert kept["psnr"] > refined["true, noise, strength 0"]["psnr"]  # a tiny autoencoder knows no colours
     sheets = sorted(file.stem for file in output.glob("*.png"))
     assert sheets == ["hierarchy-0", *(f"refinement-{kind}-0" for kind in ("autoencoder", "drawn", "true"))]
+
+
+def test_the_parts_of_a_refinement_are_noted_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_recipe(BENCHMARKS / "peaks.py")
+    for place, name in [(refining, each) for each in ("encoded", "refine_latents", "decoded")] + [
+        (shooting.Shooting, "together")
+    ]:
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
+    watching = script.watch()
+    tiny_i2vgen_xl.refiner(tmp_path / "parent").save_pretrained(tmp_path / "refiner")
+    model = refining.Refining.load(str(tmp_path / "refiner"), {"steps": 1})
+    (frames,) = model.draw([np.zeros((3, 16, 16, 3), np.uint8)], "", 0, (32, 32))
+    assert frames.shape == (3, 32, 32, 3)
+    noted = [part["part"] for part in watching.parts]
+    assert noted == [f"{when}{name}" for name in ("encoding", "refining", "decoding") for when in ("before ", "")]
+    assert all(part["seconds"] >= 0 for part in watching.parts)
+    assert sum(part["seconds"] for part in watching.parts if part["part"] == "refining") > 0
 
 
 def test_every_arm_computes_the_baselines_losses(tmp_path: Path) -> None:

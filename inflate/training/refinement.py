@@ -14,7 +14,7 @@ from inflate.errors import ConfigError
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.models.text_encoders import TextCondition
 from inflate.sampling.colours import check_levels
-from inflate.sampling.refinement import Refinement, fitted, refine
+from inflate.sampling.refinement import Refinement, Start, fitted, refine
 from inflate.training.captions import text_of, without_text
 from inflate.training.denoising import DenoisingTask, Given
 from inflate.training.held_out import same_size, size_of
@@ -30,6 +30,9 @@ class RefinementPreview:
 
     shrink: int = 2
     """how many times smaller the sides are that clips are shrunk to"""
+    start: Start = "noise"
+    """what an enlarged clip becomes before it is drawn again: noise = itself with fresh noise, inversion = what DDIM
+    would have drawn it from, which keeps more of it"""
     strength: float = 1.0
     """how much is drawn anew: the share of the trained timesteps that an enlarged clip is noised over, 0 to 1"""
     steps: int = 30
