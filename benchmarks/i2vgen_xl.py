@@ -211,10 +211,17 @@ def close(clips: Tensor, truth: Tensor, distance: nn.Module) -> dict[str, float]
     return {name: float(value) for name, value in found.items()}
 
 
+def check_sizes(base: tuple[int, int], refined: tuple[int, int]) -> None:
+    """End the script where clips of the refiner's size (height, width) do not shrink to the base's evenly."""
+    factor = refined[1] // base[1]
+    if factor < 2 or refined != (base[0] * factor, base[1] * factor):
+        sizes = " and ".join(f"{height}x{width}" for height, width in (base, refined))
+        sys.exit(f"error: BASE and REFINER draw {sizes}: the second must be 2, 3, ... times the first")
+
+
 def smaller(bench: Bench, truth: Tensor, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Clips of the base's size, by what they are."""
-    factor = truth.shape[-1] // bench.family.size[1]
-    true = shrunk(truth, factor)
+    true = shrunk(truth, truth.shape[-1] // bench.family.size[1])
     yield "true", true
     yield "autoencoder", reconstructed(bench.family, true.to(bench.device)).cpu()
     yield "drawn", bench.draw(true[:, 0], captions)
@@ -223,6 +230,7 @@ def smaller(bench: Bench, truth: Tensor, captions: Sequence[str]) -> Iterator[tu
 def refinement(bench: Bench) -> Result:
     """Refined clips beside enlarged ones."""
     assert bench.refiner is not None
+    check_sizes(bench.family.size, bench.refiner.size)
     truth, scenes = bench.read(bench.refiner.size)
     captions, size = [scene.caption for scene in scenes], bench.refiner.size
     ceiling = reconstructed(bench.refiner, truth.to(bench.device)).cpu()

@@ -248,6 +248,26 @@ def test_both_stages_of_i2vgen_xl_are_measured(tmp_path: Path, monkeypatch: pyte
     assert sheets == ["hierarchy-0", *(f"refinement-{kind}-0" for kind in ("autoencoder", "drawn", "true"))]
 
 
+def test_shimmer_is_change_where_the_real_clip_stands_still() -> None:
+    shimmer, truth = load_recipe(BENCHMARKS / "i2vgen_xl.py").shimmer, torch.full((1, 4, 3, 8, 8), 0.5)
+    for place in range(4):
+        truth[:, place, :, 2:4, place : place + 2] = 0.8  # a box goes right
+    assert float(shimmer(truth, truth)) == 0
+    assert float(shimmer(1 - truth, truth)) == 0
+    unsteady = truth + 0.1 * (torch.arange(4) % 2)[:, None, None, None]
+    assert float(shimmer(unsteady, truth)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("base", "refined"), [((64, 64), (64, 64)), ((64, 64), (96, 96)), ((32, 64), (128, 128))])
+def test_a_refiner_of_a_size_that_does_not_shrink_to_the_bases_is_refused(
+    base: tuple[int, int], refined: tuple[int, int]
+) -> None:
+    check = load_recipe(BENCHMARKS / "i2vgen_xl.py").check_sizes
+    check((32, 64), (96, 192))
+    with pytest.raises(SystemExit, match=f"{base[0]}x{base[1]} and {refined[0]}x{refined[1]}"):
+        check(base, refined)
+
+
 def test_the_parts_of_a_refinement_are_noted_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = load_recipe(BENCHMARKS / "peaks.py")
     for place, name in [(refining, each) for each in ("encoded", "refine_latents", "decoded")] + [
