@@ -59,8 +59,8 @@ _WORDS: dict[Any, str] = {
     float: "a float",
 }
 _ARGUMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
-_MISSPELT = 0.85
-"""Likeness of two words from which on one is taken for the other misspelt, and not for another group of settings."""
+_MISSPELT = 0.75
+"""Likeness of two words from which on one is taken for the other misspelt: modle for model, daat for data."""
 _PAIR = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w")
 """A character that JSON writes as two."""
 
@@ -208,11 +208,16 @@ def _own(schema: Schema, source: _Source) -> yaml.MappingNode:
         first, _, rest = str(key.value).partition(".")
         if source.argument is None and first not in words:
             continue
-        if rest and first not in words and not difflib.get_close_matches(first, words, 1, _MISSPELT):
+        if rest and first not in words and not _is_misspelt(first, words):
             told = f"{first} is not read here, where a run's other settings count for nothing: leave it out"
             raise ConfigError(f"{source.at(key)}: {told}; what is read: {', '.join(words)}")
         own.append((key, node))
     return yaml.MappingNode("", own)
+
+
+def _is_misspelt(word: str, words: Sequence[str]) -> bool:
+    """Whether a word is one of others misspelt; of another group (text_to_video of image_text_to_video) it is not."""
+    return any(not near.endswith(word) for near in difflib.get_close_matches(word, words, 1, _MISSPELT))
 
 
 def _argument(text: str) -> _Source:

@@ -358,6 +358,26 @@ def test_a_part_of_the_settings_is_read_from_whole_files(tmp_path: Path) -> None
         load(Base, ["training.steps=4"], partial=True)
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("daat.frames=4", r"unknown setting daat\.frames; did you mean data\.frames"),
+        ("modle.frames=4", r"unknown setting modle\.frames; did you mean model\.frames"),
+        ("text_model.frames=4", "text_model is not read here"),
+        ("el.frames=4", "el is not read here"),
+    ],
+)
+def test_a_misspelt_group_is_told_from_another_that_is_not_read(argument: str, told: str) -> None:
+    @dataclass
+    class Part:
+        data: Data
+        model: Data
+        image_text_model: Data
+
+    with pytest.raises(ConfigError, match=told):
+        load(Part, [argument], partial=True)
+
+
 def test_report_errors_lets_bugs_through() -> None:
     with pytest.raises(ZeroDivisionError), report_errors():
         raise ZeroDivisionError

@@ -8,7 +8,6 @@ again, and only what is finer is the refined one's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -37,12 +36,12 @@ def coarse(frames: Tensor, levels: int) -> Tensor:
 def recoloured(parts: Iterable[Tensor], enlarged: Iterable[Tensor], levels: int) -> Iterator[Tensor]:
     """Frames that come in parts (f, 3, H, W), with the coarse part of as many enlarged ones, each (3, H, W).
 
-    Of no levels they are left as they are.
+    Of no levels they are left as they are. RuntimeError where there are fewer enlarged ones.
     """
     frames = iter(enlarged)
     for part in parts:
         if levels:
-            before = torch.stack(list(islice(frames, len(part)))).to(part)  # (f, 3, H, W)
+            before = torch.stack([next(frames) for _ in part]).to(part)  # (f, 3, H, W)
             part = part + coarse(before - part, levels)
         yield part
 

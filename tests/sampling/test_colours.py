@@ -64,6 +64,11 @@ def test_no_levels_leave_frames_alone_and_ask_for_none() -> None:
     assert torch.equal(found, frames(1))
 
 
+def test_no_frame_is_given_the_colours_of_another() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(recoloured([frames(1)], frames(0)[:1], 2))
+
+
 @pytest.mark.parametrize("levels", [-1, 11])
 def test_levels_that_cannot_be_are_refused(levels: int) -> None:
     with pytest.raises(ConfigError, match=f"keep_colours is {levels}: it must be 0"):
