@@ -74,6 +74,8 @@ EVERY = 4
 """Frames of which one is compared by the perceptual distance, which is slow."""
 STILL = 2 / 255
 """Change of any colour up to which a pixel of a real clip stands still."""
+INPUTS = "true", "autoencoder", "drawn"
+"""What may be enlarged and refined."""
 ALL: tuple[Part, ...] = ("detail", "global", "clip")
 WITHOUT: dict[str, tuple[Part, ...]] = {
     "everything": (),
@@ -117,6 +119,8 @@ class Bench:
     refinements: Sequence[Refinement]
     keep_colours: Sequence[int]
     """wavelet levels that each of them is corrected at"""
+    inputs: Sequence[str]
+    """what is refined, of `INPUTS`"""
     output: Path
     count: int
     """clips that are drawn of"""
@@ -222,9 +226,12 @@ def check_sizes(base: tuple[int, int], refined: tuple[int, int]) -> None:
 def smaller(bench: Bench, truth: Tensor, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Clips of the base's size, by what they are."""
     true = shrunk(truth, truth.shape[-1] // bench.family.size[1])
-    yield "true", true
-    yield "autoencoder", reconstructed(bench.family, true.to(bench.device)).cpu()
-    yield "drawn", bench.draw(true[:, 0], captions)
+    if "true" in bench.inputs:
+        yield "true", true
+    if "autoencoder" in bench.inputs:
+        yield "autoencoder", reconstructed(bench.family, true.to(bench.device)).cpu()
+    if "drawn" in bench.inputs:
+        yield "drawn", bench.draw(true[:, 0], captions)
 
 
 def refinement(bench: Bench) -> Result:
@@ -235,7 +242,8 @@ def refinement(bench: Bench) -> Result:
     captions, size = [scene.caption for scene in scenes], bench.refiner.size
     ceiling = reconstructed(bench.refiner, truth.to(bench.device)).cpu()
     found = {"truth": truth, "truth, refiner's autoencoder": ceiling}
-    found["drawn at this size"] = bench.draw(truth[:, 0], captions)
+    if "drawn" in bench.inputs:
+        found["drawn at this size"] = bench.draw(truth[:, 0], captions)
     for kind, small in smaller(bench, truth, captions):
         own = {f"{kind}, {mode}": enlarged(small, size, mode) for mode in ("bicubic", "bilinear")}
         for name, clips in bench.refine(small, captions):
@@ -264,6 +272,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--spacing", choices=("leading", "trailing"), default="trailing")
+    parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=INPUTS, help="what is refined")
     parser.add_argument("--starts", choices=get_args(Start), nargs="+", default=["noise"])
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="shares of the refiner's levels")
     parser.add_argument("--keep-colours", type=int, nargs="+", default=[0], help="wavelet levels; 0: as drawn")
@@ -288,8 +297,8 @@ def begun(arguments: argparse.Namespace) -> Bench:
         for strength in arguments.strengths
     ]
     return Bench(
-        family, refiner, arguments.clips, settings, refinements, arguments.keep_colours, arguments.output,
-        arguments.count, device,
+        family, refiner, arguments.clips, settings, refinements, arguments.keep_colours, arguments.inputs,
+        arguments.output, arguments.count, device,
     )  # fmt: skip
 
 
