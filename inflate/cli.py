@@ -43,7 +43,10 @@ Settings = Annotated[
 ]
 RunSettings = Annotated[
     list[str],
-    typer.Argument(metavar="FILE.yaml|KEY=VALUE ...", help="What a run is given: stage, data, model, its task."),
+    typer.Argument(
+        metavar="FILE.yaml|KEY=VALUE ...",
+        help="What a run is given: stage, data, model; of tasks image_to_video, image_text_to_video.",
+    ),
 ]
 
 
