@@ -4,8 +4,8 @@
     python benchmarks/peaks.py OUT.json sample BASE photo.png --prompt "a boat leaves" --refine REFINER -o out.mp4
 
 The command runs as ever. Of animating, encoding, refining and decoding, and of what comes before each, the peak of
-PyTorch's allocator in GB and the seconds are printed and written to OUT.json; on a CPU there are seconds alone. Decoding
-takes in what is done with its frames meanwhile: colours, and the video's encoding.
+PyTorch's allocator in GB and the seconds are printed and written to OUT.json; on a CPU there are seconds alone. What is
+done with frames between their decoding, such as writing the video, counts as decoding.
 """
 
 from __future__ import annotations

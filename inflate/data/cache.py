@@ -46,7 +46,10 @@ CAPTION = "caption"
 """Begins the names of tensors of the caption, of one row."""
 FRAME = "frame_"
 """Begins the names of tensors that, as `latents`, have a row for every frame."""
-FILL = "run `inflate data cache` with the run's own files and settings: its stage, data and model, and what it sets of image_to_video or image_text_to_video"
+FILL = (
+    "run `inflate data cache` with the run's own files and settings: its stage, data and model, and what it sets of "
+    "image_to_video or image_text_to_video"
+)
 _SHOWN = 5
 
 Identity = Mapping[str, str]

@@ -49,7 +49,10 @@ def entry(file: Path, family: str, name: str) -> Any:
     """An entry of an export's settings file; CheckpointError where it is missing, or the file is another family's."""
     settings = folders.read_json(file)
     if settings.get("family") != family:
-        drawing = "`inflate generate` draws with video_ldm, `inflate refine` with i2vgen_xl_refiner, `inflate sample` with the others"
+        drawing = (
+            "`inflate generate` draws with video_ldm, `inflate refine` with i2vgen_xl_refiner, "
+            "`inflate sample` with the others"
+        )
         remedy = f"give an export of {family} ({drawing})"
         raise CheckpointError(f"{file} is of family {settings.get('family')}, not {family}; {remedy}")
     if name not in settings:
