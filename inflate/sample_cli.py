@@ -194,8 +194,8 @@ def _animator(
     animator = kind.load(path, given)
     _check_length(animator.frames, **long)
     prompts, negative = [shot.prompt for shot in shots], given.get("negative", "")
-    note(*animation.unprompted(path, prompts))
-    note(*animator.notes([*prompts, negative], any(shot.end_image for shot in shots)))
+    found = animator.notes([*prompts, negative], any(shot.end_image for shot in shots))
+    note(*found, *animation.unprompted(path, prompts))
     return animator
 
 
@@ -405,7 +405,7 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
     sizes = shooting.sizes_of(shots)
     note_image_model(path)
     animator = animation.kind_of(path, given).load(path, given)
-    note(*animation.unprompted(path, prompts), *animator.notes(prompts, ends=False))
+    note(*animator.notes(prompts, ends=False), *animation.unprompted(path, prompts))
     taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, note)
     rows = [
         ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image
