@@ -295,6 +295,12 @@ def takes_prompts(path: str) -> bool:
     return kind is None or "prompt" in kind.OPTIONS
 
 
+def unprompted(path: str, prompts: Sequence[str]) -> list[str]:
+    """A note where a model that is told prompts is given none."""
+    silent = not any(prompts) and takes_prompts(path)
+    return ["no prompt: the model is told the empty one"] if silent else []
+
+
 def refuse_refiner(path: str, family: str | None) -> None:
     """Raise CheckpointError for a model that refines clips and draws none by itself."""
     if family == i2vgen_xl_refiner.FAMILY:
@@ -364,6 +370,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def progress(steps: Sequence[Any]) -> Any:
+def progress(steps: Sequence[Any], doing: str = "sampling") -> Any:
     """Show the steps of a sampler as they are taken."""
-    return tqdm(steps, desc="sampling", unit="step")
+    return tqdm(steps, desc=doing, unit="step")

@@ -31,6 +31,24 @@ Prediction = Annotated[
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Take adapters that were made on another model, too.")]
 
 
+REFINEMENT = {
+    "start": (
+        "What is drawn anew: a clip with fresh noise of the levels of training, or its inversion over 700 of them, "
+        "which keeps more of it."
+    ),
+    "strength": (
+        "Share of the noise levels that is drawn anew, 0 (nothing) to 1: of 700 for an inversion, as in VGen, "
+        "otherwise of those of training [default: 1]"
+    ),
+    "steps": "Denoising steps [default: 30]",
+    "guidance": "Guidance scale; up to 1 there is none [default: 7.5, of an inversion 9]",
+    "keep_colours": (
+        "What is larger than 2 to this power pixels stays as it was [default: 0, off; 2 keeps most, 5 the colours "
+        "alone]"
+    ),
+}
+"""What --help says of refining a video, and of refining what is drawn."""
+
 MOST_SEED = 2**63 - 1
 """Above it there is room for the seeds of a grid and of a story's shots: generators take less than 2**64."""
 
@@ -49,10 +67,13 @@ def chosen(**options: Any) -> dict[str, Any]:
 
 
 def both(**sides: int | None) -> tuple[int, int] | None:
-    """Two options that are given together, or none of them; ConfigError for one alone."""
+    """A video's sides in pixels, given together, or none of them; ConfigError for one alone, and for odd ones."""
     first, second = sides.values()
     if (first is None) != (second is None):
         raise ConfigError(f"{' and '.join(option(name) for name in sides)}: give both or neither")
+    for name, side in sides.items():
+        if side is not None and side % 2:
+            raise ConfigError(f"{option(name)} is {side}: the sides of a video are even; give {side + 1}")
     return None if first is None or second is None else (first, second)
 
 

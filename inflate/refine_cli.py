@@ -8,7 +8,7 @@ import typer
 from inflate.adapters.settings import Weighted
 from inflate.drawing import Adapters, Dtype, LittleMemory, adapt, note, refuse_unguided
 from inflate.errors import ConfigError, report_errors
-from inflate.options import MOST_SEED, AnyBase, both, check_output, chosen
+from inflate.options import MOST_SEED, REFINEMENT, AnyBase, both, check_output, chosen
 
 if TYPE_CHECKING:
     from inflate.animation import Size
@@ -31,9 +31,7 @@ def refine(
             "--negative", "--negative-prompt", help="A prompt that guidance leads away from [default: the model's]"
         ),
     ] = None,
-    strength: Annotated[
-        float | None, typer.Option(min=0, max=1, help="How much is drawn anew: 0 for nothing, up to 1 [default: 1]")
-    ] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help=REFINEMENT["strength"])] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels [default: the model's area in its shape]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; give both or neither.")] = None,
     frames_at_once: Annotated[
@@ -42,14 +40,9 @@ def refine(
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Frames that those share with the next, at least [default: a quarter]")
     ] = None,
-    start: Annotated[
-        Literal["noise", "inversion"],
-        typer.Option(help="What is drawn anew: the video with fresh noise, or its inversion, which keeps more of it."),
-    ] = "noise",
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: 30]")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; up to 1 there is none [default: 7.5, of an inversion 9]")
-    ] = None,
+    start: Annotated[Literal["noise", "inversion"], typer.Option(help=REFINEMENT["start"])] = "noise",
+    steps: Annotated[int | None, typer.Option(min=1, help=REFINEMENT["steps"])] = None,
+    guidance: Annotated[float | None, typer.Option(help=REFINEMENT["guidance"])] = None,
     rescale: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of its overexposure undone [default: 0.2, of an inversion 0.3]"),
@@ -66,10 +59,7 @@ def refine(
     double_frames: Annotated[
         bool, typer.Option("--double-frames", help="Every frame twice, for clips shorter than the model's.")
     ] = False,
-    keep_colours: Annotated[
-        int | None,
-        typer.Option(min=0, max=10, help="What is larger than 2 to this power pixels stays [default: 0, nothing]"),
-    ] = None,
+    keep_colours: Annotated[int | None, typer.Option(min=0, max=10, help=REFINEMENT["keep_colours"])] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all noise.")] = 0,
     adapter: Adapters = None,
     any_base: AnyBase = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -95,7 +96,9 @@ class Refining:
             for part in parts:
                 latents.append(encoded(family, torch.from_numpy(to_float(part)), size, place))
                 kept += list(part) if levels else []
-        refined = refine_latents(family, torch.cat(latents), prompt, seed, self.settings, progress)
+        refined = refine_latents(
+            family, torch.cat(latents), prompt, seed, self.settings, partial(progress, doing="refining")
+        )
         before = (torch.from_numpy(to_float(frame[None]))[0] for frame in kept)
         for frames in recoloured(decoded(family, refined, size), enlarged(before, size), levels):
             yield in_pixels(frames)

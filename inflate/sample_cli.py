@@ -87,6 +87,9 @@ def sample(
     refine: of.Refine = None,
     strength: of.Strength = None,
     keep_colours: of.KeepColours = None,
+    refine_start: of.RefineStart = None,
+    refine_steps: of.RefineSteps = None,
+    refine_guidance: of.RefineGuidance = None,
     refine_height: of.RefineHeight = None,
     refine_width: of.RefineWidth = None,
     image_model: OtherImageModel = None,
@@ -106,7 +109,11 @@ def sample(
     files = output, *_beside(output, story, refine)
     check_output(overwrite, (".mp4",), *files)
     size, refined = both(height=height, width=width), both(refine_height=refine_height, refine_width=refine_width)
-    _check_refined(refine, story=story, strength=strength, keep_colours=keep_colours, refine_height=refine_height)
+    wished = chosen(
+        strength=strength, keep_colours=keep_colours, refine_start=refine_start, refine_steps=refine_steps,
+        refine_guidance=refine_guidance,
+    )  # fmt: skip
+    _check_refined(refine, story, [*wished, *chosen(refine_height=refine_height)])
     long = {"story": story, "end_image": end_image, "loop": loop}
     shot = chosen(prompt=prompt or None, end_image=end_image, loop=loop or None)
     given = shot | chosen(
@@ -139,7 +146,7 @@ def sample(
     if refine:
         _write_grid(_base_of(output), shots, clips, grid, rate)
         del animator, taken  # the refinement model takes their place
-        wished = chosen(strength=strength, keep_colours=keep_colours, negative=negative, little_memory=little_memory)
+        wished |= chosen(negative=negative, little_memory=little_memory)
         clips = _refined(refine, wished, refined, shots, clips, dtype)
     _write_grid(output, shots, clips, grid, rate)
 
@@ -166,11 +173,10 @@ def _beside(output: Path, story: Path | None, refine: str | None) -> list[Path]:
     return [*base, *(file.with_suffix(".png") for file in (output, *base)), *pages]
 
 
-def _check_refined(refine: str | None, story: Path | None, **options: Any) -> None:
+def _check_refined(refine: str | None, story: Path | None, names: "Sequence[str]") -> None:
     """Raise ConfigError for options of a refinement where there is none, and for a story that is to be refined."""
-    idle = [option(name) for name, value in options.items() if value is not None]
-    if idle and not refine:
-        raise ConfigError(f"{idle[0]} is of a refinement: name its model by --refine")
+    if names and not refine:
+        raise ConfigError(f"{option(names[0])} is of a refinement: name its model by --refine")
     if refine and story:
         raise ConfigError("--refine is not for a story: draw it, then refine the video: inflate refine VIDEO")
 
@@ -187,8 +193,9 @@ def _animator(
     note_image_model(path)
     animator = kind.load(path, given)
     _check_length(animator.frames, **long)
-    prompts = [*(shot.prompt for shot in shots), given.get("negative", "")]
-    note(*animator.notes(prompts, any(shot.end_image for shot in shots)))
+    prompts, negative = [shot.prompt for shot in shots], given.get("negative", "")
+    found = animator.notes([*prompts, negative], any(shot.end_image for shot in shots))
+    note(*found, *animation.unprompted(path, prompts))
     return animator
 
 
@@ -205,7 +212,7 @@ def _refined(
 
     from inflate.refining import Refining
 
-    refining = Refining.load(path, given)
+    refining = Refining.load(path, {name.removeprefix("refine_"): value for name, value in given.items()})
     note(*refining.notes([shot.prompt for shot in shots]))
     adapt(refining.family, [], any_base=False, dtype=dtype)
     size = size or refining.size(*clips[0].shape[1:3])
@@ -398,7 +405,7 @@ def _animations(path: str, images: list[str], seeds: "Sequence[int]", given: dic
     sizes = shooting.sizes_of(shots)
     note_image_model(path)
     animator = animation.kind_of(path, given).load(path, given)
-    note(*animator.notes(prompts, ends=False))
+    note(*animator.notes(prompts, ends=False), *animation.unprompted(path, prompts))
     taken = shooting.Shooting.at(animator.size(*sizes[Path(images[0])]), shots, sizes, note)
     rows = [
         ", ".join(filter(None, (shot.image.name, shot.prompt, f"seed {shot.seed}"))) for shot in shots if shot.image

@@ -1,11 +1,11 @@
 """The options of `inflate sample`, for what all families take and for what some do."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from inflate.options import MOST_SEED
+from inflate.options import MOST_SEED, REFINEMENT
 
 SVD_ALONE, DYNAMICRAFTER_ALONE, PROMPTED = "Stable Video Diffusion", "DynamiCrafter", "DynamiCrafter and I2VGen-XL"
 REFINED = "Refinement, by a second model"
@@ -85,13 +85,11 @@ Refine = Annotated[
     str | None,
     _of_refined("A refinement model, which draws the clips anew, larger; they stay beside as NAME-base.mp4."),
 ]
-Strength = Annotated[
-    float | None, _of_refined("How much is drawn anew: 0 for nothing, up to 1 [default: 1]", min=0, max=1)
-]
-KeepColours = Annotated[
-    int | None,
-    _of_refined("What is larger than 2 to this power pixels stays as drawn first [default: 0, nothing]", min=0, max=10),
-]
+Strength = Annotated[float | None, _of_refined(REFINEMENT["strength"], min=0, max=1)]
+KeepColours = Annotated[int | None, _of_refined(REFINEMENT["keep_colours"], min=0, max=10)]
+RefineStart = Annotated[Literal["noise", "inversion"] | None, _of_refined(REFINEMENT["start"] + " [default: noise]")]
+RefineSteps = Annotated[int | None, _of_refined(REFINEMENT["steps"], min=1)]
+RefineGuidance = Annotated[float | None, _of_refined(REFINEMENT["guidance"])]
 RefineHeight = Annotated[
     int | None, _of_refined("Pixels [default: the refinement model's area in the clips' shape]", min=1)
 ]

@@ -31,7 +31,7 @@ from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.fitting import fitted
 from inflate.training.adapting import Adapting
-from inflate.training.card import ANIMATION_USE, REFINEMENT_USE
+from inflate.training.card import ANIMATION_USE, drawn_as, refined_as
 from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import i2vgen_xl_encoder
 from inflate.training.held_out import of_size
@@ -87,7 +87,7 @@ def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     task = make_task(config, family, dataset, held_out)
     result = fit_clips(config, task, dataset, held_out, foreseen)
     if result.export and join_processes().is_main_process:
-        finish(config, result)
+        finish(config, task, result)
     return result
 
 
@@ -114,10 +114,14 @@ def make_task(
     return task
 
 
-def finish(config: Config, result: Result) -> None:
-    """The before/after video and the card."""
-    gamma, use = gamma_of(config.i2vgen_xl, config.model), ANIMATION_USE if config.stage == "base" else REFINEMENT_USE
+def finish(config: Config, task: I2VGenXLTask | RefinementTask, result: Result) -> None:
+    """The before/after video and the card, whose command draws as previews were drawn."""
+    gamma = gamma_of(config.i2vgen_xl, config.model)
     facts = {"learning rate of the image model's layers": f"{gamma:g} of the others'"}
+    if isinstance(task, RefinementTask):
+        use = refined_as(task.sampling.refinement, task.levels)
+    else:
+        use = drawn_as(ANIMATION_USE, task.sampling, Preview())
     conclude(config, result, f"I2VGen-XL, {config.stage}", use, facts)
 
 

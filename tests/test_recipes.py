@@ -352,7 +352,11 @@ def test_the_pocket_learns_both_stages_of_i2vgen_xl(clips: Path, tmp_path: Path)
     assert (family.clips.levels, family.clips.frames, family.size) == (400, 3, (64, 64))
     scores = json.loads((tmp_path / "refine" / "samples" / "step-000001" / "scores.json").read_text())
     assert 0 < scores["sharpness, enlarged"] < 1
-    assert "inflate refine clip.mp4 --model export" in (tmp_path / "refine" / "README.md").read_text()
+    assert '--prompt "a prompt" --steps 1 --guidance 3 -o out.mp4' in table
+    told = (
+        "--start inversion --strength 0.1429 --steps 1 --guidance 1 --suffix '' --no-freeu --keep-colours 2 -o out.mp4"
+    )
+    assert told in (tmp_path / "refine" / "README.md").read_text()
 
 
 @pytest.mark.slow

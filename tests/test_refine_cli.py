@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def test_help_tells_the_published_settings() -> None:
         assert f"[default: {getattr(Refinement(), name):g}" in told[name]
     for name in ("guidance", "rescale"):
         assert f"of an inversion {getattr(PUBLISHED['inversion'], name):g}]" in told[name]
+    for name in ("start", "strength"):
+        assert f" {PUBLISHED['inversion'].levels} " in told[name]
 
 
 def test_options_change_the_video(second: Path, clip: Path, tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_options_change_the_video(second: Path, clip: Path, tmp_path: Path) -> N
         changed = frames(*common, *options)
         assert changed.shape == plain.shape
         assert (plain != changed).any(), options
-    assert frames(*common, "--height", 21, "--width", 30).shape[1:3] == (22, 30)  # files have even sides
+    assert frames(*common, "--height", 22, "--width", 30).shape[1:3] == (22, 30)
 
 
 def test_without_strength_a_video_is_enlarged_alone(second: Path, clip: Path, tmp_path: Path) -> None:
@@ -254,6 +257,7 @@ def test_files_that_are_no_videos_are_named_before_a_model_is_loaded(clip: Path,
     ("options", "message"),
     [
         (("--height", 16), "--height and --width: give both or neither"),
+        (("--height", 20, "--width", 77), "--width is 77: the sides of a video are even; give 78"),
         (("--guidance", 1, "--negative", "x"), "--negative cannot act without guidance"),
         (("--guidance", "nan"), "--guidance is nan"),
         (("--height", 2, "--width", 32), "height 2 and width 32: this model needs at least 4 of each"),
@@ -303,6 +307,9 @@ def test_i2vgen_xl_animates_an_image_by_a_prompt(stage: Path, picture: Path, tmp
     ):  # fmt: skip
         assert (plain != frames(*common, *options)).any(), options
     assert "--start is 0.5: it must be a whole number" in refused(*common, "--start", 0.5)
+    assert "no prompt" not in done(*common, "--steps", 1).stderr
+    said = done(*common[:-2], "--negative", "a box", "--steps", 1).stderr
+    assert "note: no prompt: the model is told the empty one\n" in said
     for option in ("--stride", "--image-guidance"):
         assert f"{option} is an option of dynamicrafter, and {stage} is of i2vgen_xl" in refused(*common, option, 1)
 
@@ -339,6 +346,7 @@ def test_clips_are_drawn_and_refined_at_one_go(stage: Path, second: Path, pictur
     files = [file for each in (plain, output) for file in (each, each.with_suffix(".png"))]
     assert result.stdout == "".join(f"wrote {file}\n" for file in files)
     assert video.read(plain).shape == (FRAMES, SIDE, 2 * SIDE, 3)
+    assert list(dict.fromkeys(re.findall(r"(\w+): 100%", result.stderr))) == ["sampling", "refining"]
     refined = video.read(output)
     assert refined.shape == (FRAMES, LARGE, 2 * LARGE, 3)
     again = inflate("sample", stage, picture, "-o", output, *prompts, "--refine", second)
@@ -359,9 +367,10 @@ def test_each_clip_of_a_grid_is_refined_by_its_prompt_and_seed(
 
     monkeypatch.setattr(Refining, "draw", watched)
     size = ("--refine-height", 20, "--refine-width", 24, "--strength", 0, "--at-once")
+    how = ("--refine-start", "inversion", "--refine-steps", 3, "--refine-guidance", 2)
     prompts = ("--prompt", "a disc", "--prompt", "a box", "--grid", 2, "--seed", 5, "--steps", 1)
-    done("sample", stage, picture, "-o", tmp_path / "out.mp4", *prompts, "--refine", second, *size)
-    wanted = Refinement(strength=0.0, little_memory=False)
+    done("sample", stage, picture, "-o", tmp_path / "out.mp4", *prompts, "--refine", second, *size, *how)
+    wanted = replace(PUBLISHED["inversion"], strength=0.0, steps=3, guidance=2.0, little_memory=False)
     assert seen == [(prompt, seed, (20, 24), wanted) for prompt in ("a disc", "a box") for seed in (5, 6)]
     assert video.read(tmp_path / "out.mp4").shape == (FRAMES, 40, 48, 3)
 
@@ -370,6 +379,11 @@ def test_options_of_a_refinement_belong_to_one(stage: Path, second: Path, pictur
     common = ("sample", stage, picture, "-o", tmp_path / "out.mp4")
     assert "--strength is of a refinement: name its model by --refine" in refused(*common, "--strength", 0.5)
     assert "--refine-height and --refine-width: give both" in refused(*common, "--refine-height", 20)
+    assert "--refine-height is 21: the sides" in refused(*common, "--refine-height", 21, "--refine-width", 20)
+    for idle in (("--refine-start", "noise"), ("--refine-steps", 3), ("--refine-guidance", 2)):
+        assert f"{idle[0]} is of a refinement: name its model by --refine" in refused(*common, *idle)
+    said = refused(*common, "--refine", second, "--refine-guidance", "nan")
+    assert "--refine-guidance is nan: it must be a finite number" in said
     (tmp_path / "story.yaml").write_text("- {image: picture.png}\n- {previous: true}")
     story = ("sample", stage, "--story", tmp_path / "story.yaml", "-o", tmp_path / "out.mp4")
     assert "--refine is not for a story: draw it, then refine the video" in refused(*story, "--refine", second)
@@ -466,5 +480,9 @@ def test_clips_of_another_family_are_refined_without_a_prompt(
     image_model: Path, second: Path, picture: Path, tmp_path: Path
 ) -> None:
     size = ("--frames", 2, "--steps", 1, "--height", 16, "--width", 32)
-    done("sample", image_model, picture, "-o", tmp_path / "out.mp4", *size, "--refine", second, "--strength", 0.01)
+    out = ("-o", tmp_path / "out.mp4")
+    assert (
+        "no prompt"
+        not in done("sample", image_model, picture, *out, *size, "--refine", second, "--strength", 0.01).stderr
+    )
     assert video.read(tmp_path / "out.mp4").shape == (2, 22, 46, 3)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from inflate.files import write_text
 from inflate.measures import Overfitting, Rows, better
+from inflate.sampling.refinement import PUBLISHED, Refinement
 from inflate.training.log import found_overfitting
 from inflate.training.record import device_name
 
@@ -59,10 +63,42 @@ BETWEEN_USE = ANIMATION_USE.replace("image.png", "first.png --end-image last.png
 REFINEMENT_USE = '```bash\ninflate refine clip.mp4 --model export --prompt "a prompt" -o out.mp4\n```'
 """How to draw a clip anew with a refiner."""
 
+OPTIONS = ("start", "strength", "steps", "guidance", "rescale", "eta", "suffix", "freeu", "keep_colours")
+"""Settings of drawing that are options of the commands, too, by the names that these have."""
+
 STREAM_USE = (
     "```bash\npython recipes/dynamicrafter_finetune.py recipes/dynamicrafter_adapt.yaml model.image_stream=export\n```"
 )
 """How to go on with an image stream alone."""
+
+
+def drawn_as(use: str, settings: object, usual: object) -> str:
+    """A command that draws by `settings`: with an option for each that is not as `usual`, the command's own.
+
+    Without guidance there is nothing to rescale, and commands refuse to.
+    """
+    unguided = getattr(settings, "guidance", 0.0) <= 1.0
+    found = {name: getattr(settings, name) for name in OPTIONS if hasattr(settings, name)}
+    told = [
+        _option(name, value)
+        for name, value in found.items()
+        if value != getattr(usual, name) and not (name == "rescale" and unguided)
+    ]
+    return use.replace(" -o ", " ".join(["", *told, "-o "]))
+
+
+def refined_as(settings: Refinement, trained: int) -> str:
+    """How to draw a clip anew as by these settings with a refiner that was trained on so many noise levels."""
+    usual = PUBLISHED[settings.start]
+    strength = settings.strength * (settings.levels or trained) / (usual.levels or trained)
+    return drawn_as(REFINEMENT_USE, replace(settings, strength=strength), replace(usual, start="noise"))
+
+
+def _option(name: str, value: Any) -> str:
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words} {f'{value:.4g}' if isinstance(value, float) else shlex.quote(str(value))}"
 
 
 def hardware() -> str:

@@ -43,6 +43,7 @@ class Stop:
     def __init__(self, seconds: float | None, tells: bool = True) -> None:
         self.seconds, self.deadline, self.tells = seconds or float("inf"), float("inf"), tells
         self.signal, self.holding, self.number = "", "", 0
+        self.running = "this step"
         self.ending = False
         """Whether the running step is given up: nothing is left to interrupt but the saving of what is done."""
         self.over = multiprocessing.Event()
@@ -74,6 +75,15 @@ class Stop:
         return REASONS[int(accelerator.gather(code).max())]
 
     @contextmanager
+    def after(self, what: str) -> Iterator[None]:
+        """Say, where the first signal comes inside, that the run stops after this, in place of the step."""
+        before, self.running = self.running, what
+        try:
+            yield
+        finally:
+            self.running = before
+
+    @contextmanager
     def held(self, what: str) -> Iterator[None]:
         """Let what happens inside come to its end before a second signal gives up the step."""
         self.holding = what
@@ -89,7 +99,7 @@ class Stop:
         name = signal.Signals(number).name
         if not self.signal and not self.ending:
             self.signal = name
-            self._tell(f"{name}: stopping after this step; once more to stop at once")
+            self._tell(f"{name}: stopping after {self.running}; once more to stop at once")
         elif not self.holding and not self.ending:
             self._give_up(number)
         else:

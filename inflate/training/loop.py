@@ -241,17 +241,21 @@ class Run:
                 self._look(evaluate, preview)
 
     def _look(self, evaluate: bool, preview: bool) -> None:
-        gauge = self.report.clock.gauge
+        gauge, stop = self.report.clock.gauge, self.keeper.stop
         if evaluate:
             gauge.begin("evaluate")
-            with self.report.doing("measuring held-out clips"):
+            with self.report.doing("measuring held-out clips"), stop.after("this measurement of held-out clips"):
                 self.report.held_out(self.state.step, self.task.evaluate())
-        if preview:
+        left = stop.signal and not self.state.step  # a run that goes on from before its first step looks again
+        if preview and not left:
             gauge.begin("preview")
-            folder = self.settings.output / "samples" / f"step-{self.state.step:06}"
-            with self.report.doing("previews"), writing(folder, self.settings.output), new_folder(folder) as aside:
-                self.task.preview(aside)
+            with self.report.doing("previews"), stop.after("these previews"):
+                self._preview(self.settings.output / "samples" / f"step-{self.state.step:06}")
         gauge.begin(None)
+
+    def _preview(self, folder: Path) -> None:
+        with writing(folder, self.settings.output), new_folder(folder) as aside:
+            self.task.preview(aside)
 
     def save(self) -> None:
         """Write a checkpoint and the metrics up to it."""

@@ -52,6 +52,11 @@ class RefinementPreview:
             raise ConfigError(f"refining.shrink={self.shrink}: must be at least 2, else there is nothing to refine")
         check_levels(self.keep_colours)
 
+    @property
+    def refinement(self) -> Refinement:
+        """How the enlarged clips are drawn anew."""
+        return Refinement(**{name: value for name, value in asdict(self).items() if name != "shrink"})
+
 
 class RefinementTask(DenoisingTask[Refiner, TextCondition]):
     """Trains `family.unet` to denoise large clips by their captions, on the less noisy timesteps alone.
@@ -126,11 +131,10 @@ class RefinementTask(DenoisingTask[Refiner, TextCondition]):
 
         The place is the seed.
         """
-        asked = {name: value for name, value in asdict(self.sampling).items() if name != "shrink"}
         prompts, seeds = [self.shown[place]["caption"][0] for place in places], [self.seed + place for place in places]
         _, height, width = size_of(self.shown[places[0]])
         return refine(
-            self.family, clips, prompts, seeds, height, width, Refinement(**asked), idle=self._idle(),
+            self.family, clips, prompts, seeds, height, width, self.sampling.refinement, idle=self._idle(),
             device=self._device(),
         ).cpu()  # fmt: skip
 

@@ -201,6 +201,32 @@ def test_a_second_signal_gives_up_the_step_and_saves_the_one_before(
     assert_goes_on_exactly(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("look", "looked", "told"),
+    [
+        ("evaluate", ["evaluate"], "this measurement of held-out clips"),
+        ("preview", ["evaluate", "preview"], "these previews"),
+    ],
+)
+def test_a_signal_before_the_first_step_is_answered_after_what_is_looked_at(
+    tmp_path: Path, look: str, looked: list[str], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    task = Adversarial()
+    whole = getattr(task, look)
+
+    def signalled(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return whole(*given)
+
+    setattr(task, look, signalled)
+    result = fit(task, Points(), settings(tmp_path / "run", **SHAPE))
+    assert (result.step, result.stopped, task.looked) == (0, "SIGTERM", looked)
+    assert capfd.readouterr().err.strip() == f"SIGTERM: stopping after {told}; once more to stop at once"
+    assert names(tmp_path / "run") == ["checkpoint-0"]
+    assert_goes_on_exactly(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run" / "samples" / "step-000000" / "weight.txt").is_file()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_python_drops_still_ends_the_run(tmp_path: Path) -> None:
     class Finaliser:

@@ -1,11 +1,20 @@
 """The before/after video and the card of a run."""
 
+import inspect
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from inflate import refine_cli, sample_cli
 from inflate.data import video
-from inflate.training.card import image_use, write_card
+from inflate.sampling.dpm_solver import levels_of
+from inflate.sampling.i2vgen_xl import Sampling
+from inflate.sampling.refinement import PUBLISHED, Refinement
+from inflate.training.card import ANIMATION_USE, REFINEMENT_USE, drawn_as, image_use, refined_as, write_card
+from inflate.training.i2vgen_xl import Preview
 from inflate.training.previews import LEAST_HEIGHT, compare_previews
 
 
@@ -45,3 +54,46 @@ def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     assert "new" not in text
     assert "decode_chunk_size=8" in text
     assert "stage: decoder" in text
+
+
+def options_of(use: str) -> dict[str, str]:
+    """The options of a card's command by their names; of a switch, the other half of it."""
+    words = shlex.split(use.splitlines()[1])
+    return {word: after for word, after in zip(words, [*words[1:], ""], strict=True) if word.startswith("-")}
+
+
+def test_a_cards_command_draws_as_previews_were_drawn() -> None:
+    assert drawn_as(ANIMATION_USE, Preview(), Preview()) == ANIMATION_USE
+    told = drawn_as(ANIMATION_USE, Preview(steps=15, guidance=3.0, spacing="trailing"), Preview())
+    assert 'image.png --prompt "a prompt" --steps 15 --guidance 3 -o out.mp4' in told
+    usual = asdict(Sampling())
+    assert {name: usual[name] for name in asdict(Preview())} == asdict(Preview())  # what the command has of its own
+
+
+def test_a_refiners_card_draws_anew_as_previews_were() -> None:
+    assert refined_as(Refinement(), 600) == REFINEMENT_USE
+    assert "--model export" in refined_as(Refinement(), 600)
+    drawn = Refinement("inversion", strength=0.25, steps=15, guidance=1.0, keep_colours=2)
+    told = options_of(refined_as(drawn, 600))
+    assert levels_of(float(told.pop("--strength")), PUBLISHED["inversion"].levels or 0) == 150  # a quarter of 600
+    del told["--model"], told["--prompt"], told["-o"]
+    assert told == {
+        "--start": "inversion", "--steps": "15", "--guidance": "1", "--suffix": "", "--no-freeu": "--keep-colours",
+        "--keep-colours": "2",
+    }  # fmt: skip
+    guided = refined_as(replace(drawn, guidance=9.0, freeu=True), 600)
+    assert "--rescale 0.2" in guided
+    assert "freeu" not in guided
+
+
+@pytest.mark.parametrize(
+    ("use", "command"),
+    [
+        (drawn_as(ANIMATION_USE, Preview(1, 2.0, 0.3, 0.4), Preview()), sample_cli.sample),
+        (refined_as(Refinement("inversion", 0.1, eta=0.5, keep_colours=1), 600), refine_cli.refine),
+    ],
+)
+def test_a_cards_options_are_the_commands(use: str, command: object) -> None:
+    names = {name.lstrip("-").removeprefix("no-").replace("-", "_") for name in options_of(use)}
+    assert len(names) >= 6
+    assert names - {"o"} <= inspect.signature(command).parameters.keys()  # type: ignore[arg-type]
