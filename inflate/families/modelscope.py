@@ -165,9 +165,9 @@ def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where UNet3DConditionModel cannot represent a model."""
     slots = replace(MODELSCOPE, cross_attention_resnet_eps=unet.config.norm_eps)
     target = "diffusers' UNet3DConditionModel"
+    _refuse_other_kind(unet, target)
     if unet.hierarchy is not None:
         raise CheckpointError(f"{target} has no place for: what encodes first frames; unet-i2vgen may have one")
-    _refuse_other_kind(unet, target)
     refuse_other_layers(unet, slots, target, {"class_embed_type": None})
     if unet.config[_PADDING] == REFINEMENT:
         # Its convolutions could pad so, but its upsampling would stretch what ours cuts.
@@ -180,9 +180,9 @@ def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
 def refuse_what_i2vgen_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where I2VGenXLUNet cannot represent a model."""
     hierarchy, target = unet.hierarchy, "diffusers' I2VGenXLUNet"
+    _refuse_other_kind(unet, target)
     if hierarchy is None:
         raise CheckpointError(f"{target} is told first frames, and this UNet is not; unet3d may have a place for it")
-    _refuse_other_kind(unet, target)
     channels, width = unet.config.out_channels, unet.config.cross_attention_dim
     published = Hierarchy(channels, width, clip_tokens=channels, dropout=hierarchy.dropout)
     told = {"class_embed_type": "projection", "in_channels": 2 * channels}

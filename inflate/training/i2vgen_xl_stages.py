@@ -167,7 +167,7 @@ def check_stage(stage: Stage, model: Model, settings: I2VGenXLSettings, parts: P
         raise ConfigError(f"hierarchy.{_changed(parts)[0]} is for stage=base: a refiner is told texts alone")
     if model.image_encoder and stage == "refine":
         raise ConfigError(
-            "model.image_encoder is for stage=base, a refiner sees no frame: set it to null"
+            "model.image_encoder is for stage=base, a refiner sees no first frame: set model.image_encoder=null"
         )
     seen = (settings.drop_image, settings.drop_both) if stage == "base" else (0.0, 0.0)
     check_drops(settings.section, settings.drop_text, *seen)
