@@ -144,6 +144,7 @@ def convert(path: str, target: Path, to: str | None = None, extra: Extra | None 
     usual = _export_of(place) if source == TEMPORAL else USUAL.get(source)
     wanted, given = _wanted(source, to or usual, path), extra or Extra()
     _refuse_useless(_ALONE[_export_of(place)] if source == TEMPORAL else source, wanted, given)
+    _check_name(source, target, wanted)
     _check_target(place, target, wanted, overwrite)
     with _writing(target):
         if wanted == TEMPORAL:
@@ -212,9 +213,14 @@ def _refuse_useless(source: str, wanted: str, extra: Extra) -> None:
             raise ConfigError(f"{told}, not for {about}: leave it out")
 
 
-def _check_target(place: Path, target: Path, wanted: str, overwrite: bool) -> None:
+def _check_name(source: str, target: Path, wanted: str) -> None:
     if wanted in FILES and target.suffix != folders.SAFETENSORS:
-        raise CheckpointError(f"{target}: {wanted} is a file; give it a name that ends in {folders.SAFETENSORS}")
+        others = ", ".join(name for name in _becomes(source) if name not in FILES)
+        told = f", or say with --to which folder it is to be: {others}" if others else ""
+        raise CheckpointError(f"{target}: {wanted} is a file; give it a name that ends in {folders.SAFETENSORS}{told}")
+
+
+def _check_target(place: Path, target: Path, wanted: str, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:

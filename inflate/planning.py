@@ -184,7 +184,8 @@ def outline(config: Any) -> Family:
     if isinstance(config.model, dynamicrafter_model.Model):
         return stages.outline(config.stage, config.model, config.image_context, config.data.main.frames)
     if isinstance(config.model, i2vgen_xl_model.Model):
-        return i2vgen_xl_stages.begin(config.stage, config.model, config.hierarchy, config.i2vgen_xl, weights=False)
+        settings, adapter = (config.hierarchy, config.i2vgen_xl), config.adapter.kind != "none"
+        return i2vgen_xl_stages.begin(config.stage, config.model, *settings, weights=False, adapter=adapter)
     path = config.model.image_model or config.model.path
     if isinstance(config.model, Model):
         frames = config.model.frames or config.data.main.frames
@@ -206,7 +207,9 @@ def encoder_of(family: Family, config: Any) -> ClipEncoder | TextClipEncoder:
 def adaptable(config: Any) -> bool:
     """Whether a run might train an adapter instead of its model's own weights."""
     if isinstance(config.model, i2vgen_xl_model.Model):
-        return config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(config.stage, config.model)
+        start = config.stage, config.model
+        goes_on = config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(*start)
+        return goes_on and not i2vgen_xl_stages.to_reset(*start, config.hierarchy, config.i2vgen_xl, adapter=True)
     animates = isinstance(config.model, dynamicrafter_model.Model)
     return config.adapter.kind == "none" and (config.stage == "finetune" if animates else config.stage != "decoder")
 

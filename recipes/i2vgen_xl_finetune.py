@@ -36,7 +36,7 @@ from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import i2vgen_xl_encoder
 from inflate.training.held_out import of_size
 from inflate.training.i2vgen_xl import I2VGenXLSettings, I2VGenXLTask, Preview
-from inflate.training.i2vgen_xl_stages import FAMILIES, Parts, Stage, begin, check_stage, gamma_of, refuse_new
+from inflate.training.i2vgen_xl_stages import FAMILIES, Parts, Stage, begin, check_stage, check_start, gamma_of
 from inflate.training.inputs import refuse_draws
 from inflate.training.loop import Result
 from inflate.training.memory_settings import Memory
@@ -78,9 +78,11 @@ def main(config: Config, arguments: list[str]) -> None:
 
 def train(config: Config, foreseen: Mapping[str, int] | None = None) -> Result:
     """Load, extend where needed, fit, write the card; `foreseen` are peaks of memory to compare with."""
+    start = config.stage, config.model, config.hierarchy, config.i2vgen_xl
+    check_start(*start, adapter=config.adapter.kind != "none")
     dataset, held_out = open_clips(config, *config.model.places)
     torch.manual_seed(seed_of(config.training.seed, "model"))  # new layers' weights are drawn
-    family = begin(config.stage, config.model, config.hierarchy, config.i2vgen_xl)
+    family = begin(*start)
     check_multiples(config.data.sizes, family.factor)
     if dataset.cache:
         dataset.read_encoded(i2vgen_xl_encoder(config.stage, family, config.data), "none")
@@ -97,9 +99,6 @@ def make_task(
     """The task of the stage; the family remembers of the clips what its export is to say."""
     settings, main, gamma = config.i2vgen_xl, config.data.main, gamma_of(config.i2vgen_xl, config.model)
     save_coding(family.vae, config.memory)
-    if config.adapter.kind != "none":
-        refuse_new(config.stage, config.model)
-        settings.refuse_other(family.clips)
     text = isinstance(family, Refiner) or family.clips.prompts
     place = FAMILIES[config.stage], config.model.path, config.training.seed
     adapter = Adapting.on(family.unet, config.adapter, *place, text=text)

@@ -332,7 +332,9 @@ def test_what_exists_is_kept_unless_asked_and_unless_it_is_no_model(unet3d: Path
     assert "is no video-unet that could be replaced" in refused("convert", unet3d, file, *into)
     converted(ours, tmp_path / "other", "--to", "unet3d")
     assert "is no video-unet that could be replaced" in refused("convert", unet3d, tmp_path / "other", *into)
-    assert "ends in .safetensors" in refused("convert", unet3d, tmp_path / "folder")
+    assert "ends in .safetensors, or say with --to which folder it is to be: video-unet, " in refused(
+        "convert", unet3d, tmp_path / "folder"
+    )
     assert "cannot be written" in refused("convert", unet3d, file / "below", "--to", "video-unet")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "other", "ours", "unet.safetensors", "unet3d"]
 

@@ -150,10 +150,22 @@ def _filled(target: Diffusers, unet: VideoUNet) -> Diffusers:
     return target
 
 
+def _refuse_other_kind(unet: VideoUNet, target: str) -> None:
+    """CheckpointError where a model's temporal layers are of another kind than ModelScope's."""
+    if not unet.spec.conv:
+        kind = "AnimateDiff's" if unet.spec.motion else "Video LDM's" if unet.spec.block else "others"
+        raise CheckpointError(
+            f"{target} is for models whose temporal layers are ModelScope's, and this one's are {kind}: keep its "
+            "folder, which sampling and training read; an I2VGen-XL whose training begins with an image model has "
+            "ModelScope's (recipes/i2vgen_xl_base.yaml)"
+        )
+
+
 def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where UNet3DConditionModel cannot represent a model."""
     slots = replace(MODELSCOPE, cross_attention_resnet_eps=unet.config.norm_eps)
     target = "diffusers' UNet3DConditionModel"
+    _refuse_other_kind(unet, target)
     if unet.hierarchy is not None:
         raise CheckpointError(f"{target} has no place for: what encodes first frames; unet-i2vgen may have one")
     refuse_other_layers(unet, slots, target, {"class_embed_type": None})
@@ -168,6 +180,7 @@ def refuse_what_diffusers_lacks(unet: VideoUNet) -> None:
 def refuse_what_i2vgen_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where I2VGenXLUNet cannot represent a model."""
     hierarchy, target = unet.hierarchy, "diffusers' I2VGenXLUNet"
+    _refuse_other_kind(unet, target)
     if hierarchy is None:
         raise CheckpointError(f"{target} is told first frames, and this UNet is not; unet3d may have a place for it")
     channels, width = unet.config.out_channels, unet.config.cross_attention_dim
@@ -182,6 +195,7 @@ def refuse_what_i2vgen_lacks(unet: VideoUNet) -> None:
 
 def refuse_what_vgen_lacks(unet: VideoUNet) -> None:
     """CheckpointError, naming the settings, where VGen's UNets cannot represent a model."""
+    _refuse_other_kind(unet, "VGen's file")
     refines = unet.hierarchy is None and unet.config[_PADDING] == REFINEMENT
     refuse_what_originals_lack(unet, VGEN.code, REFINEMENT if refines else 1)
     if unet.image_context is not None:

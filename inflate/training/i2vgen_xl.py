@@ -15,6 +15,7 @@ from inflate.errors import ConfigError
 from inflate.families import i2vgen_xl, i2vgen_xl_refiner
 from inflate.families.i2vgen_xl import Condition, I2VGenXL
 from inflate.layers.hierarchy import Part
+from inflate.models.trained_clips import TrainedClips
 from inflate.models.unet import VideoUNet
 from inflate.objectives import TRAIN_TIMESTEPS
 from inflate.sampling.ddim import Spacing
@@ -35,7 +36,8 @@ class I2VGenXLSettings(Denoising):
 
     text: bool | None = None
     """for stage=base: clips are told by their captions, as the released model is; false: by image and frame rate alone,
-    as the paper's; null: as the model it starts from, told captions if it is new"""
+    as the paper's, which goes with clips that have none (data.captions=optional); null: as the model it starts from,
+    told captions if it is new"""
     drop_text: float = 0.05
     """share of samples without the text alone; a refiner's without any"""
     drop_image: float = 0.05
@@ -47,7 +49,7 @@ class I2VGenXLSettings(Denoising):
     starts from, the empty one if it is new"""
     gamma: float | None = None
     """learning rate of the image model's layers, as a multiple of the others'; null: 0.2, the paper's, of an image
-    model, otherwise 1"""
+    model, otherwise 1, and beside an adapter"""
     offset_noise: float = 0.1
     """spread of a shift of the noise of each frame and channel, which lets brightness change"""
     fade_in: int = 0
@@ -82,17 +84,17 @@ class I2VGenXLSettings(Denoising):
         """What an export is to remember of its clips, those of the main bucket; what is left open, as it was before."""
         return replace(before, frames=main.frames, fps=fps, height=main.height, width=main.width, **self._told(before))
 
-    def refuse_other(self, clips: AnyClips) -> None:
-        """ConfigError, beside an adapter, for what samples of its base do not have: they have the base's way alone."""
+    def unlike_base(self, clips: TrainedClips) -> Mapping[str, int | None]:
+        """The settings that an adapter on a model of such clips goes without, and what they are to be.
+
+        Samples have the base's way alone, layers that stay as they are no rate, and its tokens have learned already.
+        """
         others = [name for name, value in self._told(clips).items() if getattr(clips, name) != value]
         others += [name for name in ("schedule", "padded_rows", "gamma") if getattr(self, name) is not None]
-        if others:
-            raise ConfigError(
-                f"i2vgen_xl: an adapter is used as its base is, whose {', '.join(others)} stay as they are: set them "
-                "to null, or train without an adapter"
-            )
+        reset: dict[str, int | None] = {f"i2vgen_xl.{'text' if name == 'prompts' else name}": None for name in others}
+        return {**reset, "i2vgen_xl.fade_in": 0} if self.fade_in else reset
 
-    def _told(self, clips: AnyClips) -> dict[str, Any]:
+    def _told(self, clips: TrainedClips) -> dict[str, Any]:
         """What these settings say of clips of this kind, by its own names."""
         told = {"prompts": self.text, "negative": self.negative, "levels": self.levels}
         return {name: value for name, value in told.items() if value is not None and hasattr(clips, name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from transformers import CLIPVisionModelWithProjection
 
 from inflate.errors import ConfigError
-from inflate.families import i2vgen_xl, i2vgen_xl_refiner, video_ldm_outline
+from inflate.families import i2vgen_xl, i2vgen_xl_refiner, video_ldm, video_ldm_outline
 from inflate.families.i2vgen_xl import Encoders, I2VGenXL
 from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner, text_only
@@ -21,6 +22,7 @@ from inflate.layers.hierarchy import Hierarchy
 from inflate.models import folders
 from inflate.models.image_encoders import encoder_folder, image_statistics, load_image_encoder, outline_image_encoder
 from inflate.models.stable_diffusion import Encoding, TextToVideo, noise_for
+from inflate.models.trained_clips import TrainedClips
 from inflate.models.unet import MODELSCOPE
 from inflate.objectives import DDPM
 from inflate.training.denoising import check_drops
@@ -32,6 +34,10 @@ Stage = Literal["base", "refine"]
 Trained = TypeVar("Trained", I2VGenXL, Refiner)
 FAMILIES: dict[Stage, str] = {"base": i2vgen_xl.FAMILY, "refine": i2vgen_xl_refiner.FAMILY}
 """What an export of each stage is."""
+CLIPS: dict[Stage, type[TrainedClips]] = {"base": i2vgen_xl.Clips, "refine": i2vgen_xl_refiner.Clips}
+_BEGINNINGS = "an image model, a text-to-video model or a base of I2VGen-XL"
+BEGINS: dict[str, str] = {"base": _BEGINNINGS, "refine": f"{_BEGINNINGS}, or a refiner"}
+"""What each stage begins with."""
 PAPER_GAMMA = 0.2
 _OF_BASE = ("text", "drop_image", "drop_both", "fade_in")
 _OF_REFINE = ("levels", "padded_rows")
@@ -50,18 +56,13 @@ class Parts:
 
 
 def begin(
-    stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool = True
+    stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, weights: bool = True, adapter: bool = False
 ) -> I2VGenXL | Refiner:
     """The model that a stage trains; without `weights` its shape alone, on the meta device.
 
-    CheckpointError, and ConfigError for what is asked for beside a whole model of I2VGen-XL.
+    CheckpointError, and ConfigError as of `check_start`.
     """
-    given = [
-        f"model.{one}" for one in ("image_encoder", "image_model", "tokenizer", "prediction") if getattr(model, one)
-    ]
-    given += [f"hierarchy.{name}" for name in _changed(parts)]
-    if given and folders.family_of(model.path) in FAMILIES.values():
-        raise ConfigError(f"{given[0]}: {model.path} is a whole model of I2VGen-XL, which has its own: leave it out")
+    check_start(stage, model, parts, settings, adapter)
     return _base(model, parts, settings, weights) if stage == "base" else _refiner(model, settings, weights)
 
 
@@ -136,8 +137,8 @@ def _rescheduled(family: Trained, settings: I2VGenXLSettings) -> Trained:
 
 
 def encoders(stage: str, model: Model) -> Encoding:
-    """The frozen networks of the model that a stage begins with; CheckpointError."""
-    family = folders.family_of(model.path)
+    """The frozen networks of the model that a stage begins with; CheckpointError, ConfigError."""
+    family = _family(stage, model)
     if family == i2vgen_xl.FAMILY:
         return Encoders.load(model.path)
     if family == i2vgen_xl_refiner.FAMILY:
@@ -165,7 +166,9 @@ def check_stage(stage: Stage, model: Model, settings: I2VGenXLSettings, parts: P
     if stage == "refine" and _changed(parts):
         raise ConfigError(f"hierarchy.{_changed(parts)[0]} is for stage=base: a refiner is told texts alone")
     if model.image_encoder and stage == "refine":
-        raise ConfigError("model.image_encoder is for stage=base: a refiner sees no first frame; set it to null")
+        raise ConfigError(
+            "model.image_encoder is for stage=base, a refiner sees no first frame: set model.image_encoder=null"
+        )
     seen = (settings.drop_image, settings.drop_both) if stage == "base" else (0.0, 0.0)
     check_drops(settings.section, settings.drop_text, *seen)
     _check_tokens(settings, settings.text is not False, parts)
@@ -193,6 +196,47 @@ def _check_tokens(settings: I2VGenXLSettings, text: bool, parts: Parts | Hierarc
 def goes_on(stage: Stage, model: Model) -> bool:
     """Whether a stage begins with a model of its own kind."""
     return folders.family_of(model.path) == FAMILIES[stage]
+
+
+def check_start(stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, adapter: bool = False) -> None:
+    """Raise ConfigError for a model that a stage, or an adapter, cannot begin with, or settings that it has its own of.
+
+    No tensor is read; CheckpointError where there is no such model.
+    """
+    _family(stage, model)
+    if adapter:
+        refuse_new(stage, model)
+    if reset := to_reset(stage, model, parts, settings, adapter):
+        words = " ".join(f"{name}={json.dumps(value)}" for name, value in reset.items())
+        stays = " and stays as it is beside an adapter" if adapter else ""
+        raise ConfigError(f"{model.path} is a whole model of I2VGen-XL, which has its own{stays}: set {words}")
+
+
+def _family(stage: str, model: Model) -> str | None:
+    """The family of the model that a stage begins with; ConfigError where it begins with others."""
+    family = folders.family_of(model.path)
+    if stage == "base" and family == i2vgen_xl_refiner.FAMILY:
+        raise ConfigError(
+            f"model.path: {model.path} is a refiner, which stage=refine trains; stage=base begins with {BEGINS[stage]}"
+        )
+    if family not in (None, video_ldm.FAMILY, *FAMILIES.values()):
+        raise ConfigError(f"model.path: {model.path} is of family {family}; stage={stage} begins with {BEGINS[stage]}")
+    return family
+
+
+def to_reset(
+    stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, adapter: bool
+) -> Mapping[str, object]:
+    """The settings that a whole model of I2VGen-XL, or an adapter on it, goes without, and what they are to be."""
+    if folders.family_of(model.path) not in FAMILIES.values():
+        return {}
+    own = ("image_encoder", "image_model", "tokenizer", "prediction")
+    reset: dict[str, object] = {f"model.{name}": None for name in own if getattr(model, name)}
+    reset |= {f"hierarchy.{name}": getattr(Parts(), name) for name in _changed(parts)}
+    if adapter:
+        file = folders.resolve(model.path, folders.CONFIGURATIONS) / folders.SETTINGS_FILE
+        reset |= settings.unlike_base(CLIPS[stage].read(file))
+    return reset
 
 
 def refuse_new(stage: Stage, model: Model) -> None:

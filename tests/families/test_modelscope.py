@@ -17,7 +17,7 @@ from inflate.families.modelscope import DOUBLED, REFINEMENT
 from inflate.layers.hierarchy import Hierarchy
 from inflate.layers.image_context import ImageContext
 from inflate.models.folders import plain, read_json
-from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VideoUNet
+from inflate.models.unet import ANIMATEDIFF_V2, MODELSCOPE, VIDEO_LDM, VideoUNet
 
 HEADS = {"attention_head_dim": (2, 4)}
 """Heads of one width, 16, as in Stable Diffusion 2."""
@@ -114,7 +114,6 @@ def test_tensors_that_do_not_match_are_listed(change, tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: trained(ANIMATEDIFF_V2), "temporal conv False; temporal transformer False; .*temporal motion True"),
         (lambda: trained(FPS), "class_embed_type projection.*temporal added_ids 1"),
         (lambda: trained(build=tiny_unet_sd1), "use_linear_projection False"),
         (lambda: trained(attention_head_dim=2), "heads of different widths \\(16, 32\\)"),
@@ -124,6 +123,18 @@ def test_tensors_that_do_not_match_are_listed(change, tmp_path):
 def test_what_diffusers_class_cannot_represent_is_refused(build, message):
     with pytest.raises(CheckpointError, match=f"UNet3DConditionModel has no place for.*{message}"):
         modelscope.to_diffusers(build())
+
+
+@pytest.mark.parametrize(("spec", "whose"), [(ANIMATEDIFF_V2, "AnimateDiff's"), (VIDEO_LDM, "Video LDM's")])
+def test_temporal_layers_of_another_kind_are_called_that(spec, whose):
+    told = rf"is for models whose temporal layers are ModelScope's, and this one's are {whose}: keep its folder, which"
+    for write, target in (
+        (modelscope.to_diffusers, "UNet3DConditionModel"),
+        (modelscope.to_i2vgen, "I2VGenXLUNet"),
+        (modelscope.to_vgen, "VGen's file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{target} {told}"):
+            write(trained(spec))
 
 
 def test_another_class_is_refused(tmp_path):
@@ -214,10 +225,8 @@ def test_vgens_tensors_that_do_not_match_are_listed(change, message):
 def test_what_is_no_unet_of_vgens_is_refused():
     with pytest.raises(CheckpointError, match=r"not a UNet in VGen's format: input_blocks\.0\.1\.proj_in\.weight"):
         modelscope.from_vgen({"a": torch.zeros(1)}, "the file")
-    with pytest.raises(
-        CheckpointError, match=r"VGen has no place for: unet norm_num_groups 16; .*temporal motion True"
-    ):
-        modelscope.to_vgen(trained(ANIMATEDIFF_V2))
+    with pytest.raises(CheckpointError, match="VGen has no place for: unet norm_num_groups 16$"):
+        modelscope.to_vgen(trained())
     seeing = trained(norm_num_groups=32)
     seeing.add_image_context(ImageContext(embedding=8, width=8, depth=1, heads=2, head_width=4))
     with pytest.raises(CheckpointError, match="VGen has no place for: an image context"):

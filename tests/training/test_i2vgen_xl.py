@@ -278,8 +278,11 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
         I2VGenXLSettings(**{**asdict(I2VGenXLSettings()), **changes})
 
 
-@pytest.mark.parametrize("changes", [{"text": False}, {"negative": NEGATIVE}, {"schedule": "cosine"}, {"gamma": 0.2}])
+@pytest.mark.parametrize(
+    "changes", [{"text": False}, {"negative": NEGATIVE}, {"schedule": "cosine"}, {"gamma": 0.2}, {"fade_in": 5}]
+)
 def test_an_adapter_keeps_to_the_ways_of_its_base(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="an adapter is used as its base is"):
-        I2VGenXLSettings(**changes).refuse_other(Clips())
-    I2VGenXLSettings(text=True, negative="").refuse_other(Clips())
+    usual = asdict(I2VGenXLSettings())
+    wanted = {f"i2vgen_xl.{name}": usual[name] for name in changes}
+    assert I2VGenXLSettings(**changes).unlike_base(Clips()) == wanted
+    assert not I2VGenXLSettings(text=True, negative="").unlike_base(Clips())

@@ -23,6 +23,7 @@ from inflate.training.i2vgen_xl_stages import (
     Stage,
     begin,
     check_stage,
+    check_start,
     encoders,
     gamma_of,
     refuse_new,
@@ -145,8 +146,8 @@ def test_an_outline_has_the_shape_of_the_model(places: dict[str, Path], stage: S
 
 @pytest.mark.parametrize(("stage", "start"), [("base", "text"), ("base", "base"), ("refine", "base"),
                                               ("refine", "refiner"), ("refine", "text")])  # fmt: skip
-def test_what_is_cached_comes_from_the_models_own_encoders(places: dict[str, Path], stage: str, start: str) -> None:
-    found, whole = encoders(stage, model(places, start)), begin(stage, model(places, start), Parts(), OWN)  # type: ignore[arg-type]
+def test_what_is_cached_comes_from_the_models_own_encoders(places: dict[str, Path], stage: Stage, start: str) -> None:
+    found, whole = encoders(stage, model(places, start)), begin(stage, model(places, start), Parts(), OWN)
     image = torch.rand(1, 2, 3, SIDE, SIDE)
     assert torch.equal(found.encode(image), whole.encode(image))
     assert torch.equal(found.embed([PROMPT]).context, whole.embed([PROMPT]).context)
@@ -235,10 +236,41 @@ def test_a_refiner_sees_no_first_frame() -> None:
 
 @pytest.mark.parametrize(("stage", "start"), [("base", "base"), ("refine", "base"), ("refine", "refiner")])
 def test_nothing_is_named_beside_a_whole_model(places: dict[str, Path], stage: Stage, start: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.tokenizer: .* is a whole model of I2VGen-XL"):
+    with pytest.raises(ConfigError, match=r"whole model of I2VGen-XL, which has its own: set model\.tokenizer=null$"):
         begin(stage, replace(model(places, start), tokenizer="pocket"), Parts(), OWN)
-    with pytest.raises(ConfigError, match=r"hierarchy\.clip_tokens: .* is a whole model of I2VGen-XL"):
+    with pytest.raises(ConfigError, match=r"which has its own: set hierarchy\.clip_tokens=4$"):
         begin(stage, model(places, start), PARTS, OWN)
+
+
+def test_all_that_an_adapter_goes_without_is_named_at_once(places: dict[str, Path]) -> None:
+    start, parts = replace(model(places, "base"), image_encoder="pocket"), Parts(detail_encoder=False)
+    settings = I2VGenXLSettings(gamma=0.2, fade_in=300, text=False)
+    words = (
+        "model.image_encoder=null hierarchy.detail_encoder=true i2vgen_xl.text=null i2vgen_xl.gamma=null "
+        "i2vgen_xl.fade_in=0"
+    )
+    with pytest.raises(ConfigError, match=f"has its own and stays as it is beside an adapter: set {words}$"):
+        check_start("base", start, parts, settings, adapter=True)
+    check_start("base", model(places, "base"), Parts(), OWN, adapter=True)
+    check_start("base", model(places, "base"), Parts(), I2VGenXLSettings(gamma=0.2, fade_in=300))
+
+
+@pytest.mark.parametrize(
+    ("stage", "path", "message"),
+    [
+        ("base", None, r"refiner is a refiner, which stage=refine trains; stage=base begins with an image model, a"),
+        ("base", "pocket-svd", r"pocket-svd is of family svd; stage=base begins with an image model, .* of I2VGen-XL$"),
+        ("refine", "pocket-svd", r"pocket-svd is of family svd; stage=refine begins with .* I2VGen-XL, or a refiner$"),
+    ],
+)
+def test_what_no_stage_begins_with_is_named(
+    places: dict[str, Path], stage: Stage, path: str | None, message: str
+) -> None:
+    start = Model(path or str(places["refiner"]), image_encoder="pocket" if stage == "base" else None)
+    with pytest.raises(ConfigError, match=message):
+        begin(stage, start, Parts(), OWN)
+    with pytest.raises(ConfigError, match=message):
+        encoders(stage, start)
 
 
 def test_an_adapter_needs_a_model_of_its_stage(places: dict[str, Path]) -> None:
