@@ -31,7 +31,7 @@ from inflate.families.i2vgen_xl_model import Model
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.fitting import fitted
 from inflate.training.adapting import Adapting
-from inflate.training.card import ANIMATION_USE, drawn_as, refined_as
+from inflate.training.card import ANIMATION_USE, UNPROMPTED_USE, drawn_as, refined_as
 from inflate.training.economy import save_coding, save_memory
 from inflate.training.encoding import i2vgen_xl_encoder
 from inflate.training.held_out import of_size
@@ -120,7 +120,7 @@ def finish(config: Config, task: I2VGenXLTask | RefinementTask, result: Result) 
     if isinstance(task, RefinementTask):
         use = refined_as(task.sampling.refinement, task.levels)
     else:
-        use = drawn_as(ANIMATION_USE, task.sampling, Preview())
+        use = drawn_as(ANIMATION_USE if task.reads_captions else UNPROMPTED_USE, task.sampling, Preview())
     conclude(config, result, f"I2VGen-XL, {config.stage}", use, facts)
 
 

@@ -57,6 +57,9 @@ TEXT_USE = '```bash\ninflate generate export "a prompt" -o out.mp4\n```'
 ANIMATION_USE = '```bash\ninflate sample export image.png --prompt "a prompt" -o out.mp4\n```'
 """How to animate an image by a prompt with an export of DynamiCrafter or I2VGen-XL."""
 
+UNPROMPTED_USE = ANIMATION_USE.replace(' --prompt "a prompt"', "")
+"""How to animate an image with an export of I2VGen-XL that is told images alone."""
+
 BETWEEN_USE = ANIMATION_USE.replace("image.png", "first.png --end-image last.png")
 """How to draw from one image to another with an export of DynamiCrafter that was trained for it."""
 
