@@ -13,7 +13,15 @@ from inflate.data import video
 from inflate.sampling.dpm_solver import levels_of
 from inflate.sampling.i2vgen_xl import Sampling
 from inflate.sampling.refinement import PUBLISHED, Refinement
-from inflate.training.card import ANIMATION_USE, REFINEMENT_USE, drawn_as, image_use, refined_as, write_card
+from inflate.training.card import (
+    ANIMATION_USE,
+    REFINEMENT_USE,
+    UNPROMPTED_USE,
+    drawn_as,
+    image_use,
+    refined_as,
+    write_card,
+)
 from inflate.training.i2vgen_xl import Preview
 from inflate.training.previews import LEAST_HEIGHT, compare_previews
 
@@ -64,6 +72,7 @@ def options_of(use: str) -> dict[str, str]:
 
 def test_a_cards_command_draws_as_previews_were_drawn() -> None:
     assert drawn_as(ANIMATION_USE, Preview(), Preview()) == ANIMATION_USE
+    assert UNPROMPTED_USE == "```bash\ninflate sample export image.png -o out.mp4\n```"
     told = drawn_as(ANIMATION_USE, Preview(steps=15, guidance=3.0, spacing="trailing"), Preview())
     assert 'image.png --prompt "a prompt" --steps 15 --guidance 3 -o out.mp4' in told
     usual = asdict(Sampling())
