@@ -178,6 +178,8 @@ def test_unknown_columns_are_named(folder, row, settings, reason):
 
 def test_captions_may_have_no_column_when_optional(folder):
     write_rows(folder, "jsonl", [{"path": "a.mp4"}])
+    with pytest.raises(DataError, match=r"\(set data\.caption_column, or data\.captions=optional\)"):
+        find(folder)
     assert find(folder, captions="optional")[0].caption == ""
 
 
