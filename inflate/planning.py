@@ -207,9 +207,7 @@ def encoder_of(family: Family, config: Any) -> ClipEncoder | TextClipEncoder:
 def adaptable(config: Any) -> bool:
     """Whether a run might train an adapter instead of its model's own weights."""
     if isinstance(config.model, i2vgen_xl_model.Model):
-        start = config.stage, config.model
-        goes_on = config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(*start)
-        return goes_on and not i2vgen_xl_stages.to_reset(*start, config.hierarchy, config.i2vgen_xl, adapter=True)
+        return config.adapter.kind == "none" and i2vgen_xl_stages.goes_on(config.stage, config.model)
     animates = isinstance(config.model, dynamicrafter_model.Model)
     return config.adapter.kind == "none" and (config.stage == "finetune" if animates else config.stage != "decoder")
 

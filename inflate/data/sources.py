@@ -266,9 +266,11 @@ def _column(where: str, columns: Sequence[str], aliases: Sequence[str], chosen: 
 
 def _caption_column(where: str, columns: Sequence[str], settings: Data) -> str | None:
     wanted = settings.caption_column
-    if wanted is None and settings.captions == "optional" and not set(CAPTION_COLUMNS) & set(columns):
+    absent = wanted is None and not set(CAPTION_COLUMNS) & set(columns)
+    if absent and settings.captions == "optional":
         return None
-    return _column(where, columns, CAPTION_COLUMNS, wanted, "caption_column")
+    remedy = "caption_column, or data.captions=optional" if absent else "caption_column"
+    return _column(where, columns, CAPTION_COLUMNS, wanted, remedy)
 
 
 def _words(entry: _Entry, column: str | None) -> str:

@@ -206,7 +206,7 @@ def check_start(stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSett
     _family(stage, model)
     if adapter:
         refuse_new(stage, model)
-    if reset := to_reset(stage, model, parts, settings, adapter):
+    if reset := _to_reset(stage, model, parts, settings, adapter):
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in reset.items())
         stays = " and stays as it is beside an adapter" if adapter else ""
         raise ConfigError(f"{model.path} is a whole model of I2VGen-XL, which has its own{stays}: set {words}")
@@ -224,7 +224,7 @@ def _family(stage: str, model: Model) -> str | None:
     return family
 
 
-def to_reset(
+def _to_reset(
     stage: Stage, model: Model, parts: Parts, settings: I2VGenXLSettings, adapter: bool
 ) -> Mapping[str, object]:
     """The settings that a whole model of I2VGen-XL, or an adapter on it, goes without, and what they are to be."""

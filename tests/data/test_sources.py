@@ -164,7 +164,7 @@ def test_columns_can_be_chosen(folder):
             {},
             r"no column video or .* it has clip, caption \(set data\.video_column\)",
         ),
-        ({"path": "a.mp4", "title": "x"}, {}, r"no column caption or .*\(set data\.caption_column\)"),
+        ({"path": "a.mp4", "title": "x"}, {}, r"\(set data\.caption_column, or data\.captions=optional\)"),
         ({"path": "a.mp4", "text": "x"}, {"video_column": "film"}, r"no column film; it has path, text"),
         ({"path": "a.mp4", "text": "x", "cap": "y"}, {}, r"columns text and cap both qualify"),
         ({"path": "a.mp4", "video": "b.mp4", "text": "x"}, {}, r"columns video and path both qualify"),
