@@ -50,8 +50,8 @@ def entry(file: Path, family: str, name: str) -> Any:
     settings = folders.read_json(file)
     if settings.get("family") != family:
         drawing = (
-            "`inflate generate` draws with video_ldm, `inflate refine` with i2vgen_xl_refiner, "
-            "`inflate sample` with the others"
+            "`inflate sample` draws with svd, dynamicrafter and i2vgen_xl, `inflate generate` with video_ldm, "
+            "`inflate refine` with i2vgen_xl_refiner"
         )
         remedy = f"give an export of {family} ({drawing})"
         raise CheckpointError(f"{file} is of family {settings.get('family')}, not {family}; {remedy}")
