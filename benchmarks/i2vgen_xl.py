@@ -4,7 +4,8 @@
     python benchmarks/i2vgen_xl.py BASE CLIPS OUT --only refinement --refiner REFINER --strengths 0.17 0.33 1
 
 BASE is an I2VGen-XL folder and REFINER one of its refinement stage, such as runs' exports, CLIPS what
-datasets/build_demo.py built, whose held-out clips are measured; a sample's seed is its place among them.
+datasets/build_demo.py built, whose held-out clips are measured; a sample's seed is its place among them, after those
+that are left out by --skip.
 
 `hierarchy`: clips drawn of first frames with everything and without one part, each with the caption and without: the
 detail encoder's channels beside the noisy latents, the global encoder's tokens, CLIP's tokens, all three, and each part
@@ -122,13 +123,17 @@ class Bench:
     inputs: Sequence[str]
     """what is refined, of `INPUTS`"""
     output: Path
+    skip: int
+    """held-out clips before those that are drawn of"""
     count: int
     """clips that are drawn of"""
     device: torch.device
 
     def read(self, size: tuple[int, int]) -> tuple[Tensor, Scenes]:
         """Real clips (N, F, 3, H, W) in [-1, 1] and their scenes."""
-        return read(self.folder, self.count, self.settings.frames or self.family.clips.frames, size=size)
+        frames = self.settings.frames or self.family.clips.frames
+        clips, scenes = read(self.folder, self.skip + self.count, frames, size=size)
+        return clips[self.skip :], scenes[self.skip :]
 
     def draw(self, images: Tensor, prompts: Sequence[str], family: I2VGenXL | None = None) -> Tensor:
         """A clip of each image (N, 3, H, W) and prompt: (N, F, 3, H, W) in [-1, 1]."""
@@ -268,6 +273,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "--only", choices=MEASURES, nargs="*", help="both by default, if there is a --refiner; without a name, neither"
     )
     parser.add_argument("--refiner")
+    parser.add_argument("--skip", type=int, default=0, help="so many of the first held-out clips")
     parser.add_argument("--count", type=int, default=32, help="held-out clips")
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
@@ -298,7 +304,7 @@ def begun(arguments: argparse.Namespace) -> Bench:
     ]
     return Bench(
         family, refiner, arguments.clips, settings, refinements, arguments.keep_colours, arguments.inputs,
-        arguments.output, arguments.count, device,
+        arguments.output, arguments.skip, arguments.count, device,
     )  # fmt: skip
 
 
