@@ -67,13 +67,22 @@ class Watch:
         return walk
 
 
+CALLED = (
+    ("animating", shooting.Shooting, "together"),
+    ("encoding", refining, "encoded"),
+    ("refining", refining, "refine_latents"),
+)
+WALKED = (("decoding", refining, "decoded"),)
+"""Parts of commands, and where what they call is found: functions and generators."""
+
+
 def watch() -> Watch:
     """Watch what commands call to animate, encode, refine and decode."""
     watching = Watch()
-    shooting.Shooting.together = watching.called("animating", shooting.Shooting.together)  # type: ignore[method-assign]
-    refining.encoded = watching.called("encoding", refining.encoded)
-    refining.refine_latents = watching.called("refining", refining.refine_latents)
-    refining.decoded = watching.walked("decoding", refining.decoded)
+    for part, place, name in CALLED:
+        setattr(place, name, watching.called(part, getattr(place, name)))
+    for part, place, name in WALKED:
+        setattr(place, name, watching.walked(part, getattr(place, name)))
     return watching
 
 

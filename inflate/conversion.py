@@ -5,7 +5,7 @@ Temporal layers alone are in half precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from inflate.families import (
 from inflate.families.dynamicrafter import DynamiCrafter
 from inflate.families.dynamicrafter_original import Original as DynamiCrafterFile
 from inflate.families.i2vgen_xl import I2VGenXL
-from inflate.families.i2vgen_xl_original import Beside
+from inflate.families.i2vgen_xl_original import Beside, Trained, TrainedRefiner
 from inflate.families.i2vgen_xl_refiner import Refiner
 from inflate.families.svd import SVD
 from inflate.families.svd_original import Original
@@ -312,8 +312,13 @@ def _i2vgen_xl(file: Path, target: Path, extra: Extra) -> str:
     unet, told = modelscope.load_vgen(file), exchange.told_by(file)
     about = i2vgen_xl_original.trained(unet, told, file)
     i2vgen_xl_original.base(unet, about, extra.beside).save_pretrained(target)
+    return _trained(target, "i2vgen_xl", told, about)
+
+
+def _trained(target: Path, family: str, told: Mapping[str, object], about: Trained | TrainedRefiner) -> str:
+    """What became of a UNet's file that tells what it was trained with, or is taken for the published one."""
     published = "" if "clips" in told else ", as published,"
-    return f"{target} is i2vgen_xl{published} with {about.objective} and {about.clips}"
+    return f"{target} is {family}{published} with {about.objective} and {about.clips}"
 
 
 def _i2vgen_xl_file(folder: Path, target: Path, _: Extra) -> str:
@@ -346,8 +351,7 @@ def _i2vgen_xl_refiner(file: Path, target: Path, extra: Extra) -> str:
     unet = modelscope.load_vgen(file, refinement="clips" not in told)
     about = i2vgen_xl_original.trained_refiner(told, file)
     i2vgen_xl_original.refiner(unet, about, extra.beside).save_pretrained(target)
-    published = "" if "clips" in told else ", as published,"
-    return f"{target} is i2vgen_xl_refiner{published} with {about.objective} and {about.clips}"
+    return _trained(target, "i2vgen_xl_refiner", told, about)
 
 
 def _i2vgen_xl_refiner_file(folder: Path, target: Path, _: Extra) -> str:

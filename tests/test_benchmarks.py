@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import load_recipe
-from inflate import refining, shooting
+from inflate import refining
 from inflate.data import demo, demo_clips
 from inflate.sampling.dynamicrafter import Sampling, sample
 
@@ -270,9 +270,7 @@ def test_a_refiner_of_a_size_that_does_not_shrink_to_the_bases_is_refused(
 
 def test_the_parts_of_a_refinement_are_noted_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = load_recipe(BENCHMARKS / "peaks.py")
-    for place, name in [(refining, each) for each in ("encoded", "refine_latents", "decoded")] + [
-        (shooting.Shooting, "together")
-    ]:
+    for _, place, name in (*script.CALLED, *script.WALKED):
         monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
     watching = script.watch()
     tiny_i2vgen_xl.refiner(tmp_path / "parent").save_pretrained(tmp_path / "refiner")

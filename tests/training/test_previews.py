@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_refiners_card_draws_anew_as_previews_were() -> None:
         (refined_as(Refinement("inversion", 0.1, eta=0.5, keep_colours=1), 600), refine_cli.refine),
     ],
 )
-def test_a_cards_options_are_the_commands(use: str, command: object) -> None:
+def test_a_cards_options_are_the_commands(use: str, command: Callable[..., None]) -> None:
     names = {name.lstrip("-").removeprefix("no-").replace("-", "_") for name in options_of(use)}
     assert len(names) >= 6
-    assert names - {"o"} <= inspect.signature(command).parameters.keys()  # type: ignore[arg-type]
+    assert names - {"o"} <= inspect.signature(command).parameters.keys()
